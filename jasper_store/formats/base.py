@@ -1,0 +1,229 @@
+"""What every format has in common: where the bytes of a tensor lie, and how rows are written.
+
+A format only says *where the bytes lie*. Reading a file means parsing its header once into
+:class:`TensorSpec` values; no data is read. Mapping, preloading, announcing and warming are done by the
+layers above, alike for every format, from the spec alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
+
+import torch
+
+__all__ = [
+    "Chunked",
+    "Extent",
+    "FileWriter",
+    "Format",
+    "FormatName",
+    "Inline",
+    "Location",
+    "Schema",
+    "TensorSpec",
+    "contiguous_strides",
+]
+
+FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes of one tensor in one file, lying there exactly as they would lie in memory (little-endian).
+
+    Attributes:
+        path: the file.
+        offset: byte offset of element [0, 0, ...] from the start of the file.
+        strides: elements to step per dimension, as in ``torch.Tensor.stride()``; ``None`` means C order.
+            Only ``.pt`` (saved views) and ``.npy`` (Fortran order) ever need them. Never negative.
+    """
+
+    path: Path
+    offset: int
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunked:
+    """A tensor that has no single extent (chunked, compressed, external HDF5) and needs its own reader.
+
+    Attributes:
+        path: the HDF5 file.
+        key: object path of the dataset inside it, without a leading slash.
+        chunk_shape: elements per chunk along each dimension; ``None`` where the layout is not chunked.
+        filters: the pipeline in words, e.g. ``"shuffle+gzip(4)"``; ``""`` if there is none.
+    """
+
+    path: Path
+    key: str
+    chunk_shape: tuple[int, ...] | None
+    filters: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inline:
+    """A tensor whose values came with the header (a ``.pt`` list of lists, one tiny HDF5 dataset per row).
+
+    Attributes:
+        path: the file it was read from.
+        values: the tensor itself, in host memory.
+    """
+
+    path: Path
+    values: torch.Tensor
+
+
+Location: TypeAlias = Extent | Chunked | Inline
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Element strides of a C-ordered tensor of this shape, as ``torch.empty(shape).stride()`` gives them."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a file: all that its header says. Immutable, cheap, picklable.
+
+    Attributes:
+        name: the tensor's name in the store, e.g. ``"source_embs"``; a ragged tensor ``X`` is two specs,
+            ``X.values`` (1-D) and ``X.offsets`` (int64, rows + 1).
+        dtype: torch dtype of the values.
+        shape: sizes; ``()`` for a scalar.
+        location: where the values are.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    location: Location
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the values."""
+        return self.location.path
+
+    @property
+    def n_rows(self) -> int:
+        """Size of the first dimension; 1 for a scalar."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row, ``shape[1:]``, when laid out in C order."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values when laid out in C order."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the values are one run of bytes in C order, so that row i is at offset + i * row_nbytes."""
+        if not isinstance(self.location, Extent):
+            return False
+        strides = self.location.strides
+        if strides is None:
+            return True
+        expected = contiguous_strides(self.shape)
+        return all(s == e for s, e, n in zip(strides, expected, self.shape, strict=True) if n > 1) or 0 in self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What a caller knows about the tensors of a dataset before any file is opened.
+
+    The storage layers know no dataset's names; a layer above hands them down in this. The default knows
+    nothing: HDF5 paths are the names, and each tensor is read one row per sample.
+
+    Attributes:
+        required: names that a complete dataset holds (ragged tensors by their base name).
+        hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
+        hdf5_aliases: other HDF5 paths to the tensor name that they mean.
+        reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
+    """
+
+    required: frozenset[str] = frozenset()
+    hdf5_paths: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    hdf5_aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reads_per_sample: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+
+    def hdf5_path(self, name: str) -> str:
+        """HDF5 path of a tensor; of ``X.values`` and ``X.offsets``, the ragged group's path and the part."""
+        base, dot, part = name.rpartition(".")
+        if dot and part in {"values", "offsets"} and base in self.hdf5_paths:
+            return f"{self.hdf5_paths[base]}/{part}"
+        return self.hdf5_paths.get(name, name)
+
+    def reads(self, name: str) -> float:
+        """Rows of a tensor that one sample reads (expected value; 0 for a tensor that training never reads)."""
+        base, dot, part = name.rpartition(".")
+        if dot and part in {"values", "offsets"}:
+            name = base if base in self.reads_per_sample else name
+        return self.reads_per_sample.get(name, 1.0)
+
+
+@runtime_checkable
+class FileWriter(Protocol):
+    """One file being written, tensor after tensor, rows appended in order. Not safe for concurrent use.
+
+    The caller owns the temporary name, the fsync, the rename and the removal on failure; a writer only fills
+    the file it is given. ``begin``/``append``/``end`` may repeat where the format holds several tensors in a
+    file (HDF5); a per-tensor format accepts exactly one.
+    """
+
+    def begin(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None, rows: int | None) -> None:
+        """Start a tensor of shape ``(rows, *row_shape)``; ``row_shape=None`` is a scalar, ``rows=None`` unknown."""
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Append a block [n, *row_shape] of the tensor begun (a scalar: one block of shape [])."""
+
+    def end(self) -> None:
+        """Finish the tensor begun."""
+
+    def close(self) -> None:
+        """Finish the file; the file is readable afterwards. Without it, the file must not open."""
+
+    def abort(self) -> None:
+        """Release every handle without finishing; safe to call at any time, also twice."""
+
+
+class Format(Protocol):
+    """One file format. Stateless; every method may be called concurrently.
+
+    Attributes:
+        name: the name users pass, e.g. ``"safetensors"``.
+        suffixes: file name endings, lower case with the dot, the first being the one that is written.
+        one_file: name of the single file that a dataset of this format lies in, or ``None`` if each tensor
+            has a file of its own.
+    """
+
+    name: FormatName
+    suffixes: tuple[str, ...]
+    one_file: str | None
+
+    def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:
+        """Parse the header of one file; read no tensor data.
+
+        Raises:
+            CorruptFileError: the file is truncated, damaged, hostile or of an unsupported kind.
+            DatasetNotFoundError: there is no such file.
+        """
+
+    def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
+        """Create ``path`` (it must not exist) and return a writer for it.
+
+        Raises:
+            IncompatibleOptionsError: a compression that this format does not have.
+        """

@@ -1,0 +1,67 @@
+# Everything sets itself up: `make demo` on a machine that has Python and this checkout needs nothing before it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := jasper_store tests $(wildcard tools)
+
+# pytest-xdist's workers; 0 runs everything in one process. PYTEST_ARGS adds whatever you want to pass on.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint format types layers check bench docs wheel clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (once; about a minute)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) hatchling editables
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## set up .venv with everything that development needs
+
+demo: $(STAMP) ## the main job on real embeddings: convert, plan, train, compare (under two minutes)
+	@$(BIN)/jasper-store demo
+
+test: $(STAMP) ## every test but the slow ones
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## every test
+	@$(BIN)/python -m pytest --slow $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and formatting
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+
+format: $(STAMP) ## let ruff format, and fix what it can
+	@$(BIN)/ruff format $(SOURCES)
+	@$(BIN)/ruff check --fix $(SOURCES)
+
+types: $(STAMP) ## mypy, strict
+	@$(BIN)/mypy $(SOURCES)
+
+layers: $(STAMP) ## imports run downwards only (import-linter)
+	@$(BIN)/lint-imports
+
+check: lint types layers ## lint, types and layers
+
+bench: $(STAMP) ## measure on this machine: JSON first, plots after
+	@$(PIP) --no-build-isolation --editable '.[bench]'
+	@$(BIN)/python -m tools.bench
+
+docs: $(STAMP) ## build the documentation site into site/
+	@$(PIP) --no-build-isolation --editable '.[docs]'
+	@$(BIN)/mkdocs build --strict
+
+wheel: $(STAMP) ## build the wheel into dist/
+	@rm -rf dist
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

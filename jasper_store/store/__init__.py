@@ -1,0 +1,1 @@
+"""One tensor API: where each tensor lives is planned, guarded, explained; rows are read alike from everywhere."""

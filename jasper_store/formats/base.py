@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -155,9 +154,9 @@ class Schema:
     """
 
     required: frozenset[str] = frozenset()
-    hdf5_paths: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    hdf5_aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    reads_per_sample: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    hdf5_paths: Mapping[str, str] = field(default_factory=dict)
+    hdf5_aliases: Mapping[str, str] = field(default_factory=dict)
+    reads_per_sample: Mapping[str, float] = field(default_factory=dict)
 
     def hdf5_path(self, name: str) -> str:
         """HDF5 path of a tensor; of ``X.values`` and ``X.offsets``, the ragged group's path and the part."""

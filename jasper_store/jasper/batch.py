@@ -1,0 +1,84 @@
+"""A batch that was gathered once, and yet is a sequence of ordinary samples for whoever asks.
+
+PyTorch's fetcher calls ``dataset.__getitems__(indices)`` and hands the result to ``collate_fn``. A user's own
+``collate_fn`` expects a list of samples; the default one would stack them again, tensor by tensor. :class:`Batch`
+serves both: it is a sequence whose items are dictionaries of views, made only when somebody asks for one, and the
+type of its items is registered with the default collation, which then returns the gathered tensors as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, overload
+
+import torch
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
+
+__all__ = ["Batch", "Sample", "collate_samples"]
+
+
+class Sample(dict[str, torch.Tensor]):
+    """One sample: a plain dictionary of tensors, of a type of its own so that default collation knows it."""
+
+    __slots__ = ()
+
+
+class Batch(Sequence[Sample]):
+    """B samples backed by tensors that were gathered once.
+
+    Items are views into the batch's tensors: keeping one keeps the whole batch alive, and writing to one writes to
+    the batch (never to the dataset).
+
+    Attributes:
+        tensors: the gathered tensors by key, each with B as its first dimension.
+    """
+
+    __slots__ = ("_size", "tensors")
+
+    def __init__(self, tensors: dict[str, torch.Tensor], size: int) -> None:
+        self.tensors = tensors
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Batch: ...
+    def __getitem__(self, index: int | slice) -> Sample | Batch:
+        """One sample as a dictionary of views, or a slice of the batch."""
+        if isinstance(index, slice):
+            return Batch({key: value[index] for key, value in self.tensors.items()}, len(range(self._size)[index]))
+        if not -self._size <= index < self._size:
+            raise IndexError(f"sample {index} is out of range for a batch of {self._size}")
+        return Sample((key, value[index]) for key, value in self.tensors.items())
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(self._size))
+
+    def __repr__(self) -> str:
+        return f"Batch({self._size} samples: {', '.join(self.tensors)})"
+
+
+def collate_samples(
+    batch: Sequence[Sample], *, collate_fn_map: dict[type | tuple[type, ...], Callable[..., Any]] | None = None
+) -> dict[str, torch.Tensor]:
+    """Collate samples as ``torch.utils.data.default_collate`` does; a :class:`Batch` is already collated.
+
+    Args:
+        batch: a :class:`Batch`, or any sequence of samples (as ``ConcatDataset`` makes).
+        collate_fn_map: the map of the collation that called; it is passed on for the tensors.
+
+    Returns:
+        A plain dictionary of tensors with B as their first dimension.
+    """
+    if isinstance(batch, Batch):
+        return batch.tensors
+    return {
+        key: collate([sample[key] for sample in batch], collate_fn_map=collate_fn_map or default_collate_fn_map)
+        for key in batch[0]
+    }
+
+
+default_collate_fn_map[Sample] = collate_samples

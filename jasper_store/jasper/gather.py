@@ -1,0 +1,128 @@
+"""The way of a batch: positions -> rows of each tensor -> one ``take`` per tensor -> a dictionary of tensors.
+
+Two steps, because the rows of the large tensors stand in the small ones. The look-ahead runs the first step alone,
+to announce rows before they are needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from jasper_store.jasper.schema import STEERING_TENSORS, Split, split_tensor
+from jasper_store.jasper.steering import Probabilities, draw_variants
+from jasper_store.store.store import TensorStore
+
+__all__ = ["Draw", "Rows", "gather", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What decides the steering of a batch.
+
+    Attributes:
+        seed: the dataset's seed.
+        epoch: epoch number.
+        probabilities: of the variants at that epoch.
+        forced: a variant that every sample gets instead, or ``None``.
+    """
+
+    seed: int
+    epoch: int
+    probabilities: Probabilities
+    forced: int | None
+
+    def variants(self, pairs: torch.Tensor) -> torch.Tensor:
+        """Variant of each pair, int64, on the device of ``pairs``."""
+        if self.forced is not None:
+            return torch.full_like(pairs, self.forced)
+        return draw_variants(pairs, self.seed, self.epoch, self.probabilities)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that a batch of B samples reads.
+
+    Attributes:
+        pairs: pair rows [B].
+        variants: steering variants [B].
+        questions: question rows [B].
+        sources: source rows [B + B * n_neg], the targets first, then the negatives of each sample.
+    """
+
+    pairs: torch.Tensor
+    variants: torch.Tensor
+    questions: torch.Tensor
+    sources: torch.Tensor
+
+    def by_tensor(self) -> dict[str, torch.Tensor]:
+        """Rows of each large tensor that a batch reads; of the steering tensors only the variant drawn."""
+        rows = {"question_embs": self.questions, "source_embs": self.sources}
+        for variant, name in enumerate(STEERING_TENSORS, start=1):
+            rows[name] = self.pairs[self.variants == variant]
+        return rows
+
+
+def rows_of(store: TensorStore, split: Split, positions: torch.Tensor, draw: Draw) -> Rows:
+    """Rows of the large tensors for samples at ``positions`` [B] of a split; reads the index tensors."""
+    pairs = _int64(store[split_tensor(split)].take(positions))
+    index = _int64(store["pair_index"].take(pairs))
+    negatives = _int64(store["hard_negatives"].take(pairs))
+    return Rows(
+        pairs=pairs,
+        variants=draw.variants(pairs),
+        questions=index[:, 0].contiguous(),
+        sources=torch.cat((index[:, 1], negatives.reshape(-1))),
+    )
+
+
+def gather(store: TensorStore, rows: Rows) -> dict[str, torch.Tensor]:
+    """Read a batch: one ``take`` per tensor.
+
+    Returns:
+        The batch of DESIGN section 5: embeddings in their stored dtype, ids int64, on the store's device.
+    """
+    size = len(rows.pairs)
+    sources = store["source_embs"].take(rows.sources)
+    return {
+        "question_emb": store["question_embs"].take(rows.questions),
+        "target_source_emb": sources[:size],
+        "steering": _steering(store, rows),
+        "negative_embs": sources[size:].view(size, -1, sources.shape[1]),
+        "cluster_id": _int64(store["pair_cluster_id"].take(rows.pairs)),
+        "relevance": store["pair_relevance"].take(rows.pairs),
+        "centroid_distance": store["centroid_distances"].take(rows.pairs),
+        "steering_variant": rows.variants,
+        "negative_tiers": _int64(store["negative_tiers"].take(rows.pairs)),
+    }
+
+
+def _int64(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.int64)
+
+
+def _steering(store: TensorStore, rows: Rows) -> torch.Tensor:
+    """Steering rows [B, D]: zeros for variant 0, else the pair's row of the variant's tensor."""
+    if rows.pairs.device.type != "cpu":
+        return _steering_without_waiting(store, rows)
+    first = store[STEERING_TENSORS[0]]
+    steering = torch.zeros((len(rows.pairs), *first.shape[1:]), dtype=first.dtype)
+    for variant, name in enumerate(STEERING_TENSORS, start=1):
+        places = (rows.variants == variant).nonzero().view(-1)
+        if len(places):
+            steering.index_copy_(0, places, store[name].take(rows.pairs[places]))
+    return steering
+
+
+def _steering_without_waiting(store: TensorStore, rows: Rows) -> torch.Tensor:
+    """The same on a device, where counting the samples of a variant would make the host wait for the device."""
+    variants = rows.variants[:, None]
+    steering: torch.Tensor | None = None
+    for variant, name in enumerate(STEERING_TENSORS, start=1):
+        candidate = store[name].take(rows.pairs)
+        kept = candidate if steering is None else steering
+        steering = torch.where(variants == variant, candidate, kept.masked_fill(variants == 0, 0.0))
+    if steering is None:
+        raise AssertionError("there is always a steering tensor")
+    return steering

@@ -8,12 +8,14 @@ layers above, alike for every format, from the spec alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
-import torch
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
 
 __all__ = [
     "Chunked",
@@ -24,6 +26,7 @@ __all__ = [
     "Inline",
     "Location",
     "Schema",
+    "SupportsRagged",
     "TensorSpec",
     "contiguous_strides",
 ]
@@ -225,4 +228,21 @@ class Format(Protocol):
 
         Raises:
             IncompatibleOptionsError: a compression that this format does not have.
+        """
+
+
+@runtime_checkable
+class SupportsRagged(Protocol):
+    """A format with a form of its own for ragged tensors, beside a file of values and a file of offsets."""
+
+    def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
+        """Create ``path`` holding one ragged tensor, with memory bounded by one block.
+
+        Args:
+            path: the file to create; it must not exist. On failure it is left behind, and opens nowhere.
+            offsets: int64 [rows + 1]; row i has the values from ``offsets[i]`` up to ``offsets[i + 1]``.
+            blocks: 1-D int64 tensors that, one after another, make all values.
+
+        Raises:
+            IntegrityError: offsets that do not ascend from 0, or more or fewer values than they say.
         """

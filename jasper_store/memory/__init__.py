@@ -1,0 +1,1 @@
+"""What the operating system does: how much memory there is, maps of files, and their pages."""

@@ -1,0 +1,273 @@
+"""Files as memory: a private, writable, zero-copy map of a whole file, and torch views into it.
+
+On Linux the map is ``MAP_PRIVATE | MAP_NORESERVE`` with read and write access. It opens files larger than RAM
+(a plain private map is refused with ENOMEM under the default overcommit heuristic), needs no write permission,
+and an in-place write through a view lands in a copy that belongs to this process: it can neither reach the
+file nor crash. Elsewhere ``mmap.ACCESS_COPY`` gives the same, except that the system may count the whole file
+against its commit limit. Where a writable map is refused (overcommit mode 2) the map is read-only, which
+:attr:`FileMap.writable` says: writing through a view of such a map would end the process, so callers hand out
+copies instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import math
+import mmap
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from jasper_store.errors import (
+    ClosedError,
+    CorruptFileError,
+    DatasetNotFoundError,
+    IncompatibleOptionsError,
+    InsufficientMemoryError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Self
+
+    from jasper_store.errors import JasperStoreError
+
+__all__ = ["FileMap", "mappable", "memory_limits", "view"]
+
+MAP_NORESERVE = 0x4000  # Linux, every architecture torch runs on; mmap names it only from Python 3.13.
+
+
+class FileMap:
+    """One whole file as bytes in memory. No data is read by opening it.
+
+    Views share its memory and stay valid when the map is dropped or closed: the last one of map and views that
+    goes away unmaps the file. Safe to read from several threads; survives a fork (children share the page cache
+    and keep private writes to themselves); pickles as its path and maps again where it is unpickled.
+
+    Attributes:
+        path: the file.
+        nbytes: size of the file when it was opened; the map never covers more.
+        address: address of byte 0, a multiple of the page size; 0 for an empty file.
+        writable: False where only a read-only map was to be had; writing through its views is not allowed.
+
+    Raises:
+        DatasetNotFoundError: there is no such file, or it may not be read.
+        InsufficientMemoryError: the system refused the map; the message names the limits that can be the cause.
+        IncompatibleOptionsError: the file system cannot map files.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.nbytes = 0
+        self.address = 0
+        self.writable = True
+        self._fd = _open(self.path)
+        self._buffer: Any = None
+        self._closed = False
+        try:
+            self.nbytes = os.fstat(self._fd).st_size
+            if self.nbytes:
+                self._map()
+        except BaseException:
+            self.close()
+            raise
+
+    def _map(self) -> None:
+        mapped, self.writable = _map_file(self._fd, self.nbytes, self.path)
+        self.address = int(np.frombuffer(mapped, dtype=np.uint8).__array_interface__["data"][0])
+        self._buffer = mapped
+        if not self.writable:
+            # torch warns about read-only buffers, and silencing it would mean touching the process-wide warning
+            # filters; a ctypes array over the same memory says nothing about access, and keeps the map alive.
+            holder = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
+            holder.mapped = mapped  # type: ignore[attr-defined]  # ctypes instances take attributes
+            self._buffer = holder
+
+    @property
+    def bytes(self) -> torch.Tensor:
+        """The whole file, uint8 [nbytes], zero-copy."""
+        return view(self, 0, torch.uint8, (self.nbytes,))
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    @property
+    def buffer(self) -> Any:
+        """The object whose memory the views share (buffer protocol).
+
+        Raises:
+            ClosedError: the map was closed.
+        """
+        if self._closed:
+            msg = f"{self.path}: the file map is closed; open the store again to read from it"
+            raise ClosedError(msg, path=self.path)
+        return self._buffer
+
+    def fileno(self) -> int:
+        """File descriptor of the file that is mapped, also if another file has taken its name since.
+
+        Raises:
+            ClosedError: the map was closed.
+        """
+        if self._closed:
+            msg = f"{self.path}: the file map is closed; open the store again to read from it"
+            raise ClosedError(msg, path=self.path)
+        return self._fd
+
+    def close(self) -> None:
+        """Give up the map; views made before stay valid and hold the memory until they go. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._buffer = None
+            os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Without the attribute the constructor failed before it had opened anything.
+        if not getattr(self, "_closed", True):
+            self.close()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self), (self.path,))
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "private copy-on-write" if self.writable else "read-only"
+        return f"FileMap({str(self.path)!r}, {self.nbytes:,} bytes, {state})"
+
+
+def _open(path: Path) -> int:
+    try:
+        # Asked first: opening a named pipe would wait for somebody to write to it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            msg = f"{path}: expected a regular file, found a directory or device; give the path of the data file"
+            raise DatasetNotFoundError(msg, path=path)
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as exc:
+        if isinstance(exc, DatasetNotFoundError):
+            raise
+        msg = f"{path}: the file cannot be read ({exc.strerror or exc}); check the path and its permissions"
+        raise DatasetNotFoundError(msg, path=path) from exc
+
+
+def _map_file(fd: int, nbytes: int, path: Path) -> tuple[mmap.mmap, bool]:
+    """Map ``nbytes`` of a file; (map, writable)."""
+    try:
+        if sys.platform == "linux":
+            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+            return mmap.mmap(fd, nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE), True
+        return mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY), True
+    except (OSError, ValueError) as exc:
+        # ValueError: the file shrank between fstat and here.
+        if isinstance(exc, ValueError) or exc.errno in {errno.ENODEV, errno.EBADF}:
+            raise _refusal(exc, path, nbytes) from exc
+    try:
+        return mmap.mmap(fd, nbytes, access=mmap.ACCESS_READ), False
+    except (OSError, ValueError) as exc:
+        raise _refusal(exc, path, nbytes) from exc
+
+
+def _refusal(exc: OSError | ValueError, path: Path, nbytes: int) -> JasperStoreError:
+    if isinstance(exc, ValueError):
+        msg = f"{path}: expected {nbytes:,} bytes, and the file shrank while it was being opened ({exc}); open it again"
+        return CorruptFileError(msg, path=path)
+    if exc.errno in {errno.ENODEV, errno.EINVAL}:
+        msg = (
+            f"{path}: this file system cannot map files ({exc.strerror}); "
+            "preload instead (use_mmap=False), or copy the dataset to a local disk"
+        )
+        return IncompatibleOptionsError(msg, path=path)
+    msg = (
+        f"{path}: the system refused to map {nbytes:,} bytes ({exc.strerror or exc}). "
+        f"Limits that can be the cause: {memory_limits()}. Raise the one that is reached, or use fewer, larger files"
+    )
+    return InsufficientMemoryError(msg, path=path, needed=nbytes)
+
+
+def memory_limits() -> str:
+    """The system's limits on maps and address space, for error messages; empty values are left out."""
+    parts = []
+    for name, file in (
+        ("vm.overcommit_memory", "/proc/sys/vm/overcommit_memory"),
+        ("vm.max_map_count", "/proc/sys/vm/max_map_count"),
+    ):
+        if os.access(file, os.R_OK):
+            parts.append(f"{name} = {Path(file).read_text().strip()}")
+    if os.access("/proc/self/maps", os.R_OK):
+        with Path("/proc/self/maps").open("rb") as maps:
+            parts.append(f"maps in use = {sum(1 for _ in maps)}")
+    if sys.platform != "win32":
+        import resource
+
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        parts.append(
+            "RLIMIT_AS (ulimit -v) = " + ("unlimited" if soft == resource.RLIM_INFINITY else f"{soft:,} bytes")
+        )
+    return ", ".join(parts) or "the commit limit (page file size)"
+
+
+def mappable(offset: int, dtype: torch.dtype) -> bool:
+    """Whether a tensor at this byte offset can be a view of the file: aligned to its element, host little-endian."""
+    return offset % dtype.itemsize == 0 and sys.byteorder == "little"
+
+
+def view(
+    fmap: FileMap,
+    offset: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """A tensor over bytes of a mapped file; nothing is read or copied.
+
+    Args:
+        fmap: the file.
+        offset: byte offset of element [0, 0, ...].
+        dtype: element type as stored.
+        shape: sizes; ``()`` for a scalar, any of them may be 0.
+        strides: elements to step per dimension, none negative; ``None`` means C order.
+
+    Returns:
+        A view that keeps the map alive; its storage covers this tensor only. A tensor without elements owns
+        its (empty) storage.
+
+    Raises:
+        CorruptFileError: the bytes are not all inside the file, or not aligned to the element.
+        ClosedError: the map was closed.
+    """
+    buffer = fmap.buffer
+    if offset < 0 or any(n < 0 for n in shape) or any(s < 0 for s in strides or ()):
+        msg = f"{fmap.path}: expected offset, shape and strides of 0 or more, got {offset}, {tuple(shape)}, {strides}"
+        raise CorruptFileError(msg, path=fmap.path)
+    if math.prod(shape) == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    steps = ((n - 1) * s for n, s in zip(shape, strides or (), strict=strides is not None))
+    count = math.prod(shape) if strides is None else 1 + sum(steps)
+    end = offset + count * dtype.itemsize
+    if end > fmap.nbytes:
+        msg = (
+            f"{fmap.path}: a tensor {dtype} {tuple(shape)} at byte {offset:,} needs the file to have {end:,} bytes, "
+            f"found {fmap.nbytes:,}: it is truncated; copy or convert it again"
+        )
+        raise CorruptFileError(msg, path=fmap.path)
+    if not mappable(offset, dtype):
+        msg = (
+            f"{fmap.path}: a tensor {dtype} at byte {offset:,} cannot be mapped, its elements need an offset divisible "
+            f"by {dtype.itemsize}; convert the dataset (jasper-store convert), or preload it (use_mmap=False)"
+        )
+        raise CorruptFileError(msg, path=fmap.path)
+    flat = torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+    return flat.view(tuple(shape)) if strides is None else flat.as_strided(tuple(shape), tuple(strides))

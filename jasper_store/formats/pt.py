@@ -22,7 +22,7 @@ from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt_pickle import PickleError, PtTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
@@ -63,6 +63,12 @@ class PtFormat:
                 f".pt has no compression, found compression={compression!r}; use None, or format='hdf5'.", path=path
             )
         return PtWriter(path)
+
+    def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
+        """See :class:`jasper_store.formats.base.SupportsRagged`: a list of lists of ints."""
+        from jasper_store.formats.pt_writer import write_ragged
+
+        write_ragged(path, offsets, blocks)
 
 
 def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:

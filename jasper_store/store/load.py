@@ -1,0 +1,93 @@
+"""Loading whole tensors: file to memory, in parallel, in the dtype and the place where they will stay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from jasper_store.formats.base import Chunked, Extent, Inline
+from jasper_store.memory import preload
+from jasper_store.store.tensors import BLOCK_NBYTES, span_nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jasper_store.formats.base import TensorSpec
+
+__all__ = ["load", "stored_nbytes"]
+
+
+def stored_nbytes(spec: TensorSpec) -> int:
+    """Bytes that loading a tensor counts as progress: those that are read, or unpacked from chunks."""
+    return span_nbytes(spec) if isinstance(spec.location, Extent) else spec.nbytes
+
+
+def load(
+    spec: TensorSpec,
+    dtype: torch.dtype,
+    *,
+    drop_behind: bool = False,
+    on_bytes: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """A tensor's values in host memory, C order, converted to ``dtype`` while they are read.
+
+    Holds the result and a few blocks beside it; data that lies in another order (strided ``.pt`` views, Fortran
+    order) is read as it lies first and so is held twice for a moment.
+
+    Args:
+        spec: the tensor.
+        dtype: dtype of the result; conversion is that of ``Tensor.to``.
+        drop_behind: give back the page cache's copy of what had to be read from disk.
+        on_bytes: called in the calling thread with the number of bytes just read.
+
+    Raises:
+        CorruptFileError: the file is truncated or damaged.
+        InsufficientMemoryError: the system refused the memory.
+    """
+    location = spec.location
+    if isinstance(location, Inline):
+        return location.values.to(dtype)
+    out = preload.empty(spec.shape, dtype)
+    if isinstance(location, Chunked):
+        _unpack(spec, out, on_bytes)
+    elif spec.contiguous:
+        preload.read_converted(
+            location.path, location.offset, spec.dtype, out, drop_behind=drop_behind, on_bytes=on_bytes
+        )
+    else:
+        span = preload.empty((span_nbytes(spec) // spec.dtype.itemsize,), spec.dtype)
+        preload.read_into(location.path, location.offset, span, drop_behind=drop_behind, on_bytes=on_bytes)
+        out.copy_(span.as_strided(spec.shape, location.strides or ()))
+    return out
+
+
+def _unpack(spec: TensorSpec, out: torch.Tensor, on_bytes: Callable[[int], None] | None) -> None:
+    """Read chunked data in blocks of whole chunks."""
+    from jasper_store.formats.hdf5_chunks import ChunkedReader
+
+    step = block_rows(spec)
+    reader = ChunkedReader(spec)
+    try:
+        for start in range(0, spec.n_rows, step):
+            stop = min(start + step, spec.n_rows)
+            target = out[start:stop] if out.ndim else out.reshape(1)
+            if spec.dtype == out.dtype:
+                reader.read_block(start, stop, target)
+            else:
+                block = torch.empty(target.shape, dtype=spec.dtype, device="cpu")
+                reader.read_block(start, stop, block)
+                target.copy_(block)
+            if on_bytes is not None:
+                on_bytes((stop - start) * spec.row_nbytes)
+    finally:
+        reader.close()
+
+
+def block_rows(spec: TensorSpec) -> int:
+    """Rows of a block that is about 8 MiB and ends where a chunk ends, so that no chunk is unpacked twice."""
+    rows = max(1, BLOCK_NBYTES // max(spec.row_nbytes, 1))
+    shape = spec.location.chunk_shape if isinstance(spec.location, Chunked) else None
+    if not shape:
+        return rows
+    return max(rows // shape[0], 1) * shape[0]

@@ -1,0 +1,404 @@
+"""``open_store``: find the tensors, plan where they live, load or map them, and hand them out by name."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jasper_store.errors import (
+    ClosedError,
+    DatasetNotFoundError,
+    PerformanceWarning,
+    StaleDataWarning,
+)
+from jasper_store.formats.base import Schema
+from jasper_store.formats.registry import base_name, locate
+from jasper_store.memory.mapping import FileMap
+from jasper_store.store import manifest as manifests
+from jasper_store.store.guard import check_options
+from jasper_store.store.load import load, stored_nbytes
+from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.planning import plan_for, target_dtype
+from jasper_store.store.ragged import RaggedTensor
+from jasper_store.store.recipe import Recipe, digest_of, same, stats_of
+from jasper_store.store.tensors import ChunkedTensor, DeviceTensor, ResidentTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from jasper_store.formats.base import FormatName, TensorSpec
+    from jasper_store.formats.registry import Located
+    from jasper_store.store.placement import Plan
+
+__all__ = ["Progress", "TensorStore", "open_store", "plan_store"]
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while tensors are loaded."""
+
+
+def open_store(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "auto",  # noqa: A002 - the word that users pass
+    use_mmap: bool | None = None,
+    device: str | torch.device | None = None,
+    memory_limit: int | None = None,
+    schema: Schema | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> TensorStore:
+    """Open a dataset directory, any directory of tensor files, or one file.
+
+    Headers are read, a plan is made against the memory that is really available, what the plan says is loaded, and
+    the rest is mapped.
+
+    Args:
+        path: a directory or a file.
+        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
+        use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
+        device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
+            onto the device; ``"auto"`` the device if everything fits there, else the host.
+        memory_limit: bytes; one more upper bound on what is loaded (of which the budget takes 0.8).
+        schema: what is known of the names; by default every tensor is read once per sample.
+        dtype: floating dtype that floating tensors of two or more dimensions are converted to, with
+            ``Tensor.to``'s rounding. Loaded tensors are converted while they are read and held in it. One that the
+            plan leaves mapped or chunked is converted row by row as it is taken, so its values are the same.
+        progress: called while tensors are loaded.
+
+    Returns:
+        A :class:`TensorStore`; close it, or use it in a ``with`` statement.
+
+    Raises:
+        IncompatibleOptionsError: options that cannot hold together; before anything is touched.
+        DatasetNotFoundError: no such path, or no tensors there.
+        CorruptFileError: a file is damaged, or is not the one that the manifest vouches for.
+        InsufficientMemoryError: what must be loaded does not fit; before anything is loaded.
+
+    Warns:
+        PerformanceWarning: what was asked for works, but slowly; says what would make it fast.
+        StaleDataWarning: a file is older than what it was made from.
+    """
+    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    schema = schema or Schema()
+    located, manifest, stale = _locate(Path(path), format, schema)
+    stats = stats_of(located.specs)
+    plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+    for text in stale:
+        warnings.warn(text, StaleDataWarning, stacklevel=3)
+    for text in plan.warnings:
+        warnings.warn(text, PerformanceWarning, stacklevel=3)
+    recipe = Recipe(Path(path), located.format, schema, dtype, digest_of(located.specs, stats))
+    return TensorStore(recipe, located, plan, manifest=manifest, stats=stats, progress=progress)
+
+
+def plan_store(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "auto",  # noqa: A002 - the word that users pass
+    use_mmap: bool | None = None,
+    device: str | torch.device | None = None,
+    memory_limit: int | None = None,
+    schema: Schema | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
+    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    schema = schema or Schema()
+    located = locate(Path(path), format, schema)
+    return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+
+
+def _locate(path: Path, format: str, schema: Schema) -> tuple[Located, manifests.Manifest | None, list[str]]:  # noqa: A002
+    """Tensors, manifest, and texts about stale files."""
+    located = locate(path, format, schema)
+    manifest = manifests.read(path if path.is_dir() else path.parent)
+    if manifest is None:
+        return located, None, list(located.warnings)
+    stale = manifest.check(located.specs)
+    # A manifest that knows what the files were made from judges by content; file times alone are a guess, and
+    # copying a directory shuffles them.
+    known = all(manifest.made_from_is_known(spec.path) for spec in located.specs)
+    return located, manifest, stale if known else [*stale, *located.warnings]
+
+
+def _map(maps: dict[Path, FileMap], path: Path) -> FileMap:
+    """The map of a file, one for all of its tensors."""
+    found = maps.get(path)
+    if found is None:
+        found = maps[path] = FileMap(path)
+    return found
+
+
+class TensorStore(Mapping[str, StoredTensor]):
+    """The tensors of a dataset by name. A :class:`collections.abc.Mapping`; closes as a context manager.
+
+    Reading is safe from several threads. A fork shares everything with its parent. A pickle is a few kilobytes at
+    any size, and opens the files again where it arrives: tensors in memory as maps, chunked ones as they are.
+
+    A ragged tensor ``X`` is two tensors, ``X.values`` and ``X.offsets``; :meth:`ragged` joins them.
+
+    Attributes:
+        path: the directory or file that was opened.
+        format: the format chosen.
+        plan: where each tensor lives, and why.
+        specs: what the headers say, one per tensor.
+        manifest: the directory's manifest as it was on opening, if it had one.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        located: Located,
+        plan: Plan,
+        *,
+        stats: Mapping[Path, tuple[int, int]],
+        manifest: manifests.Manifest | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.path = recipe.path
+        self.format: FormatName = located.format
+        self.plan = plan
+        self.specs = located.specs
+        self.manifest = manifest
+        self._recipe = recipe
+        self._stats = dict(stats)
+        self._closed = False
+        self._tensors: dict[str, StoredTensor] = {}
+        recipe.on_device = plan.device is not None
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._tensors = self._build(located.specs, plan, progress)
+            undo.pop_all()
+
+    def _build(self, specs: Sequence[TensorSpec], plan: Plan, progress: Progress | None) -> dict[str, StoredTensor]:
+        loaded = {spec.name for spec in specs if plan.placement(spec.name) not in {"mmap", "chunked"}}
+        total = sum(stored_nbytes(spec) for spec in specs if spec.name in loaded)
+        done = 0
+
+        def on_bytes(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        tensors: dict[str, StoredTensor] = {}
+        maps: dict[Path, FileMap] = {}
+        for spec in specs:
+            tensor = self._open_tensor(spec, plan, maps, on_bytes)
+            tensor.origin = self._recipe
+            tensors[spec.name] = tensor
+        return tensors
+
+    def _open_tensor(
+        self, spec: TensorSpec, plan: Plan, maps: dict[Path, FileMap], on_bytes: Callable[[int], None]
+    ) -> StoredTensor:
+        placement = plan.placement(spec.name)
+        dtype = target_dtype(spec, self._recipe.dtype)
+        if placement == "chunked":
+            from jasper_store.formats.hdf5_chunks import ChunkedReader
+
+            return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
+        if placement == "mmap":
+            return MappedTensor(spec, _map(maps, spec.path), dtype=dtype)
+        # Several ranks that load the same files would evict each other's pages.
+        drop_behind = plan.budget.ranks == 1
+        if placement == "ram":
+            return ResidentTensor(spec, load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))
+        from jasper_store.store.device import load_to_device
+
+        return DeviceTensor(
+            spec, load_to_device(spec, dtype, torch.device(placement), drop_behind=drop_behind, on_bytes=on_bytes)
+        )
+
+    # --- the tensors ------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        """A tensor by name.
+
+        Raises:
+            KeyError: no such tensor; the message lists names that are near.
+            ClosedError: the store was closed.
+        """
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            self._require_open()
+            raise KeyError(self._unknown(name))
+        return tensor
+
+    def _unknown(self, name: str) -> str:
+        if f"{name}.values" in self._tensors:
+            return f"{name!r} is ragged; use store.ragged({name!r})"
+        near = difflib.get_close_matches(str(name), self._tensors, n=3, cutoff=0.5)
+        known = f"did you mean {', '.join(map(repr, near))}?" if near else f"there are {', '.join(self._tensors)}"
+        return f"no tensor {name!r} in {self.path} ({self.format}); {known}"
+
+    # A store is itself and nothing else; Mapping would compare all tensors.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __iter__(self) -> Iterator[str]:
+        self._require_open()
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        self._require_open()
+        return len(self._tensors)
+
+    def ragged(self, name: str) -> RaggedTensor:
+        """A ragged tensor by its base name: rows of different lengths.
+
+        Raises:
+            KeyError: no such ragged tensor.
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        if f"{name}.values" not in self._tensors or f"{name}.offsets" not in self._tensors:
+            ragged = sorted({base_name(n) for n in self._tensors if n.endswith(".offsets")})
+            msg = f"no ragged tensor {name!r} in {self.path}; there are {', '.join(ragged) or 'none'}"
+            raise KeyError(msg)
+        return RaggedTensor(name, self._tensors[f"{name}.values"], self._tensors[f"{name}.offsets"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are handed out."""
+        return self.plan.nbytes
+
+    @property
+    def use_mmap(self) -> bool:
+        """Whether any tensor is mapped."""
+        return self.plan.any_mapped
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is read in training lives: a CUDA device, or the host."""
+        return torch.device(self.plan.device or "cpu")
+
+    # --- trust ------------------------------------------------------------------------------------------------
+
+    def vouched(self, check: str) -> bool:
+        """Whether the manifest says that these very files passed a check before."""
+        return self.manifest is not None and self.manifest.vouches(self.specs, check)
+
+    def remember(self, check: str) -> bool:
+        """Note in the manifest that the files passed a check; a convenience that never fails.
+
+        Returns:
+            Whether it was noted: not in a directory that cannot be written, and not if a file changed since the
+            store was opened (then it is not known which bytes were checked).
+        """
+        directory = self.path if self.path.is_dir() else self.path.parent
+        try:
+            if stats_of(self.specs) != self._stats:
+                return False
+        except OSError:
+            return False
+        noted = manifests.remember(directory, self.specs, check)
+        if noted:
+            self.manifest = manifests.read(directory)
+        return noted
+
+    # --- files that change ------------------------------------------------------------------------------------
+
+    def reopened(self, names: Sequence[str]) -> dict[str, StoredTensor]:
+        """These tensors as their files stand now, placed as they are in this store; the store is not touched.
+
+        Raises:
+            KeyError: the store has no such tensor.
+            DatasetNotFoundError: a file no longer has it.
+            CorruptFileError: a file cannot be read.
+            ClosedError: the store was closed.
+        """
+        for name in names:
+            self[name]  # unknown names are refused before a file is opened
+        found = {spec.name: spec for spec in locate(self.path, self.format, self._recipe.schema).specs}
+        for name in names:
+            if name not in found:
+                msg = f"{self.path}: {name} is no longer there ({self.format}); the one in use stays"
+                raise DatasetNotFoundError(msg, path=self.path, tensor=name)
+        fresh: dict[str, StoredTensor] = {}
+        maps: dict[Path, FileMap] = {}
+        try:
+            for name in names:
+                fresh[name] = self._open_tensor(found[name], self.plan, maps, lambda _: None)
+        except BaseException:
+            for tensor in fresh.values():
+                tensor.close()
+            raise
+        return fresh
+
+    def adopt(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Put reopened tensors in the place of those of the same name, all at once.
+
+        The old ones are let go, not closed: a thread that is reading from one finishes.
+        """
+        self._require_open()
+        self._tensors = {**self._tensors, **tensors}
+        self.specs = tuple(self._tensors[spec.name].spec for spec in self.specs)
+        for tensor in tensors.values():
+            tensor.origin = self._recipe
+        self._stats = stats_of(self.specs)
+        self._recipe.digest = digest_of(self.specs, self._stats)
+
+    # --- what a person wants to know --------------------------------------------------------------------------
+
+    def residency(self) -> dict[str, int]:
+        """Bytes of each tensor's file range that are in the page cache."""
+        self._require_open()
+        return {name: tensor.residency() for name, tensor in self._tensors.items()}
+
+    def release(self) -> None:
+        """Ask the system to take back the page-cache pages of all tensors; they are read again when needed."""
+        self._require_open()
+        for tensor in self._tensors.values():
+            tensor.drop()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"TensorStore({str(self.path)!r}, closed)"
+        places = dict.fromkeys(entry.placement for entry in self.plan.entries)
+        return f"TensorStore({str(self.path)!r}, {self.format}, {len(self._tensors)} tensors in {', '.join(places)})"
+
+    # --- end --------------------------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def _require_open(self) -> None:
+        if self._closed:
+            msg = f"{self.path}: the store is closed; open it again with jasper_store.open"
+            raise ClosedError(msg, path=self.path)
+
+    def close(self) -> None:
+        """Release maps, handles and memory. May be called twice.
+
+        What ``take`` handed out is owned and stays; views stay valid and hold what they show.
+        """
+        self._closed = True
+        tensors, self._tensors = self._tensors, {}
+        for tensor in tensors.values():
+            tensor.close()
+
+    def __enter__(self) -> Self:
+        self._require_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self._require_open()
+        return (same, (self._recipe,))

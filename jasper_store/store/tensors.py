@@ -1,0 +1,477 @@
+"""One tensor of a store, wherever it lives: the same API and bit-equal rows from a map, from memory, from chunks.
+
+========================  ===========================  ==========================  ======================
+                          mapped                       resident                    chunked
+========================  ===========================  ==========================  ======================
+``take``, ``[tensor]``    owned                        owned                       owned
+``[int]``, ``[slice]``    view of the file's pages     view of the tensor          owned
+``tensor()``              view of the file's pages     the tensor itself           owned, read whole
+``blocks()``              views                        views                       owned
+========================  ===========================  ==========================  ======================
+
+A view of a map is private: writing to it changes neither the file nor what other processes see. A view of a
+resident tensor is that tensor: write to a copy. Three kinds of mapped data have no view to give and hand out
+copies instead: data that lies unaligned in its file, data narrowed to another dtype on the way, and maps of a
+system that refuses writable ones.
+
+All of them may be read from several threads at once, survive a fork, and pickle as "that tensor of that store":
+what unpickles it opens the store again.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from jasper_store.errors import ClosedError, IncompatibleOptionsError
+from jasper_store.memory import residency
+from jasper_store.store.rows import as_rows, out_of_range, require_in_range, wrap_negative
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from jasper_store.formats.hdf5_chunks import ChunkedReader
+
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.store.rows import Rows
+
+__all__ = ["BLOCK_NBYTES", "ChunkedTensor", "DeviceTensor", "HostTensor", "ResidentTensor", "StoredTensor"]
+
+BLOCK_NBYTES = 8 << 20
+"""Bytes per block of a sequential scan, unless the caller says how many rows."""
+
+# torch gathers these only as the signed type of the same width.
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+class StoredTensor(ABC):
+    """A named tensor of a store: rows on demand.
+
+    Attributes:
+        name: its name in the store.
+        shape: sizes; ``torch.Size([])`` for a scalar, which counts as one row.
+        dtype: torch dtype of the rows that are handed out.
+        placement: ``"mmap"``, ``"ram"``, ``"chunked"`` or a device such as ``"cuda:0"``.
+        path: the file that it was found in.
+        spec: what the file's header says.
+    """
+
+    def __init__(self, spec: TensorSpec, placement: str, dtype: torch.dtype | None = None) -> None:
+        self.spec = spec
+        self.name = spec.name
+        self.shape = torch.Size(spec.shape)
+        self.dtype = dtype or spec.dtype
+        self.placement = placement
+        self.n_rows = spec.n_rows
+        self.row_shape = self.shape[1:]
+        # Set by the store: what a pickle of this tensor opens again.
+        self.origin: Any = None
+
+    @property
+    def path(self) -> Path:
+        """The file that it was found in."""
+        return self.spec.path
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row as it is handed out."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows as they are handed out."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows that are handed out live."""
+        return torch.device("cpu")
+
+    def __len__(self) -> int:
+        if not self.shape:
+            msg = f"{self.name}: a scalar has no length"
+            raise TypeError(msg)
+        return self.n_rows
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.dtype}, {list(self.shape)}, {self.placement!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.origin is None:
+            msg = f"{self.name}: a tensor outside of a store cannot be pickled; pickle the store, or .tensor()"
+            raise TypeError(msg)
+        return (operator.getitem, (self.origin, self.name))
+
+    @abstractmethod
+    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in any order, repeats allowed, as an owned tensor.
+
+        Args:
+            rows: 1-D int64 tensor; other integer tensors, arrays, lists and ranges work, a little slower. None
+                of them negative.
+            out: where to put them: shape ``(len(rows), *row_shape)``, this dtype and device; its old content is
+                lost, also if an error is raised.
+
+        Returns:
+            ``out``, or a new tensor ``[len(rows), ...]``.
+
+        Raises:
+            IndexError: a row outside of [0, n_rows): names the tensor, position, value and bound.
+            IncompatibleOptionsError: ``out`` has another shape, dtype or device.
+            ClosedError: the store was closed.
+        """
+
+    @abstractmethod
+    def tensor(self) -> torch.Tensor:
+        """The whole tensor; the table above says what is a view.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+
+    @abstractmethod
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop, [stop - start, ...]: a view where there is one. Both are inside."""
+
+    @abstractmethod
+    def _require_open(self) -> None:
+        """Raise ClosedError after :meth:`close`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the data; views stay valid and hold it as long as they live. May be called twice."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Row of an int, rows of a slice or of a 1-D index; negative ones count from the end.
+
+        Raises:
+            IndexError: out of range, or an index of another kind (several dimensions, masks, ``None``).
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        if isinstance(index, torch.Tensor) and index.ndim == 0 and index.dtype != torch.bool:
+            index = int(index)
+        if isinstance(index, slice):
+            start, stop, step = self._require_dims(index).indices(self.n_rows)
+            if step > 0:
+                return self._rows(start, max(start, stop))[::step]
+            return self.take(range(start, stop, step))
+        if isinstance(index, (torch.Tensor, list, range)) or (hasattr(index, "__array__") and index.ndim > 0):
+            return self.take(wrap_negative(as_rows(self._require_dims(index), self.name), self.n_rows))
+        if index == () and not self.shape:
+            return self.tensor()
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            msg = (
+                f"{self.name}: expected an int, a slice or a 1-D index of rows, got {type(index).__name__}; "
+                "other dimensions are indexed on the tensor that comes back"
+            )
+            raise IndexError(msg)
+        row = operator.index(self._require_dims(index))
+        if not -self.n_rows <= row < self.n_rows:
+            msg = f"{self.name}: row {row} is out of range: it has {self.n_rows} rows"
+            raise IndexError(msg)
+        row %= self.n_rows
+        return self._rows(row, row + 1)[0]
+
+    def _require_dims(self, index: Any) -> Any:
+        if not self.shape:
+            msg = f"{self.name}: a scalar has no rows to index; use .tensor()"
+            raise IndexError(msg)
+        return index
+
+    def blocks(self, rows_per_block: int | None = None, *, drop_behind: bool = False) -> Iterator[torch.Tensor]:
+        """All rows in order, block by block, for one sequential pass in bounded memory.
+
+        Args:
+            rows_per_block: rows per block; 8 MiB worth of them by default.
+            drop_behind: give back the page cache's copy of each block once the next is asked for, so that a pass
+                over a file leaves the cache to others. Views of earlier blocks stay valid and are read again from
+                the file when used; writes into them are lost.
+
+        Yields:
+            ``[n, ...]``: views where the data has views, else owned tensors. Never an empty block.
+
+        Raises:
+            ClosedError: the store was closed, also halfway.
+        """
+        self._require_open()
+        step = rows_per_block or max(1, BLOCK_NBYTES // max(self.row_nbytes, 1))
+        if step < 0:
+            msg = f"{self.name}: expected a number of rows per block above 0, got {rows_per_block}"
+            raise IncompatibleOptionsError(msg)
+        for start in range(0, self.n_rows, step):
+            stop = min(start + step, self.n_rows)
+            self._scan_ahead(start, min(stop + step, self.n_rows))
+            yield self._rows(start, stop)
+            self._require_open()
+            if drop_behind:
+                self._scan_behind(start, stop)
+
+    def _scan_ahead(self, start: int, stop: int) -> None:  # noqa: B027 - nothing to do is an answer
+        """Rows that a sequential scan reads now and next."""
+
+    def _scan_behind(self, start: int, stop: int) -> None:  # noqa: B027
+        """Rows that a sequential scan is done with."""
+
+    def announce(self, rows: Rows) -> None:  # noqa: ARG002 - there is nothing to announce for data in memory
+        """Ask the kernel to read these rows in, and return at once; only mapped data has anything to ask for.
+
+        Rows out of range are left out: it is ``take`` that complains.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+
+    def residency(self) -> int:
+        """Bytes of its file that are in the page cache now; of the whole file where the data is chunked.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        offset, nbytes = self._file_range()
+        return residency.cached_bytes(self.path, offset, nbytes) or 0
+
+    def drop(self) -> None:
+        """Ask the page cache to let go of its bytes; they are read again when needed.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        residency.drop_cache(self.path, *self._file_range())
+
+    def _file_range(self) -> tuple[int, int]:
+        """Byte offset and length of its values in the file; of the whole file where they have no extent."""
+        return file_range(self.spec)
+
+    def _check_out(self, out: torch.Tensor, n: int) -> None:
+        expected = (n, *self.row_shape)
+        if out.shape != expected or out.dtype != self.dtype or out.device != self.device:
+            msg = (
+                f"{self.name}: out must be {self.dtype} {list(expected)} on {self.device}, "
+                f"got {out.dtype} {list(out.shape)} on {out.device}"
+            )
+            raise IncompatibleOptionsError(msg)
+
+    def _closed_error(self) -> ClosedError:
+        msg = f"{self.name}: its store is closed; open it again with jasper_store.open"
+        return ClosedError(msg, path=self.path, tensor=self.name)
+
+
+def file_range(spec: TensorSpec) -> tuple[int, int]:
+    """Byte offset and length of a tensor's values in its file; the whole file where they have no extent."""
+    from jasper_store.formats.base import Extent
+
+    if not isinstance(spec.location, Extent):
+        return 0, spec.path.stat().st_size
+    return spec.location.offset, span_nbytes(spec)
+
+
+def span_nbytes(spec: TensorSpec) -> int:
+    """Bytes from a tensor's first element to its last as they lie in the file."""
+    from jasper_store.formats.base import Extent
+
+    strides = spec.location.strides if isinstance(spec.location, Extent) else None
+    if strides is None or 0 in spec.shape:
+        return spec.nbytes
+    return (1 + sum((n - 1) * s for n, s in zip(spec.shape, strides, strict=True))) * spec.dtype.itemsize
+
+
+class HostTensor(StoredTensor):
+    """Rows gathered from a tensor in this process's address space, be it memory or a map.
+
+    ``source`` is what torch gathers from: ``[n_rows, ...]`` in a dtype that torch can gather. Where that is not
+    what is handed out (unsigned integers wider than a byte, unaligned bytes, another dtype), ``_restore`` is the
+    way from one to the other.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        source: torch.Tensor,
+        placement: str,
+        *,
+        dtype: torch.dtype | None = None,
+        as_bytes: bool = False,
+        read_only: bool = False,
+    ) -> None:
+        super().__init__(spec, placement, dtype)
+        self._as_bytes = as_bytes
+        self._read_only = read_only
+        self._stored = spec.dtype if as_bytes else source.dtype
+        if not spec.shape and not as_bytes:
+            source = source.reshape(1)
+        signed = None if as_bytes else _SIGNED.get(source.dtype)
+        self._source: torch.Tensor | None = source if signed is None else source.view(signed)
+        self._plain = not as_bytes and signed is None and self.dtype == source.dtype
+
+    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
+        source = self._source
+        if source is None:
+            raise self._closed_error()
+        if type(rows) is not torch.Tensor or rows.dtype is not torch.int64 or rows.ndim != 1 or rows.is_cuda:
+            rows = as_rows(rows, self.name).cpu()
+        if out is not None:
+            self._check_out(out, len(rows))
+        return self._gather(source, rows, out)
+
+    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        # torch checks every index while it gathers, so a second pass over them is only needed to explain.
+        try:
+            if not self._plain:
+                got = self._restore(torch.index_select(source, 0, rows))
+                return got if out is None else out.copy_(got)
+            if out is None:
+                return torch.index_select(source, 0, rows)
+            return torch.index_select(source, 0, rows, out=out)
+        except (IndexError, RuntimeError) as exc:
+            error = out_of_range(rows, self.n_rows, self.name)
+            if error is None:
+                raise
+            raise error from exc
+
+    def _restore(self, part: torch.Tensor) -> torch.Tensor:
+        """What is handed out for a part of ``source``; a view of it where that is possible."""
+        if self._as_bytes:
+            part = part.contiguous().view(-1).view(self._stored).view(len(part), *self.row_shape)
+        elif part.dtype != self._stored:
+            part = part.view(self._stored)
+        return part.to(self.dtype)
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        source = self._source
+        if source is None:
+            raise self._closed_error()
+        part = source[start:stop]
+        if self._as_bytes or (self._read_only and self.dtype == self._stored):
+            part = part.clone()
+        return self._restore(part)
+
+    def tensor(self) -> torch.Tensor:
+        """The whole tensor: a view, unless the table at the top of this module says otherwise."""
+        whole = self._rows(0, self.n_rows)
+        return whole if self.shape else whole.reshape(())
+
+    def _require_open(self) -> None:
+        if self._source is None:
+            raise self._closed_error()
+
+    def close(self) -> None:
+        """Let go of the data; views stay valid and hold it as long as they live."""
+        self._source = None
+
+
+class ResidentTensor(HostTensor):
+    """All rows in host memory. Forked processes share it; a spawned one maps the file instead.
+
+    Args:
+        spec: what the file's header says.
+        values: the values, of the spec's shape, in the dtype to hand out.
+    """
+
+    def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
+        super().__init__(spec, values, "ram", dtype=values.dtype)
+
+
+class DeviceTensor(HostTensor):
+    """All rows on a CUDA device; gathers run there.
+
+    Rows that come from the host are checked there first: an index error inside a CUDA kernel would end the
+    process's CUDA context. Rows that are on the device already are used as they are, so that a batch waits for
+    nothing: whoever makes them answers for their range.
+    """
+
+    def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
+        super().__init__(spec, values, str(values.device), dtype=values.dtype)
+        self._device = values.device
+
+    @property
+    def device(self) -> torch.device:
+        """The device."""
+        return self._device
+
+    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in any order, repeats allowed, on the device; see :meth:`StoredTensor.take`."""
+        source = self._source
+        if source is None:
+            raise self._closed_error()
+        if not isinstance(rows, torch.Tensor) or rows.dtype is not torch.int64 or rows.ndim != 1:
+            rows = as_rows(rows, self.name)
+        if not rows.is_cuda:
+            require_in_range(rows, self.n_rows, self.name)
+        if rows.device != self._device:
+            rows = rows.to(self._device, non_blocking=True)
+        if out is not None:
+            self._check_out(out, len(rows))
+        return self._gather(source, rows, out)
+
+    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        # As on the host, less the explanation of an index error, which would wait for the device.
+        if not self._plain:
+            got = self._restore(torch.index_select(source, 0, rows))
+            return got if out is None else out.copy_(got)
+        return torch.index_select(source, 0, rows) if out is None else torch.index_select(source, 0, rows, out=out)
+
+
+class ChunkedTensor(StoredTensor):
+    """Rows of a chunked or compressed HDF5 dataset; each chunk that a call needs is read and unpacked once.
+
+    Handles are opened when they are needed, in each process of its own.
+    """
+
+    def __init__(self, spec: TensorSpec, reader: ChunkedReader, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(spec, "chunked", dtype)
+        self._reader: ChunkedReader | None = reader
+
+    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
+        reader = self._open_reader()
+        rows = as_rows(rows, self.name).cpu()
+        require_in_range(rows, self.n_rows, self.name)
+        if out is not None:
+            self._check_out(out, len(rows))
+        if out is not None and self.dtype == self.spec.dtype and out.is_contiguous():
+            reader.read_rows(rows, out)
+            return out
+        got = torch.empty((len(rows), *self.row_shape), dtype=self.spec.dtype, device="cpu")
+        reader.read_rows(rows, got)
+        return got.to(self.dtype) if out is None else out.copy_(got)
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        reader = self._open_reader()
+        got = torch.empty((stop - start, *self.row_shape), dtype=self.spec.dtype, device="cpu")
+        if got.numel():
+            reader.read_block(start, stop, got)
+        return got.to(self.dtype)
+
+    def tensor(self) -> torch.Tensor:
+        """The whole tensor, read and unpacked into memory of its own."""
+        whole = self._rows(0, self.n_rows)
+        return whole if self.shape else whole.reshape(())
+
+    def _open_reader(self) -> ChunkedReader:
+        if self._reader is None:
+            raise self._closed_error()
+        return self._reader
+
+    def _require_open(self) -> None:
+        self._open_reader()
+
+    def close(self) -> None:
+        """Close the handles."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()

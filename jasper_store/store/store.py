@@ -21,6 +21,7 @@ from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import base_name, locate
 from jasper_store.memory.mapping import FileMap
 from jasper_store.store import manifest as manifests
+from jasper_store.store.device import DeviceLoader
 from jasper_store.store.guard import check_options
 from jasper_store.store.load import load, stored_nbytes
 from jasper_store.store.mapped import MappedTensor
@@ -131,12 +132,24 @@ def _locate(path: Path, format: str, schema: Schema) -> tuple[Located, manifests
     return located, manifest, stale if known else [*stale, *located.warnings]
 
 
-def _map(maps: dict[Path, FileMap], path: Path) -> FileMap:
-    """The map of a file, one for all of its tensors."""
-    found = maps.get(path)
-    if found is None:
-        found = maps[path] = FileMap(path)
-    return found
+class _Shared:
+    """What several tensors of one store are opened with: one map per file, one staging ring per device."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, FileMap] = {}
+        self._loaders: dict[torch.device, DeviceLoader] = {}
+
+    def map(self, path: Path) -> FileMap:
+        """The map of a file; it lives as long as a tensor that reads through it."""
+        if path not in self._maps:
+            self._maps[path] = FileMap(path)
+        return self._maps[path]
+
+    def loader(self, device: torch.device) -> DeviceLoader:
+        """The loader of a device."""
+        if device not in self._loaders:
+            self._loaders[device] = DeviceLoader(device)
+        return self._loaders[device]
 
 
 class TensorStore(Mapping[str, StoredTensor]):
@@ -192,15 +205,15 @@ class TensorStore(Mapping[str, StoredTensor]):
                 progress(done, total)
 
         tensors: dict[str, StoredTensor] = {}
-        maps: dict[Path, FileMap] = {}
+        tools = _Shared()
         for spec in specs:
-            tensor = self._open_tensor(spec, plan, maps, on_bytes)
+            tensor = self._open_tensor(spec, plan, tools, on_bytes)
             tensor.origin = self._recipe
             tensors[spec.name] = tensor
         return tensors
 
     def _open_tensor(
-        self, spec: TensorSpec, plan: Plan, maps: dict[Path, FileMap], on_bytes: Callable[[int], None]
+        self, spec: TensorSpec, plan: Plan, tools: _Shared, on_bytes: Callable[[int], None]
     ) -> StoredTensor:
         placement = plan.placement(spec.name)
         dtype = target_dtype(spec, self._recipe.dtype)
@@ -209,16 +222,13 @@ class TensorStore(Mapping[str, StoredTensor]):
 
             return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
         if placement == "mmap":
-            return MappedTensor(spec, _map(maps, spec.path), dtype=dtype)
+            return MappedTensor(spec, tools.map(spec.path), dtype=dtype)
         # Several ranks that load the same files would evict each other's pages.
         drop_behind = plan.budget.ranks == 1
         if placement == "ram":
             return ResidentTensor(spec, load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))
-        from jasper_store.store.device import load_to_device
-
-        return DeviceTensor(
-            spec, load_to_device(spec, dtype, torch.device(placement), drop_behind=drop_behind, on_bytes=on_bytes)
-        )
+        loader = tools.loader(torch.device(placement))
+        return DeviceTensor(spec, loader.load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))
 
     # --- the tensors ------------------------------------------------------------------------------------------
 
@@ -326,10 +336,10 @@ class TensorStore(Mapping[str, StoredTensor]):
                 msg = f"{self.path}: {name} is no longer there ({self.format}); the one in use stays"
                 raise DatasetNotFoundError(msg, path=self.path, tensor=name)
         fresh: dict[str, StoredTensor] = {}
-        maps: dict[Path, FileMap] = {}
+        tools = _Shared()
         try:
             for name in names:
-                fresh[name] = self._open_tensor(found[name], self.plan, maps, lambda _: None)
+                fresh[name] = self._open_tensor(found[name], self.plan, tools, lambda _: None)
         except BaseException:
             for tensor in fresh.values():
                 tensor.close()

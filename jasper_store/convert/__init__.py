@@ -1,0 +1,1 @@
+"""Files written and checked: the atomic writer, conversion with its proof, verification, and DatasetWriter."""

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["BLOCK", "default_threads", "empty", "read_converted", "read_into"]
+__all__ = ["BLOCK", "RangeReader", "default_threads", "empty", "read_converted", "read_into"]
 
 BLOCK = 4 << 20
 """Bytes per read."""
@@ -103,14 +103,9 @@ def read_into(
         DatasetNotFoundError: there is no such file, or it cannot be read.
         IncompatibleOptionsError: ``out`` is not a contiguous host tensor.
     """
-    target = _as_bytes(out)
-    with _Reader(path, offset, target.numel(), drop_behind=drop_behind) as reader:
-        view = memoryview(target.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers from NumPy 2 on
-
-        def read(start: int, stop: int) -> None:
-            reader.read(start, view[start:stop])
-
-        reader.run(read, BLOCK, threads, on_bytes)
+    nbytes = out.numel() * out.element_size()
+    with RangeReader(path, offset, nbytes, threads=threads, drop_behind=drop_behind) as reader:
+        reader.read(0, out, on_bytes)
 
 
 def read_converted(
@@ -134,87 +129,136 @@ def read_converted(
     _as_bytes(out)
     flat = out.view(-1)
     size = stored_dtype.itemsize
-    with _Reader(path, offset, flat.numel() * size, drop_behind=drop_behind) as reader:
+    with RangeReader(path, offset, flat.numel() * size, threads=threads, drop_behind=drop_behind) as reader:
 
-        def read(start: int, stop: int) -> None:
-            scratch = torch.empty(stop - start, dtype=torch.uint8)
-            reader.read(start, memoryview(scratch.numpy()))  # type: ignore[arg-type]
+        def fill(start: int, stop: int) -> None:
+            scratch = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
+            reader.read_block(start, _as_bytes(scratch))
             flat[start // size : stop // size].copy_(scratch.view(stored_dtype))
 
-        reader.run(read, _CONVERT_BLOCK, threads, on_bytes)
+        reader.run(0, reader.nbytes, fill, _CONVERT_BLOCK, on_bytes)
 
 
-def _as_bytes(out: torch.Tensor) -> torch.Tensor:
+def _as_bytes(out: torch.Tensor) -> memoryview:
     if out.device.type != "cpu" or not out.is_contiguous():
         msg = f"expected a contiguous host tensor to read into, got strides {out.stride()} on {out.device}"
         raise IncompatibleOptionsError(msg)
-    return out.detach().reshape(-1).view(torch.uint8)
+    return memoryview(out.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-class _Reader:
-    """One open file, read in blocks by several threads."""
+class RangeReader:
+    """A range of one file, read by several threads, whole or piece after piece (a staging ring).
 
-    def __init__(self, path: str | os.PathLike[str], offset: int, nbytes: int, *, drop_behind: bool) -> None:
+    Reading in pieces through one reader, rather than through one call of :func:`read_into` each, keeps the threads
+    and lets ``drop_behind`` tell pages that were cached before from those that the kernel read ahead on its own.
+    Not for concurrent use.
+
+    Args:
+        path: the file.
+        offset: first byte of the range.
+        nbytes: its length.
+        threads: as in :func:`read_into`.
+        drop_behind: as in :func:`read_into`.
+
+    Raises:
+        DatasetNotFoundError: there is no such file, or it cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        offset: int,
+        nbytes: int,
+        *,
+        threads: int | None = None,
+        drop_behind: bool = False,
+    ) -> None:
         self.path = Path(path)
         self.offset = offset
         self.nbytes = nbytes
-        self.drop_behind = drop_behind and hasattr(os, "posix_fadvise")
-
-    def __enter__(self) -> Self:
+        self._threads = default_threads() if threads is None else max(1, threads)
+        self._pool: ThreadPoolExecutor | None = None
+        self._reached = 0
         try:
-            self.fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as exc:
             msg = f"{self.path}: cannot be read ({exc.strerror or exc}); check the path and its permissions"
             raise DatasetNotFoundError(msg, path=self.path) from exc
+        # Asked before anything is read: the kernel's own read-ahead would make later blocks look cached.
+        self._kept = self._cached_blocks() if drop_behind and hasattr(os, "posix_fadvise") else None
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self.fd)
+        self.close()
+
+    def close(self) -> None:
+        """Stop the threads and close the file. May be called twice."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        if self._fd >= 0:
+            # Once more: what was read ahead for one block may have arrived after the next block's drop.
+            self._drop(0, self._reached)
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, start: int, out: torch.Tensor, on_bytes: Callable[[int], None] | None = None) -> None:
+        """Fill a contiguous host tensor with the bytes at ``start`` of the range; errors as :func:`read_into`."""
+        view = _as_bytes(out)
+
+        def fill(first: int, last: int) -> None:
+            self.read_block(first, view[first - start : last - start])
+
+        self.run(start, start + len(view), fill, BLOCK, on_bytes)
 
     def run(
         self,
-        read: Callable[[int, int], None],
+        start: int,
+        stop: int,
+        fill: Callable[[int, int], None],
         block: int,
-        threads: int | None,
         on_bytes: Callable[[int], None] | None,
     ) -> None:
-        """Call ``read(start, stop)`` for every block of the range, in threads."""
-        blocks = [(start, min(start + block, self.nbytes)) for start in range(0, self.nbytes, block)]
-        # Asked before anything is read: the kernel's own read-ahead would make later blocks look cached.
-        fresh = [self.drop_behind and not self._mostly_cached(start, stop) for start, stop in blocks]
+        """Call ``fill(first, last)`` in threads for each block of a part of the range."""
 
-        def one(index: int) -> int:
-            start, stop = blocks[index]
-            read(start, stop)
-            if fresh[index]:
-                residency.drop_cache(self.fd, self.offset + start, stop - start)
-            return stop - start
+        def one(first: int) -> int:
+            last = min(first + block, stop)
+            fill(first, last)
+            self._drop(first, last)
+            return last - first
 
-        workers = min(default_threads() if threads is None else max(1, threads), len(blocks))
-        if workers <= 1:
-            for index in range(len(blocks)):
-                done = one(index)
+        self._reached = max(self._reached, stop)
+        firsts = range(start, stop, block)
+        if self._threads == 1 or len(firsts) <= 1:
+            for first in firsts:
+                done = one(first)
                 if on_bytes is not None:
                     on_bytes(done)
             return
-        with ThreadPoolExecutor(workers, thread_name_prefix="jasper-preload") as pool:
-            futures: list[Future[int]] = [pool.submit(one, index) for index in range(len(blocks))]
-            try:
-                for future in as_completed(futures):
-                    done = future.result()
-                    if on_bytes is not None:
-                        on_bytes(done)
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="jasper-preload")
+        futures: list[Future[int]] = [self._pool.submit(one, first) for first in firsts]
+        try:
+            for future in as_completed(futures):
+                done = future.result()
+                if on_bytes is not None:
+                    on_bytes(done)
+        except BaseException:
+            # The threads write into the caller's tensor: none of them may outlive this call.
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
 
-    def read(self, start: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes at ``start`` of the range."""
+    def read_block(self, start: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes at ``start`` of the range, in the calling thread."""
         done = 0
         while done < len(view):
             got = self._read_at(self.offset + start + done, view[done:])
             if got == 0:
-                size = os.fstat(self.fd).st_size
+                size = os.fstat(self._fd).st_size
                 msg = (
                     f"{self.path}: expected {self.offset + self.nbytes:,} bytes, found {size:,}: the file is "
                     "truncated; copy or convert it again"
@@ -225,7 +269,7 @@ class _Reader:
     def _read_at(self, position: int, view: memoryview) -> int:
         try:
             if hasattr(os, "preadv"):
-                return os.preadv(self.fd, [view], position)
+                return os.preadv(self._fd, [view], position)
             with self.path.open("rb", buffering=0) as raw:  # Windows: a position of its own for each thread
                 raw.seek(position)
                 return raw.readinto(view) or 0
@@ -233,7 +277,24 @@ class _Reader:
             msg = f"{self.path}: reading at byte {position:,} failed ({exc.strerror or exc}); check the disk"
             raise CorruptFileError(msg, path=self.path) from exc
 
-    def _mostly_cached(self, start: int, stop: int) -> bool:
-        cached = residency.cached_bytes(self.fd, self.offset + start, stop - start)
-        # Where the system cannot say, the pages stay: evicting somebody else's is worse than a second copy.
-        return cached is None or cached * 2 > stop - start
+    def _cached_blocks(self) -> list[bool]:
+        """Of each 4 MiB of the range, whether most of it is in the page cache; unknown counts as cached."""
+        blocks = []
+        for start in range(0, self.nbytes, BLOCK):
+            length = min(BLOCK, self.nbytes - start)
+            cached = residency.cached_bytes(self._fd, self.offset + start, length)
+            # Where the system cannot say, the pages stay: evicting somebody else's is worse than a second copy.
+            blocks.append(cached is None or cached * 2 > length)
+        return blocks
+
+    def _drop(self, first: int, last: int) -> None:
+        """Give back the cache's copy of what lies between two positions, unless it was cached before."""
+        if self._kept is None:
+            return
+        # The kernel drops whole pages only, so neighbours' drops overlap by one page; dropping a page that is
+        # still to be read costs one page's reading.
+        for index in range(first // BLOCK, -(-last // BLOCK)):
+            if not self._kept[index]:
+                start, stop = max(first, index * BLOCK), min(last, (index + 1) * BLOCK)
+                begin = (self.offset + start) // residency.PAGE * residency.PAGE
+                residency.drop_cache(self._fd, begin, self.offset + stop - begin)

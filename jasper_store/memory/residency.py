@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from contextlib import contextmanager
@@ -58,17 +59,23 @@ def cached_bytes(file: FileOrFd, offset: int, nbytes: int) -> int | None:
         pages, error = syscalls.cachestat(fd, offset, nbytes)
         if not error:
             return min(pages * PAGE, nbytes)
-        if os.name == "nt":
+        # Newer kernels refuse to tell about other owners' files; older ones make mincore(2) say "all of it".
+        info = os.fstat(fd)
+        if error != errno.ENOSYS or os.name == "nt" or not _mine(info):
             return None
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
-        if min(offset + nbytes, os.fstat(fd).st_size) <= start:
+        stop = min(offset + nbytes, info.st_size)
+        if stop <= start:
             return 0
-        length = min(offset + nbytes, os.fstat(fd).st_size) - start
-        with mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=start) as window:
+        with mmap.mmap(fd, stop - start, access=mmap.ACCESS_READ, offset=start) as window:
             array = np.frombuffer(window, dtype=np.uint8)
-            found = mapped_cached_bytes(int(array.__array_interface__["data"][0]) + offset - start, nbytes)
+            address = int(array.__array_interface__["data"][0])
             del array
-            return found
+            return mapped_cached_bytes(address + offset - start, stop - offset)
+
+
+def _mine(info: os.stat_result) -> bool:
+    return os.geteuid() in {0, info.st_uid}
 
 
 def mapped_cached_bytes(address: int, nbytes: int) -> int | None:

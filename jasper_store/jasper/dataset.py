@@ -15,7 +15,8 @@ import xxhash
 from torch.utils.data import Dataset
 from typing_extensions import Self
 
-from jasper_store.convert.converter import ConversionReport, convert
+from jasper_store.convert.converter import convert
+from jasper_store.convert.report import ConversionReport
 from jasper_store.errors import ClosedError, UnknownNameError
 from jasper_store.jasper.batch import Batch, Sample
 from jasper_store.jasper.control import Control
@@ -95,6 +96,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         self._opened: OpenedDataset | None = opened.join()
         self._control = Control(epoch)
         self._negatives_seen = 0
+        self._draw: Draw | None = None
         self._size = opened.sizes[split]
         self.split: Split = split
         self.seed = seed
@@ -193,13 +195,20 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         current, forced, generation = self._control.read()
         if generation != self._negatives_seen:
             self._follow_negatives(generation)
-        epoch = current if epoch is None else epoch
         opened = self._open()
-        draw = Draw(self.seed, epoch, opened.config.curriculum.probabilities(epoch), forced)
+        draw = self._draw_of(opened, current if epoch is None else epoch, forced)
         positions = torch.as_tensor(indices, dtype=torch.int64)
         if opened.store.device.type != "cpu":
             positions = positions.to(opened.store.device, non_blocking=True)
         return rows_of(opened.store, self.split, positions, draw)
+
+    def _draw_of(self, opened: OpenedDataset, epoch: int, forced: int | None) -> Draw:
+        """The draw of an epoch; kept, because it is asked for with every batch and changes once an epoch."""
+        draw = self._draw
+        if draw is None or draw.epoch != epoch or draw.forced != forced:
+            probabilities = opened.config.curriculum.probabilities(epoch)
+            self._draw = draw = Draw(self.seed, epoch, probabilities, forced, opened.sizes["pairs"])
+        return draw
 
     # --- curriculum -------------------------------------------------------------------------------------------
 
@@ -355,6 +364,10 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         return digest.hexdigest()
 
     # --- end --------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers open the files anew, so they begin with the negatives that are on disk, and draw for themselves.
+        return self.__dict__ | {"_draw": None, "_negatives_seen": self._control.read()[2]}
 
     def close(self) -> None:
         """Release files, maps and preloaded tensors; safe to call twice. Batches already made stay valid."""

@@ -17,27 +17,40 @@ from jasper_store.store.store import TensorStore
 __all__ = ["Draw", "Rows", "gather", "rows_of"]
 
 
-@dataclass(frozen=True, slots=True)
+_TABLE_PAIRS = 1 << 20
+"""Up to this many pairs the variants of an epoch are drawn at once and looked up: one operation a batch instead of
+fourteen (30 us at B=256 on a core of the machine in docs/performance.md). A byte per pair; beyond it, memory would
+grow with the dataset, and each batch is drawn by itself."""
+
+
 class Draw:
-    """What decides the steering of a batch.
+    """What decides the steering of every sample of an epoch. Immutable; on the device that it is asked on.
 
     Attributes:
-        seed: the dataset's seed.
         epoch: epoch number.
-        probabilities: of the variants at that epoch.
         forced: a variant that every sample gets instead, or ``None``.
     """
 
-    seed: int
-    epoch: int
-    probabilities: Probabilities
-    forced: int | None
+    __slots__ = ("_pairs", "_probabilities", "_seed", "_table", "epoch", "forced")
+
+    def __init__(self, seed: int, epoch: int, probabilities: Probabilities, forced: int | None, pairs: int) -> None:
+        self.epoch = epoch
+        self.forced = forced
+        self._seed = seed
+        self._probabilities = probabilities
+        self._pairs = pairs
+        self._table: torch.Tensor | None = None
 
     def variants(self, pairs: torch.Tensor) -> torch.Tensor:
-        """Variant of each pair, int64, on the device of ``pairs``."""
+        """Variant of each pair row [B], int64, on the device of ``pairs``."""
         if self.forced is not None:
             return torch.full_like(pairs, self.forced)
-        return draw_variants(pairs, self.seed, self.epoch, self.probabilities)
+        if self._pairs > _TABLE_PAIRS:
+            return draw_variants(pairs, self._seed, self.epoch, self._probabilities)
+        if self._table is None:
+            everything = torch.arange(self._pairs, device=pairs.device)
+            self._table = draw_variants(everything, self._seed, self.epoch, self._probabilities).to(torch.int8)
+        return torch.index_select(self._table, 0, pairs).to(torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +102,7 @@ def gather(store: TensorStore, rows: Rows) -> dict[str, torch.Tensor]:
         "question_emb": store["question_embs"].take(rows.questions),
         "target_source_emb": sources[:size],
         "steering": _steering(store, rows),
-        "negative_embs": sources[size:].view(size, -1, sources.shape[1]),
+        "negative_embs": sources[size:].view(size, *store["hard_negatives"].shape[1:], *sources.shape[1:]),
         "cluster_id": _int64(store["pair_cluster_id"].take(rows.pairs)),
         "relevance": store["pair_relevance"].take(rows.pairs),
         "centroid_distance": store["centroid_distances"].take(rows.pairs),

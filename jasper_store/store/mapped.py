@@ -9,14 +9,31 @@ import torch
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Extent, contiguous_strides
+from jasper_store.memory import paging
 from jasper_store.memory.mapping import mappable, view
+from jasper_store.memory.watch import Watch
+from jasper_store.store.rows import as_rows
 from jasper_store.store.tensors import HostTensor, span_nbytes
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jasper_store.formats.base import TensorSpec
     from jasper_store.memory.mapping import FileMap
+    from jasper_store.memory.paging import Access
+    from jasper_store.store.rows import Rows
 
 __all__ = ["MappedTensor", "rows_are_runs", "why_not_mappable"]
+
+# Tensors up to this size are announced once and whole.
+_SMALL_TENSOR = 1 << 20
+# Batches that a look-ahead can be ahead of the gathers and still be relied on.
+_MAX_AHEAD = 64
+# A look-ahead whose gathers happen in another process learns of pages that were evicted by announcing now and then.
+_PROBE_EVERY = 64
+# Views of up to this many bytes are left to page faults; of more than that are not announced in one go.
+_SMALL_VIEW = 64 << 10
+_LARGE_VIEW = 64 << 20
 
 
 def rows_are_runs(spec: TensorSpec) -> bool:
@@ -65,11 +82,124 @@ class MappedTensor(HostTensor):
             source = view(fmap, offset, torch.uint8, (spec.n_rows, spec.row_nbytes))
         super().__init__(spec, source, "mmap", dtype=dtype, as_bytes=not aligned, read_only=not fmap.writable)
         self._fmap: FileMap | None = fmap
+        self._offset = offset
         self._address = fmap.address + offset
         self._span = span_nbytes(spec)
-        stored_row = spec.row_nbytes if strides is None or not spec.shape else strides[0] * spec.dtype.itemsize
-        self._row_stride = stored_row
+        self._row_nbytes = spec.row_nbytes
+        self._row_stride = spec.row_nbytes if not strides else strides[0] * spec.dtype.itemsize
         self._runs = rows_are_runs(spec) and self._span > 0
+        # Tensors that are a few pages, and rows that are not runs, are read in whole or left to page faults.
+        self._watch = Watch() if self._runs and self._span > _SMALL_TENSOR else None
+        self._ahead = Watch(probe_every=_PROBE_EVERY)
+        self._announced = 0
+        self._settled = self._span > _SMALL_TENSOR
+        self._advice: Access = "normal"
+        self._advise("random")
+
+    def _advise(self, how: Access) -> None:
+        # Around random rows the kernel's read-ahead reads mostly what nobody asked for, and scans announce what
+        # they need; but whoever walks through a large view has nothing else.
+        if self._span and how != self._advice:
+            paging.advise(self._address, self._span, how)
+            self._advice = how
+
+    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        watch = self._watch
+        if watch is None:
+            self._settle()
+            return super()._gather(source, rows, out)
+        if self._announced:
+            # Somebody looks ahead and has announced these rows, or rows like them.
+            self._announced -= 1
+        elif watch.should_announce():
+            self._advise("random")
+            watch.announce(self._ranges(rows))
+        got = super()._gather(source, rows, out)
+        watch.after(len(rows))
+        self._ahead.after(len(rows))
+        return got
+
+    def _settle(self) -> None:
+        """Have a small tensor read in whole when it is first needed; it is not worth watching afterwards."""
+        if not self._settled:
+            self._settled = True
+            if self._span:
+                paging.announcer().announce(paging.span(self._address, self._span))
+
+    def _ranges(self, rows: torch.Tensor) -> np.ndarray:
+        wanted = rows.numpy()
+        inside = (wanted >= 0) & (wanted < self.n_rows)
+        if not inside.all():
+            wanted = wanted[inside]
+        return paging.row_ranges(self._address, self._row_stride, self._row_nbytes, wanted)
+
+    def announce(self, rows: Rows) -> None:
+        """Ask the kernel to read these rows in, and return at once.
+
+        Nothing is asked while rows announced lately turned out to be in memory already; one call in 64 makes
+        sure that this is still so. The next ``take`` relies on it and announces nothing of its own.
+
+        Rows out of range are left out: it is ``take`` that complains. Rows that are scattered over the file (see
+        the plan) are not announced: that would be a range per value.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        named = as_rows(rows, self.name).cpu()
+        if self._watch is None:
+            self._settle()
+            return
+        self._announced = min(self._announced + 1, _MAX_AHEAD)
+        if self._ahead.should_announce():
+            self._advise("random")
+            self._ahead.announce(self._ranges(named))
+
+    def residency(self) -> int:
+        """Bytes of its file range that are in the page cache now."""
+        fmap = self._open_map()
+        return paging.residency(self._address, self._span, fmap.fileno(), self._offset)
+
+    def drop(self) -> None:
+        """Ask the system to take its pages back, out of this process and out of the page cache.
+
+        They are read again when needed; private writes through views survive.
+        """
+        fmap = self._open_map()
+        paging.drop(self._address, self._span, fmap.fileno(), self._offset)
+
+    def populate(self, start: int, stop: int) -> bool:
+        """Bring bytes [start, stop) of its file range into memory; False where the system has no such call."""
+        self._require_open()
+        return paging.populate(self._address + start, stop - start)
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
+        if self._runs and start < stop:
+            begin, length = self._byte_range(start, stop)
+            if length > _LARGE_VIEW:
+                self._advise("normal")
+            elif length > _SMALL_VIEW:
+                paging.announcer().announce(paging.span(self._address + begin, length))
+        return super()._rows(start, stop)
+
+    def _scan_ahead(self, start: int, stop: int) -> None:
+        if self._runs:
+            begin, length = self._byte_range(start, stop)
+            paging.announcer().announce(paging.span(self._address + begin, length))
+
+    def _scan_behind(self, start: int, stop: int) -> None:
+        if self._runs:
+            begin, length = self._byte_range(start, stop)
+            paging.drop(self._address + begin, length, self._open_map().fileno(), self._offset + begin)
+
+    def _byte_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Offset from the tensor's first byte, and length, of rows start to stop, which are runs."""
+        return start * self._row_stride, (stop - 1 - start) * self._row_stride + self._row_nbytes
+
+    def _open_map(self) -> FileMap:
+        if self._fmap is None:
+            raise self._closed_error()
+        return self._fmap
 
     def close(self) -> None:
         """Let go of the map; views stay valid and hold it as long as they live."""

@@ -35,9 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from jasper_store.formats.hdf5_chunks import ChunkedReader
-
     from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.hdf5_chunks import ChunkedReader
     from jasper_store.store.rows import Rows
 
 __all__ = ["BLOCK_NBYTES", "ChunkedTensor", "DeviceTensor", "HostTensor", "ResidentTensor", "StoredTensor"]
@@ -143,6 +142,10 @@ class StoredTensor(ABC):
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop, [stop - start, ...]: a view where there is one. Both are inside."""
 
+    def _part(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of a sequential scan, which has announced them already."""
+        return self._rows(start, stop)
+
     @abstractmethod
     def _require_open(self) -> None:
         """Raise ClosedError after :meth:`close`."""
@@ -168,7 +171,7 @@ class StoredTensor(ABC):
             return self.take(range(start, stop, step))
         if isinstance(index, (torch.Tensor, list, range)) or (hasattr(index, "__array__") and index.ndim > 0):
             return self.take(wrap_negative(as_rows(self._require_dims(index), self.name), self.n_rows))
-        if index == () and not self.shape:
+        if isinstance(index, tuple) and not index and not self.shape:
             return self.tensor()
         if isinstance(index, bool) or not hasattr(index, "__index__"):
             msg = (
@@ -212,7 +215,7 @@ class StoredTensor(ABC):
         for start in range(0, self.n_rows, step):
             stop = min(start + step, self.n_rows)
             self._scan_ahead(start, min(stop + step, self.n_rows))
-            yield self._rows(start, stop)
+            yield self._part(start, stop)
             self._require_open()
             if drop_behind:
                 self._scan_behind(start, stop)
@@ -352,6 +355,9 @@ class HostTensor(StoredTensor):
         return part.to(self.dtype)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
+        return HostTensor._part(self, start, stop)
+
+    def _part(self, start: int, stop: int) -> torch.Tensor:
         source = self._source
         if source is None:
             raise self._closed_error()
@@ -443,7 +449,7 @@ class ChunkedTensor(StoredTensor):
         require_in_range(rows, self.n_rows, self.name)
         if out is not None:
             self._check_out(out, len(rows))
-        if out is not None and self.dtype == self.spec.dtype and out.is_contiguous():
+        if out is not None and self.dtype == self.spec.dtype and out.is_contiguous() and out.numel() > 1:
             reader.read_rows(rows, out)
             return out
         got = torch.empty((len(rows), *self.row_shape), dtype=self.spec.dtype, device="cpu")

@@ -268,5 +268,5 @@ def test_a_stamp_samples_all_over_a_large_file(tmp_path):
 
 
 def test_only_regular_files_are_stamped(tmp_path):
-    with pytest.raises(OSError, match="directory|regular|denied"):
+    with pytest.raises(OSError, match=r"directory|regular|denied"):
         Stamp.of(tmp_path)

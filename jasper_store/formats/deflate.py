@@ -56,7 +56,7 @@ def compress(planes: NDArray[np.uint8]) -> bytes:
 
 def _encode(plane: memoryview) -> list[bytes | memoryview]:
     """One plane as deflate blocks that end on a byte."""
-    # Level 3 finds the repeats of rows that level 2 misses; the window of 32 KiB is one plane of a float32 chunk.
+    # Level 3 finds the repeats of rows that level 2 misses.
     matcher = isal_zlib.compressobj(3, isal_zlib.DEFLATED, -15)
     best: bytes = matcher.compress(plane) + matcher.flush(isal_zlib.Z_SYNC_FLUSH)
     # A Huffman code takes at least one bit a byte, so it cannot beat a match that took much less.
@@ -76,7 +76,7 @@ def _store(plane: memoryview) -> list[bytes | memoryview]:
     return parts
 
 
-def inflate(stream: bytes, nbytes: int) -> bytes:
+def inflate(stream: bytes | memoryview, nbytes: int) -> bytes:
     """Exactly ``nbytes`` bytes from a zlib stream, its checksum verified. Releases the interpreter lock.
 
     Raises:

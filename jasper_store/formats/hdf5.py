@@ -102,7 +102,7 @@ def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tenso
 
 @contextmanager
 def open_file(path: Path) -> Iterator[tuple[Any, int]]:
-    """Open an HDF5 file read-only and yield it with its size; no lock is taken, so read-only mounts and NFS work.
+    """Open an HDF5 file read-only and yield it with its size, also on file systems that have no locks.
 
     Raises:
         DatasetNotFoundError: there is no such file, or it may not be read.
@@ -113,7 +113,18 @@ def open_file(path: Path) -> Iterator[tuple[Any, int]]:
     import h5py
 
     with translated(path):
-        file = h5py.File(path, "r", locking=False)
+        try:
+            # The library's own default, since it refuses a file that this process has open with another choice.
+            file = h5py.File(path, "r")
+        except BlockingIOError as exc:
+            raise CorruptFileError(
+                f"{path}: another process has it open for writing; wait until it has finished.", path=path
+            ) from exc
+        except OSError as exc:
+            if "lock" not in str(exc):
+                raise
+            # NFS without a lock daemon, a read-only mount, or opened elsewhere in this process without locks.
+            file = h5py.File(path, "r", locking=False)
         try:
             yield file, size
         finally:

@@ -121,6 +121,7 @@ class DeviceLoader:
         spec: TensorSpec,
         dtype: torch.dtype,
         *,
+        out: torch.Tensor | None = None,
         drop_behind: bool = False,
         on_bytes: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
@@ -132,7 +133,8 @@ class DeviceLoader:
             InsufficientMemoryError: the device refused the memory, although it was free when the plan was made.
         """
         try:
-            out = torch.empty(spec.shape, dtype=dtype, device=self.device)
+            if out is None:
+                out = torch.empty(spec.shape, dtype=dtype, device=self.device)
             if isinstance(spec.location, Chunked):
                 self._run(self._unpacked(spec, on_bytes), out.view(-1))
             elif isinstance(spec.location, Extent) and spec.contiguous:

@@ -27,6 +27,7 @@ def load(
     spec: TensorSpec,
     dtype: torch.dtype,
     *,
+    out: torch.Tensor | None = None,
     drop_behind: bool = False,
     on_bytes: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
@@ -38,6 +39,7 @@ def load(
     Args:
         spec: the tensor.
         dtype: dtype of the result; conversion is that of ``Tensor.to``.
+        out: where to put them: contiguous, of the tensor's shape and ``dtype``; new memory by default.
         drop_behind: give back the page cache's copy of what had to be read from disk.
         on_bytes: called in the calling thread with the number of bytes just read.
 
@@ -47,8 +49,9 @@ def load(
     """
     location = spec.location
     if isinstance(location, Inline):
-        return location.values.to(dtype)
-    out = preload.empty(spec.shape, dtype)
+        return location.values.to(dtype) if out is None else out.copy_(location.values)
+    if out is None:
+        out = preload.empty(spec.shape, dtype)
     if isinstance(location, Chunked):
         _unpack(spec, out, on_bytes)
     elif spec.contiguous:

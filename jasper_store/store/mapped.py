@@ -31,6 +31,8 @@ _SMALL_TENSOR = 1 << 20
 _MAX_AHEAD = 64
 # A look-ahead whose gathers happen in another process learns of pages that were evicted by announcing now and then.
 _PROBE_EVERY = 64
+# Gathers are accounted for in portions of this many rows.
+_WATCH_ROWS = 256
 # Views of up to this many bytes are left to page faults; of more than that are not announced in one go.
 _SMALL_VIEW = 64 << 10
 _LARGE_VIEW = 64 << 20
@@ -91,7 +93,9 @@ class MappedTensor(HostTensor):
         # Tensors that are a few pages, and rows that are not runs, are read in whole or left to page faults.
         self._watch = Watch() if self._runs and self._span > _SMALL_TENSOR else None
         self._ahead = Watch(probe_every=_PROBE_EVERY)
+        self._looks_ahead = False
         self._announced = 0
+        self._unwatched = 0
         self._settled = self._span > _SMALL_TENSOR
         self._advice: Access = "normal"
         self._advise("random")
@@ -115,8 +119,13 @@ class MappedTensor(HostTensor):
             self._advise("random")
             watch.announce(self._ranges(rows))
         got = super()._gather(source, rows, out)
-        watch.after(len(rows))
-        self._ahead.after(len(rows))
+        self._unwatched += len(rows)
+        if self._unwatched >= _WATCH_ROWS:
+            # Asking for the fault counters costs as much as gathering a few rows.
+            watch.after(self._unwatched)
+            if self._looks_ahead:
+                self._ahead.after(self._unwatched)
+            self._unwatched = 0
         return got
 
     def _settle(self) -> None:
@@ -150,6 +159,7 @@ class MappedTensor(HostTensor):
         if self._watch is None:
             self._settle()
             return
+        self._looks_ahead = True
         self._announced = min(self._announced + 1, _MAX_AHEAD)
         if self._ahead.should_announce():
             self._advise("random")

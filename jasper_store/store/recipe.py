@@ -70,6 +70,7 @@ class Recipe:
             dict(self.schema.hdf5_paths),
             dict(self.schema.hdf5_aliases),
             dict(self.schema.reads_per_sample),
+            self.schema.stacks,
         )
         return (_reopen, (self.path, self.format, schema, self.dtype, self.digest))
 

@@ -28,6 +28,7 @@ from jasper_store.store.mapped import MappedTensor
 from jasper_store.store.planning import plan_for, target_dtype
 from jasper_store.store.ragged import RaggedTensor
 from jasper_store.store.recipe import Recipe, digest_of, same, stats_of
+from jasper_store.store.stack import allocate_stacks
 from jasper_store.store.tensors import ChunkedTensor, DeviceTensor, ResidentTensor, StoredTensor
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class _Shared:
     def __init__(self) -> None:
         self._maps: dict[Path, FileMap] = {}
         self._loaders: dict[torch.device, DeviceLoader] = {}
+        self.places: dict[str, torch.Tensor] = {}
 
     def map(self, path: Path) -> FileMap:
         """The map of a file; it lives as long as a tensor that reads through it."""
@@ -187,6 +189,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         self._stats = dict(stats)
         self._closed = False
         self._tensors: dict[str, StoredTensor] = {}
+        self._stacks: dict[tuple[str, ...], StoredTensor] = {}
         recipe.on_device = plan.device is not None
         with ExitStack() as undo:
             undo.callback(self.close)
@@ -206,6 +209,10 @@ class TensorStore(Mapping[str, StoredTensor]):
 
         tensors: dict[str, StoredTensor] = {}
         tools = _Shared()
+        dtypes = {spec.name: target_dtype(spec, self._recipe.dtype) for spec in specs}
+        for stack in allocate_stacks(self._recipe.schema.stacks, {spec.name: spec for spec in specs}, plan, dtypes):
+            self._stacks[stack.names] = stack.tensor
+            tools.places.update(stack.parts)
         for spec in specs:
             tensor = self._open_tensor(spec, plan, tools, on_bytes)
             tensor.origin = self._recipe
@@ -225,10 +232,11 @@ class TensorStore(Mapping[str, StoredTensor]):
             return MappedTensor(spec, tools.map(spec.path), dtype=dtype)
         # Several ranks that load the same files would evict each other's pages.
         drop_behind = plan.budget.ranks == 1
+        out = tools.places.get(spec.name)
         if placement == "ram":
-            return ResidentTensor(spec, load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))
+            return ResidentTensor(spec, load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=on_bytes))
         loader = tools.loader(torch.device(placement))
-        return DeviceTensor(spec, loader.load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))
+        return DeviceTensor(spec, loader.load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=on_bytes))
 
     # --- the tensors ------------------------------------------------------------------------------------------
 
@@ -277,6 +285,15 @@ class TensorStore(Mapping[str, StoredTensor]):
             msg = f"no ragged tensor {name!r} in {self.path}; there are {', '.join(ragged) or 'none'}"
             raise KeyError(msg)
         return RaggedTensor(name, self._tensors[f"{name}.values"], self._tensors[f"{name}.offsets"])
+
+    def stacked(self, names: tuple[str, ...]) -> StoredTensor | None:
+        """Several tensors as one, for gathering each row from one of them: see :mod:`jasper_store.store.stack`.
+
+        Returns:
+            All rows of the tensors in this order, then one row of zeros; ``None`` where they do not lie so, because
+            the schema does not ask for it or the plan does not preload all of them to one place.
+        """
+        return self._stacks.get(names)
 
     @property
     def nbytes(self) -> int:
@@ -353,6 +370,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         self._require_open()
         self._tensors = {**self._tensors, **tensors}
+        self._stacks = {names: stack for names, stack in self._stacks.items() if not tensors.keys() & set(names)}
         self.specs = tuple(self._tensors[spec.name].spec for spec in self.specs)
         for tensor in tensors.values():
             tensor.origin = self._recipe
@@ -397,7 +415,8 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         self._closed = True
         tensors, self._tensors = self._tensors, {}
-        for tensor in tensors.values():
+        stacks, self._stacks = self._stacks, {}
+        for tensor in (*tensors.values(), *stacks.values()):
             tensor.close()
 
     def __enter__(self) -> Self:

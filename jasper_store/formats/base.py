@@ -154,12 +154,14 @@ class Schema:
         hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
+        stacks: tensors that a batch gathers together, each row from one of them; see ``store/stack.py``.
     """
 
     required: frozenset[str] = frozenset()
     hdf5_paths: Mapping[str, str] = field(default_factory=dict)
     hdf5_aliases: Mapping[str, str] = field(default_factory=dict)
     reads_per_sample: Mapping[str, float] = field(default_factory=dict)
+    stacks: tuple[tuple[str, ...], ...] = ()
 
     def hdf5_path(self, name: str) -> str:
         """HDF5 path of a tensor; of ``X.values`` and ``X.offsets``, the ragged group's path and the part."""

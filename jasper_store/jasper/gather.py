@@ -117,10 +117,11 @@ def _int64(values: torch.Tensor) -> torch.Tensor:
 
 def _steering(store: TensorStore, rows: Rows) -> torch.Tensor:
     """Steering rows [B, D]: zeros for variant 0, else the pair's row of the variant's tensor."""
-    if rows.pairs.device.type != "cpu":
-        return _steering_without_waiting(store, rows)
+    stack = store.stacked(STEERING_TENSORS)
+    if stack is not None:
+        return stack.take(_stacked_rows(rows, pairs=(stack.n_rows - 1) // len(STEERING_TENSORS)))
     first = store[STEERING_TENSORS[0]]
-    steering = torch.zeros((len(rows.pairs), *first.shape[1:]), dtype=first.dtype)
+    steering = torch.zeros((len(rows.pairs), *first.shape[1:]), dtype=first.dtype, device=rows.pairs.device)
     for variant, name in enumerate(STEERING_TENSORS, start=1):
         places = (rows.variants == variant).nonzero().view(-1)
         if len(places):
@@ -128,14 +129,8 @@ def _steering(store: TensorStore, rows: Rows) -> torch.Tensor:
     return steering
 
 
-def _steering_without_waiting(store: TensorStore, rows: Rows) -> torch.Tensor:
-    """The same on a device, where counting the samples of a variant would make the host wait for the device."""
-    variants = rows.variants[:, None]
-    steering: torch.Tensor | None = None
-    for variant, name in enumerate(STEERING_TENSORS, start=1):
-        candidate = store[name].take(rows.pairs)
-        kept = candidate if steering is None else steering
-        steering = torch.where(variants == variant, candidate, kept.masked_fill(variants == 0, 0.0))
-    if steering is None:
-        raise AssertionError("there is always a steering tensor")
-    return steering
+def _stacked_rows(rows: Rows, pairs: int) -> torch.Tensor:
+    """Rows of the stack: variant v of pair p is row (v - 1) * pairs + p, and variant 0 is the last, of zeros."""
+    # Variant 0 comes out negative by (pairs - p); where() rather than indexing, so that a device is not waited for.
+    wanted = (rows.variants - 1) * pairs + rows.pairs
+    return torch.where(rows.variants == 0, len(STEERING_TENSORS) * pairs, wanted)

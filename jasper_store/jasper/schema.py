@@ -80,6 +80,9 @@ TENSORS: Final[Mapping[str, TensorRule]] = MappingProxyType(
     }
 )
 
+_SELDOM: Final = 0.01
+"""Reads per sample of a variant that the curriculum never draws; ``force_steering`` may still ask for it."""
+
 _ALIASES: Final = MappingProxyType({"negatives/hardnegatives": "hard_negatives"})
 """HDF5 paths that other builders use."""
 
@@ -114,7 +117,7 @@ def schema_for(n_neg: int | None = None, steering: tuple[float, float, float] = 
     reads: dict[str, float] = {}
     for name, rule in TENSORS.items():
         if rule.reads == "probability":
-            reads[name] = shares[name]
+            reads[name] = max(shares[name], _SELDOM)
         else:
             reads[name] = worked_out[rule.reads] if isinstance(rule.reads, str) else rule.reads
     # Plain dictionaries: a schema travels to spawned workers, and a mapping proxy does not pickle.
@@ -123,6 +126,7 @@ def schema_for(n_neg: int | None = None, steering: tuple[float, float, float] = 
         hdf5_paths={name: rule.hdf5_path for name, rule in TENSORS.items()},
         hdf5_aliases=dict(_ALIASES),
         reads_per_sample=reads,
+        stacks=(STEERING_TENSORS,),
     )
 
 

@@ -1,0 +1,298 @@
+"""The public functions over datasets: the storage layers' own, handed the names of a JASPER dataset.
+
+They work on any directory of tensor files, and on single files. The names only add what is known of a JASPER
+dataset: HDF5 paths, rows read per sample, which files belong to it, and what its values mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from jasper_store.convert import converter
+from jasper_store.convert import verify as files
+from jasper_store.convert import writer
+from jasper_store.convert.report import ConversionReport
+from jasper_store.convert.verify import Finding, VerifyReport
+from jasper_store.errors import JasperStoreError
+from jasper_store.formats.base import Schema
+from jasper_store.jasper.audit import relations, visitors
+from jasper_store.jasper.config import CONFIG_NAME, read_config
+from jasper_store.jasper.integrity import check_structure
+from jasper_store.jasper.schema import SCHEMA, SPLITS, TENSORS, schema_for, split_tensor
+from jasper_store.store.placement import Plan
+from jasper_store.store.store import Progress, TensorStore, open_store, plan_store
+from jasper_store.store.warmup import WarmupReport, warm
+
+__all__ = ["DatasetWriter", "convert", "open", "plan", "verify", "warm_up"]
+
+
+def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.open)
+    path: str | PathLike[str],
+    format: str = "auto",  # noqa: A002 (the word that users pass)
+    use_mmap: bool | None = None,
+    device: torch.device | str | None = None,
+    memory_limit: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> TensorStore:
+    """Open a dataset directory, any directory of tensor files, or one file.
+
+    Headers are read, a plan is made against the memory that is really available, what the plan says is preloaded,
+    and the rest is mapped.
+
+    Args:
+        path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, or a file.
+        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
+        use_mmap: ``None`` plans; ``True`` maps everything; ``False`` preloads everything.
+        device: ``None`` for host memory, ``"cuda"``, ``"cuda:N"``, or ``"auto"``.
+        memory_limit: bytes; one more upper bound on what is preloaded.
+        dtype: floating dtype that floating tensors of two or more dimensions are converted to.
+        progress: called with (bytes done, bytes in all) while tensors are preloaded.
+
+    Returns:
+        A :class:`~jasper_store.store.store.TensorStore`, a mapping of names to tensors.
+
+    Raises:
+        IncompatibleOptionsError: options that cannot hold together; before anything is touched.
+        DatasetNotFoundError: no such path, or no tensors there.
+        CorruptFileError: a file is damaged, or not the one that the manifest vouches for.
+        InsufficientMemoryError: what must be preloaded does not fit; nothing was loaded.
+
+    Example:
+        >>> with js.open("data/wordnet") as store:                      # doctest: +SKIP
+        ...     rows = store["source_embs"].take([5, 3, 5])
+    """
+    return open_store(
+        path,
+        format=format,
+        use_mmap=use_mmap,
+        device=device,
+        memory_limit=memory_limit,
+        schema=_schema_at(Path(path)),
+        dtype=dtype,
+        progress=progress,
+    )
+
+
+def plan(
+    path: str | PathLike[str],
+    device: torch.device | str | None = None,
+    use_mmap: bool | None = None,
+    memory_limit: int | None = None,
+    *,
+    format: str = "auto",  # noqa: A002
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Where :func:`open` would place each tensor now, and why; reads headers only. ``str(plan)`` is a table.
+
+    Args and errors are those of :func:`open`.
+    """
+    return plan_store(
+        path,
+        format=format,
+        use_mmap=use_mmap,
+        device=device,
+        memory_limit=memory_limit,
+        schema=_schema_at(Path(path)),
+        dtype=dtype,
+    )
+
+
+def warm_up(
+    store_or_path: TensorStore | str | PathLike[str],
+    tensors: Collection[str] | None = None,
+    budget: int | None = None,
+    progress: Progress | None = None,
+) -> WarmupReport:
+    """Read tensors into the page cache, so that the first epoch runs at memory speed.
+
+    Args:
+        store_or_path: an open store, or what :func:`open` takes (then everything is mapped for the purpose).
+        tensors: names to warm, in this order; by default all that are mapped, most useful first.
+        budget: bytes that may be brought in; by default what the machine can hold without evicting anything.
+        progress: called with (bytes done, bytes in all).
+
+    Returns:
+        A report with residency before and after, bytes and seconds.
+
+    Raises:
+        UnknownNameError: a tensor that does not exist.
+        DatasetNotFoundError, CorruptFileError: as :func:`open`.
+    """
+    if isinstance(store_or_path, TensorStore):
+        return warm(store_or_path, tensors=tensors, budget=budget, progress=progress)
+    with open(store_or_path, use_mmap=True) as store:
+        return warm(store, tensors=tensors, budget=budget, progress=progress)
+
+
+def convert(
+    src: str | PathLike[str],
+    dst: str | PathLike[str] | None = None,
+    format: str = "safetensors",  # noqa: A002
+    compression: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    tensors: Collection[str] | None = None,
+    source_format: str = "auto",
+) -> ConversionReport:
+    """Write a dataset, or one file, in another format: bounded memory, published whole, proven by checksums.
+
+    Args:
+        src: a dataset directory, or one file.
+        dst: directory to write to; the source's own by default. For HDF5 also a file name.
+        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
+        compression: HDF5 only: ``None``, ``"gzip"``, ``"lzf"``, or a filter of hdf5plugin.
+        dtype: narrow floating tensors to this dtype; the largest error is reported.
+        overwrite: replace targets that hold something else.
+        progress: called as ``progress(tensor, done_bytes, total_bytes)`` after each block.
+        tensors: names of the tensors to convert; all by default.
+        source_format: format to read where the source has its tensors in several.
+
+    Returns:
+        A report with sizes, seconds and checksums per tensor; ``str(report)`` is a table.
+
+    Raises:
+        ConversionError: no room, read-only, another conversion at work, a target that holds other values, a source
+            that changed meanwhile, or values that read back differently.
+        IncompatibleOptionsError, UnknownNameError: options.
+        IntegrityError: ``dtype`` would make a finite value infinite.
+        DatasetNotFoundError, CorruptFileError: the source.
+    """
+    return converter.convert(
+        src,
+        dst,
+        format=format,
+        compression=compression,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+        tensors=tensors,
+        source_format=source_format,
+        schema=_schema_at(Path(src)),
+    )
+
+
+def verify(
+    path: str | PathLike[str],
+    *,
+    format: str = "auto",  # noqa: A002
+    progress: Callable[[str, int, int], None] | None = None,
+) -> VerifyReport:
+    """Check a dataset: that the files hold what was written, and that the values mean what they should.
+
+    Checksums against the manifest, shapes, index bounds; NaN, Inf and zero rows; ranges of relevance, distance and
+    tiers; splits that overlap, repeat or miss pairs; positives among hard negatives; repeated negatives. Each
+    tensor is read once.
+
+    Args:
+        path: a dataset directory, any directory of tensor files, or one file; of those, what applies is checked.
+        format: format to check where there are several.
+        progress: called as ``progress(tensor, done_bytes, total_bytes)`` after each block.
+
+    Returns:
+        A report; ``report.ok`` is False if there are errors (warnings do not count).
+
+    Raises:
+        DatasetNotFoundError: nothing there.
+        UnknownNameError: no such format.
+    """
+    path = Path(path)
+    jasper = _is_jasper(path)
+    report = files.verify(
+        path,
+        format=format,
+        schema=_schema_at(path),
+        visitors=visitors() if jasper else {},
+        progress=progress,
+    )
+    if not jasper:
+        return report
+    return report.merge(_meaning(path, report.format or format))
+
+
+def _meaning(path: Path, format: str) -> list[Finding]:  # noqa: A002
+    """Findings about what the tensors say of each other."""
+    try:
+        config = read_config(path)
+        # The checksums were just computed, so what the manifest thinks of the files is in the report already.
+        with open_store(path, format=format, use_mmap=True, schema=schema_for(config.n_neg), trust=False) as store:
+            there = [split for split in SPLITS if split_tensor(split) in store]
+            sizes = check_structure(store, config, there)
+            found = list(relations(store, sizes))
+            found += [
+                Finding("warning", split_tensor(split), "missing split", f"there is no {split} split", None)
+                for split in SPLITS
+                if split not in there
+            ]
+            return found
+    except JasperStoreError as exc:
+        return [Finding("error", exc.tensor or "dataset", "structure", str(exc), None)]
+
+
+class DatasetWriter(writer.DatasetWriter):
+    """Build a dataset larger than memory: rows appended tensor by tensor, block by block, published atomically.
+
+    Nothing that opens is left behind by a writer that is abandoned or killed.
+
+    Args:
+        path: directory to make.
+        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
+        compression: HDF5 only.
+        config: written as ``config.json``.
+        overwrite: replace a dataset that is there.
+
+    Raises:
+        ConversionError: the target is there already, cannot be written, or has no room.
+
+    Example:
+        >>> with js.DatasetWriter("out", config={"embedding_dim": 384, "n_neg": 5}) as writer:  # doctest: +SKIP
+        ...     for block in embed(questions):
+        ...         writer.append("question_embs", block)
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        format: str = "safetensors",  # noqa: A002
+        *,
+        compression: str | None = None,
+        config: dict[str, object] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        super().__init__(
+            path, format=format, compression=compression, config=config, overwrite=overwrite, schema=SCHEMA
+        )
+
+
+def _is_jasper(path: Path) -> bool:
+    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files."""
+    if not path.is_dir():
+        return False
+    try:
+        read_config(path)
+    except JasperStoreError:
+        stems = {entry.name.split(".")[0] for entry in path.iterdir()}
+        return bool(stems & TENSORS.keys()) or ((path / "dataset.h5").is_file() and (path / CONFIG_NAME).is_file())
+    return True
+
+
+def _schema_at(path: Path) -> Schema:
+    """What is known of the tensors at a path: nothing, unless it is a JASPER dataset or an HDF5 file with its paths."""
+    if not path.is_dir():
+        return Schema(hdf5_paths=SCHEMA.hdf5_paths, hdf5_aliases=SCHEMA.hdf5_aliases)
+    if not _is_jasper(path):
+        return Schema()
+    try:
+        config = read_config(path)
+    except JasperStoreError:
+        # Tensors can be looked at without their configuration; the dataset itself insists on it.
+        return SCHEMA
+    _, centroid, keyword, residual = config.curriculum.typical()
+    return schema_for(config.n_neg, (centroid, keyword, residual))

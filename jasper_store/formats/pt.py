@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats import pt_pickle
+from jasper_store.formats import pt_pickle, pt_ragged
 from jasper_store.formats.base import Extent, Inline, TensorSpec, contiguous_strides
 from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PtFormat"]
 
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
@@ -48,8 +49,12 @@ class PtFormat:
         """
         with open_for_reading(path) as (file, size), _translated(path):
             archive = _Archive(path, file, size)
-            found = pt_pickle.load(archive.pickle())
             name = stem_of(path, self.suffixes)
+            pickled = archive.pickle()
+            ragged = pt_ragged.parse(pickled)
+            if ragged is not None and len(ragged[1]) > 1:
+                return archive.ragged(name, *ragged)
+            found = pt_pickle.load(pickled)
             if not isinstance(found, dict):
                 return archive.specs(name, found)
             return [spec for key, value in found.items() for spec in archive.specs(_key(path, key), value)]
@@ -104,6 +109,8 @@ class _Archive:
         self.path = path
         self.file = file
         self.size = size
+        # Values that rows may hold in all; every value that is not a repetition takes at least two bytes.
+        self.budget = 64 * size
         magic = read_at(file, 0, 4)
         if magic != b"PK\x03\x04":
             if magic[:1] == b"\x80":
@@ -176,46 +183,37 @@ class _Archive:
     def _inline(self, name: str, values: torch.Tensor) -> TensorSpec:
         return TensorSpec(name, values.dtype, tuple(values.shape), Inline(self.path, values))
 
+    def ragged(self, name: str, values: torch.Tensor, offsets: torch.Tensor) -> list[TensorSpec]:
+        """The two specs of a ragged tensor whose values came with the pickle."""
+        return [self._inline(f"{name}.values", values), self._inline(f"{name}.offsets", offsets)]
+
     def _list(self, name: str, rows: list[Any]) -> list[TensorSpec]:
         if rows and all(type(row) in (int, float, bool) for row in rows):
             return [self._inline(name, _as_tensor(self.path, name, rows))]
-        parts: list[torch.Tensor] = []
-        lengths: list[int] = []
-        flat: list[Any] = []
-        for i, row in enumerate(rows):
-            if isinstance(row, PtTensor):
-                values = self._read_row(f"{name}[{i}]", row)
-                flat.extend(values.tolist())
-                lengths.append(values.numel())
-            elif isinstance(row, list | tuple) and all(type(v) is int for v in row):
-                flat.extend(row)
-                lengths.append(len(row))
-            else:
-                _corrupt(
-                    self.path,
-                    f"row {i} of {name!r:.100} should be a list of ints or a 1-D tensor of ints, found {row!r:.80}.",
-                    tensor=name,
-                )
-        parts.append(_as_tensor(self.path, name, flat) if flat else torch.empty(0, dtype=torch.int64))
-        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-        torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
-        return [self._inline(f"{name}.values", parts[0]), self._inline(f"{name}.offsets", offsets)]
+        parts = [self._row(name, i, row) for i, row in enumerate(rows)]
+        offsets = torch.tensor([0, *(len(part) for part in parts)], dtype=torch.int64).cumsum(0)
+        return self.ragged(name, torch.cat([torch.empty(0, dtype=torch.int64), *parts]), offsets)
 
-    def _read_row(self, name: str, value: PtTensor) -> torch.Tensor:
-        spec = self._tensor(name, value)
-        if len(spec.shape) > 1 or spec.dtype.is_floating_point or spec.dtype.is_complex or spec.dtype == torch.bool:
-            _corrupt(self.path, f"{name} should be a 1-D tensor of ints, found {spec.dtype} {spec.shape}.", tensor=name)
-        location = spec.location
-        if isinstance(location, Inline):
-            return location.values
-        n = spec.n_rows
-        assert isinstance(location, Extent)
-        step = location.strides[0] if location.strides else 1
-        raw = bytearray(read_at(self.file, location.offset, ((n - 1) * step + 1) * spec.dtype.itemsize))
-        return (
-            torch.frombuffer(raw, dtype=spec.dtype)[::step]
-            if step
-            else torch.frombuffer(raw, dtype=spec.dtype).expand(n)
+    def _row(self, name: str, i: int, row: object) -> torch.Tensor:
+        """One row of a ragged tensor as int64."""
+        if isinstance(row, list | tuple) and all(type(v) is int for v in row):
+            # A pickle may name one list many times: the rows together must not outgrow what a file explains.
+            self.budget -= len(row)
+            if self.budget >= 0:
+                return _as_tensor(self.path, name, list(row)) if row else torch.empty(0, dtype=torch.int64)
+        if isinstance(row, PtTensor) and len(row.shape) == 1 and row.dtype in _INTEGERS:
+            location = self._tensor(f"{name}[{i}]", row).location
+            if isinstance(location, Inline):
+                return location.values.to(torch.int64)
+            step, n = row.strides[0], row.shape[0]
+            self.budget -= n
+            if self.budget >= 0 and isinstance(location, Extent):
+                raw = bytearray(read_at(self.file, location.offset, ((n - 1) * step + 1) * row.dtype.itemsize))
+                return torch.frombuffer(raw, dtype=row.dtype).as_strided((n,), (step,)).to(torch.int64)
+        _corrupt(
+            self.path,
+            f"row {i} of {name!r:.100} should be a list of ints or a 1-D tensor of ints, found {row!r:.80}.",
+            tensor=name,
         )
 
     def _tensor(self, name: str, value: PtTensor) -> TensorSpec:

@@ -1,0 +1,1 @@
+"""One question a file: ``NAME``, ``TITLE`` and ``run(context) -> CaseResult``."""

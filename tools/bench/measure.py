@@ -1,0 +1,93 @@
+"""A whole run: case after case, the JSON written after each, the machine put back at the end."""
+
+from __future__ import annotations
+
+import datetime as dt
+import time
+import traceback
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tools.bench import block_device, machine, results
+from tools.bench.context import Context
+from tools.bench.readers.registry import READERS
+from tools.bench.results import CaseResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tools.bench.settings import Settings
+
+__all__ = ["CASES", "measure"]
+
+# Row files first, datasets after them: the disk budget holds one kind at a time.
+CASES = (
+    "cold",
+    "warm",
+    "signal",
+    "warmup",
+    "loader",
+    "hybrid",
+    "block",
+    "mixing",
+    "preload",
+    "convert",
+    "verify",
+    "open",
+    "growth",
+)
+
+
+def measure(settings: Settings, names: list[str], out: Path, *, quick: bool) -> int:
+    """Run the cases and leave the document in ``out``; status 1 if one of them failed."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    left = block_device.restore(settings.data_dir)
+    if left:
+        print(f"a killed run had left something changed: {left}")
+    context = Context(settings, lambda text: print(text, flush=True))
+    document = _begin(settings, out, quick=quick)
+    for name in names:
+        case = _case(context, name)
+        document["cases"][name] = case.to_dict()
+        results.save(document, out)
+        _tell(case)
+    return 1 if any(document["cases"][name]["status"] == "failed" for name in names) else 0
+
+
+def _begin(settings: Settings, out: Path, *, quick: bool) -> dict[str, Any]:
+    """A new document, holding the cases of an earlier one with the same settings."""
+    document: dict[str, Any] = {
+        "schema": results.SCHEMA,
+        "measured": dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"),
+        "quick": quick,
+        "machine": machine.describe(settings.data_dir, {reader.dist for reader in READERS.values()}),
+        "settings": results.plain(settings.to_dict()),
+        "cases": {},
+    }
+    if out.exists():
+        before = results.load(out)
+        if before["settings"] == document["settings"]:
+            document["cases"] = before["cases"]
+    return document
+
+
+def _case(context: Context, name: str) -> CaseResult:
+    module = import_module(f"tools.bench.cases.{name}")
+    context.say(f"{name}: {module.TITLE}")
+    begin = time.perf_counter()
+    try:
+        case: CaseResult = module.run(context)
+    except Exception as exc:  # noqa: BLE001 - one case that fails must not cost the figures of the others
+        traceback.print_exc()
+        case = CaseResult(name, module.TITLE, status="failed", why=f"{type(exc).__name__}: {exc}")
+    case.seconds = time.perf_counter() - begin
+    return case
+
+
+def _tell(case: CaseResult) -> None:
+    print(f"{case.name}: {case.status} {case.why} ({case.seconds:.0f} s)")
+    for item in case.targets:
+        found = "not measured" if item.ratio is None else f"{item.ratio:.2f}"
+        sign = "at most" if item.at_most else "at least"
+        verdict = {True: "met", False: "MISSED", None: ""}[item.met]
+        print(f"  {item.what} / {item.against}: {found}, {sign} {item.target:g} {verdict}")

@@ -1,0 +1,70 @@
+"""This library: one class a format, one engine behind them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from tools.bench.readers.base import Reader
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class OursSafetensors(Reader):
+    """``take`` with the rows of some batches ahead announced, as ``create_loader`` does it."""
+
+    key = "ours"
+    label = "**jasper_store**, safetensors"
+    how = "use_mmap=True; batches ahead announced"
+    module = "jasper_store"
+    dist = "jasper-store"
+    asset = "rows.safetensors"
+    ours = True
+
+    def open(self, path: Path) -> None:  # noqa: D102
+        self.store = self.lib.open(path, use_mmap=True)
+        (self.name,) = self.store
+        self.data = self.store[self.name]
+
+    def take(self, rows: NDArray[np.int64]) -> torch.Tensor:  # noqa: D102
+        taken: torch.Tensor = self.data.take(torch.from_numpy(rows))
+        return taken
+
+    def batches(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[torch.Tensor]:  # noqa: D102
+        indices = [torch.from_numpy(rows) for rows in batches]
+        for ahead in indices[: self.lookahead]:
+            self.data.announce(ahead)
+        for number, rows in enumerate(indices):
+            if number + self.lookahead < len(indices):
+                self.data.announce(indices[number + self.lookahead])
+            yield self.data.take(rows)
+
+
+class OursNpy(OursSafetensors):
+    """The same over ``.npy``."""
+
+    key = "ours-npy"
+    label = "**jasper_store**, npy"
+    asset = "rows.npy"
+
+
+class OursPt(OursSafetensors):
+    """The same over ``.pt``."""
+
+    key = "ours-pt"
+    label = "**jasper_store**, pt"
+    asset = "rows.pt"
+
+
+class OursHdf5(OursSafetensors):
+    """The same over contiguous HDF5."""
+
+    key = "ours-hdf5"
+    label = "**jasper_store**, contiguous HDF5"
+    asset = "rows.h5"

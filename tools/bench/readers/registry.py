@@ -1,0 +1,43 @@
+"""The readers by key, in the order of the tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tools.bench.readers.h5py_rows import H5pyRows
+from tools.bench.readers.hf_datasets import HfDatasets
+from tools.bench.readers.lance_take import LanceTake
+from tools.bench.readers.numpy_map import NumpyMap
+from tools.bench.readers.ours import OursHdf5, OursNpy, OursPt, OursSafetensors
+from tools.bench.readers.safetensors_map import SafetensorsMap
+from tools.bench.readers.tensordict_map import TensordictMap
+from tools.bench.readers.tensorstore_zarr import TensorstoreZarr
+from tools.bench.readers.torch_map import TorchMap
+
+if TYPE_CHECKING:
+    from tools.bench.readers.base import Reader
+
+__all__ = ["READERS", "peers"]
+
+READERS: dict[str, type[Reader]] = {
+    reader.key: reader
+    for reader in (
+        OursSafetensors,
+        OursNpy,
+        OursPt,
+        OursHdf5,
+        LanceTake,
+        TorchMap,
+        SafetensorsMap,
+        NumpyMap,
+        H5pyRows,
+        TensordictMap,
+        HfDatasets,
+        TensorstoreZarr,
+    )
+}
+
+
+def peers() -> list[type[Reader]]:
+    """Everybody else."""
+    return [reader for reader in READERS.values() if not reader.ours]

@@ -199,7 +199,8 @@ class RangeReader:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
         if self._fd >= 0:
-            # Once more: what was read ahead for one block may have arrived after the next block's drop.
+            # Once more, in long runs: what was read ahead for one block may have arrived after the next one's drop,
+            # and a large folio that lies across two blocks stays until both go together.
             self._drop(0, self._reached)
             os.close(self._fd)
             self._fd = -1
@@ -291,10 +292,15 @@ class RangeReader:
         """Give back the cache's copy of what lies between two positions, unless it was cached before."""
         if self._kept is None:
             return
-        # The kernel drops whole pages only, so neighbours' drops overlap by one page; dropping a page that is
-        # still to be read costs one page's reading.
-        for index in range(first // BLOCK, -(-last // BLOCK)):
-            if not self._kept[index]:
-                start, stop = max(first, index * BLOCK), min(last, (index + 1) * BLOCK)
+        index, end = first // BLOCK, -(-last // BLOCK)
+        while index < end:
+            run = index
+            while run < end and not self._kept[run]:
+                run += 1
+            if run > index:
+                start, stop = max(first, index * BLOCK), min(last, run * BLOCK)
+                # From the start of the page: the kernel lets go of whole pages only, and of a large folio only in
+                # one piece, so runs of blocks go together. A neighbour's page that goes too is read once more.
                 begin = (self.offset + start) // residency.PAGE * residency.PAGE
                 residency.drop_cache(self._fd, begin, self.offset + stop - begin)
+            index = run + 1

@@ -91,7 +91,16 @@ def translated(path: Path) -> Iterator[None]:
     except JasperStoreError:
         raise
     # h5py has no error tree of its own: each of these was seen on a file with flipped bytes.
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError) as exc:
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        MemoryError,
+    ) as exc:
         _corrupt(path, f"{type(exc).__name__}: {exc!s:.200}.", cause=exc)
 
 
@@ -121,6 +130,11 @@ def open_file(path: Path) -> Iterator[tuple[Any, int]]:
                 f"{path}: another process has it open for writing; wait until it has finished.", path=path
             ) from exc
         except OSError as exc:
+            if "already open for write" in str(exc):
+                raise CorruptFileError(
+                    f"{path}: its writer was killed, or is still at work; wait for it, or write the file again.",
+                    path=path,
+                ) from exc
             if "lock" not in str(exc):
                 raise
             # NFS without a lock daemon, a read-only mount, or opened elsewhere in this process without locks.

@@ -15,6 +15,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -227,7 +228,10 @@ def _places(
     steps = contiguous_strides(grid)
 
     def remember(info: Any) -> None:
-        flat = sum(at // c * step for at, c, step in zip(info.chunk_offset, chunk, steps, strict=True))
+        where = [at // c for at, c in zip(info.chunk_offset, chunk, strict=True)]
+        if any(i >= n for i, n in zip(where, grid, strict=True)):
+            raise ValueError(f"a chunk at {info.chunk_offset} lies outside of the dataset")
+        flat = sum(map(mul, where, steps))
         offsets[flat], sizes[flat], masks[flat] = info.byte_offset, info.size, info.filter_mask & 0xFF
 
     # Asking for one chunk's place takes the library time in proportion to their number; all at once is linear.

@@ -1,0 +1,65 @@
+"""xxh3-128 of a tensor's values: what the manifest holds, and what proves that a conversion changed nothing.
+
+The hash is of the values as C-ordered little-endian bytes, so it is the same in every format, layout and
+compression. It finds damage and mistakes; it is no defence against somebody who wants two files to agree.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from jasper_store.convert.rows import read_blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jasper_store.formats.base import TensorSpec
+
+__all__ = ["Hasher", "checksum", "checksum_of"]
+
+
+class Hasher:
+    """Hash of values that arrive block by block; where the blocks are cut does not matter.
+
+    Not safe for concurrent use; hashing lets other threads run.
+    """
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+
+    def update(self, block: torch.Tensor) -> None:
+        """Add a block's values (host memory, any layout)."""
+        self._digest.update(block.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def hexdigest(self) -> str:
+        """32 hex digits."""
+        return str(self._digest.hexdigest())
+
+
+def checksum_of(values: torch.Tensor) -> str:
+    """Checksum of a tensor in memory."""
+    hasher = Hasher()
+    hasher.update(values.cpu())
+    return hasher.hexdigest()
+
+
+def checksum(spec: TensorSpec, on_bytes: Callable[[int], None] | None = None, *, drop: bool = False) -> str:
+    """Checksum of a tensor in a file, streamed: memory is a few blocks whatever its size.
+
+    Args:
+        spec: the tensor.
+        on_bytes: called with the bytes of each block that was read.
+        drop: whether to drop what was read from the page cache.
+
+    Raises:
+        CorruptFileError: the file is shorter than its header says, or a chunk cannot be decompressed.
+    """
+    hasher = Hasher()
+    for values in read_blocks(spec, drop=drop):
+        hasher.update(values)
+        if on_bytes is not None:
+            on_bytes(values.nbytes)
+    return hasher.hexdigest()

@@ -236,6 +236,24 @@ class StoredTensor(ABC):
         """
         self._require_open()
 
+    @property
+    def announcing(self) -> bool:
+        """Whether :meth:`announce` would ask for anything now: the data is mapped, and lately was not in memory."""
+        return False
+
+    def drop_rows(self, start: int, stop: int) -> None:
+        """Let the system have the pages of rows start to stop again, as far as they are in the range of rows.
+
+        They are read again when needed; only mapped data has any.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        start, stop = max(start, 0), min(stop, self.n_rows)
+        if start < stop:
+            self._scan_behind(start, stop)
+
     def residency(self) -> int:
         """Bytes of its file that are in the page cache now; of the whole file where the data is chunked.
 

@@ -45,6 +45,9 @@ _COLD = 20
 _PAGEOUT = 21
 _POPULATE_READ = 22
 _MAX_RANGES = 1024  # UIO_MAXIOV, the most that process_madvise takes.
+# Of a longer range the kernel reads no more than the file's read-ahead size, and passes over the rest in silence
+# (force_page_cache_ra). 128 KiB is the usual setting.
+_MAX_RANGE_NBYTES = 128 << 10
 _MAX_REFUSED = 8  # Ranges that are not mapped (any more) before a batch's announcement is given up.
 
 
@@ -207,7 +210,7 @@ class Announcer:
         """
         if len(ranges) == 0 or self.backend == "none":
             return
-        array = np.ascontiguousarray(ranges, dtype=np.int64)
+        array = _pieces(np.ascontiguousarray(ranges, dtype=np.int64))
         if self._backend == "process_madvise":
             array = self._announce_many(array)
         for address, nbytes in array.tolist():
@@ -235,6 +238,18 @@ class Announcer:
             return False
         self._backend = "madvise"
         return True
+
+
+def _pieces(ranges: np.ndarray) -> np.ndarray:
+    """The same pages in ranges that the kernel takes whole."""
+    if int(ranges[:, 1].max()) <= _MAX_RANGE_NBYTES:
+        return ranges
+    counts = -(-ranges[:, 1] // _MAX_RANGE_NBYTES)
+    skipped = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    pieces = np.repeat(ranges, counts, axis=0)
+    pieces[:, 0] += skipped * _MAX_RANGE_NBYTES
+    pieces[:, 1] = np.minimum(pieces[:, 1] - skipped * _MAX_RANGE_NBYTES, _MAX_RANGE_NBYTES)
+    return pieces
 
 
 def _after(array: np.ndarray, count: int, advised: int) -> np.ndarray:

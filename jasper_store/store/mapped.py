@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError
@@ -17,6 +16,8 @@ from jasper_store.store.rows import as_rows
 from jasper_store.store.tensors import HostTensor, span_nbytes
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from jasper_store.formats.base import TensorSpec
     from jasper_store.memory.mapping import FileMap
     from jasper_store.memory.paging import Access
@@ -36,9 +37,6 @@ _WATCH_ROWS = 256
 _SMALL_VIEW = 64 << 10
 _LARGE_VIEW = 64 << 20
 
-# The kernel reads no more of one announced range than its read-ahead size, which is 128 KiB unless somebody changed it.
-_PIECE = 128 << 10
-
 
 def rows_are_runs(spec: TensorSpec) -> bool:
     """Whether each row is one run of bytes in the file, so that reading it touches as few pages as it can."""
@@ -49,16 +47,6 @@ def rows_are_runs(spec: TensorSpec) -> bool:
         return True
     inner = contiguous_strides(shape[1:])
     return all(s == e for s, e, n in zip(strides[1:], inner, shape[1:], strict=True) if n > 1)
-
-
-def _announce_span(address: int, nbytes: int) -> None:
-    """Announce one run of bytes, however long, in pieces that the kernel takes whole."""
-    start = address - address % paging.PAGE
-    starts = np.arange(start, address + nbytes, _PIECE, dtype=np.int64)
-    sizes = np.full_like(starts, _PIECE)
-    if len(sizes):
-        sizes[-1] = -(-(address + nbytes - int(starts[-1])) // paging.PAGE) * paging.PAGE
-        paging.announcer().announce(np.stack([starts, sizes], axis=1))
 
 
 def why_not_mappable(spec: TensorSpec) -> str:
@@ -145,7 +133,7 @@ class MappedTensor(HostTensor):
         if not self._settled:
             self._settled = True
             if self._span:
-                _announce_span(self._address, self._span)
+                paging.announcer().announce(paging.span(self._address, self._span))
 
     def _ranges(self, rows: torch.Tensor) -> np.ndarray:
         wanted = rows.numpy()
@@ -216,7 +204,7 @@ class MappedTensor(HostTensor):
         """
         self._require_open()
         # Where read-ahead is off, populating alone would wait for one page after the other.
-        _announce_span(self._address + start, ahead - start)
+        paging.announcer().announce(paging.span(self._address + start, ahead - start))
         return paging.populate(self._address + start, stop - start)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
@@ -225,13 +213,13 @@ class MappedTensor(HostTensor):
             if length > _LARGE_VIEW:
                 self._advise("normal")
             elif length > _SMALL_VIEW:
-                _announce_span(self._address + begin, length)
+                paging.announcer().announce(paging.span(self._address + begin, length))
         return super()._rows(start, stop)
 
     def _scan_ahead(self, start: int, stop: int) -> None:
         if self._runs:
             begin, length = self._byte_range(start, stop)
-            _announce_span(self._address + begin, length)
+            paging.announcer().announce(paging.span(self._address + begin, length))
 
     def _scan_behind(self, start: int, stop: int) -> None:
         if self._runs:

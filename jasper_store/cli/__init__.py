@@ -1,0 +1,1 @@
+"""The command line: one file per command, each thin over a call of the library."""

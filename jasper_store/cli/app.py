@@ -1,0 +1,74 @@
+"""``jasper-store``: the commands, and what they share."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from jasper_store.cli.console import results
+from jasper_store.cli.convert import convert
+from jasper_store.cli.demo import demo
+from jasper_store.cli.errors import EXIT_CODES, reported
+from jasper_store.cli.inspect import inspect
+from jasper_store.cli.plan import plan
+from jasper_store.cli.train import train
+from jasper_store.cli.verify import verify
+from jasper_store.cli.warm import warm
+
+__all__ = ["app", "main"]
+
+
+class _Commands(TyperGroup):
+    """Reports the library's errors the same way for every command, also under a test's runner."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported(debug=bool(ctx.params.get("debug"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="jasper-store",
+    cls=_Commands,
+    help="Train from pre-computed embeddings, from disk, memory or GPU, whichever holds them.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _command in (demo, inspect, plan, convert, warm, verify, train):
+    app.command(epilog=EXIT_CODES)(_command)
+
+
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        text = version("jasper-store")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        text = "unknown"
+    results().print(text)
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train from pre-computed embeddings, from disk, memory or GPU, whichever holds them.
+
+    Start with: jasper-store demo
+    """
+
+
+def main() -> None:
+    """Entry point of the ``jasper-store`` script."""
+    app()

@@ -1,0 +1,72 @@
+"""What every command prints with: results to stdout, everything else to stderr, JSON when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["bar", "errors", "print_json", "progress", "results", "table"]
+
+# In a pipe there is no window to fit; tables as wide as they need to be can be cut and searched.
+_PIPE_WIDTH = 240
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    return console
+
+
+def results() -> Console:
+    """Where results go: stdout, as it is at the time of the call."""
+    return _console(stderr=False)
+
+
+def errors() -> Console:
+    """Where warnings, errors and progress go: stderr."""
+    return _console(stderr=True)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout, and nothing else there."""
+    # stdout may be a pipe in an encoding that lacks a letter of a path; escapes survive every one.
+    print(json.dumps(value, indent=2, default=str))  # noqa: T201 (rich would wrap and colour it)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> Table:
+    """A table; the columns named in ``right`` are aligned to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    numbers = set(right)
+    for column in columns:
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def bar(share: float, width: int = 10) -> str:
+    """A share of 0 to 1 as a bar of text, for cells of tables."""
+    filled = round(min(max(share, 0.0), 1.0) * width)
+    return "█" * filled + "·" * (width - filled)
+
+
+@contextmanager
+def progress(*more: ProgressColumn) -> Iterator[Progress]:
+    """Progress bars on stderr, gone when done; none at all where stderr is not a terminal."""
+    console = errors()
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        *more,
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        yield bars

@@ -1,0 +1,46 @@
+"""What ``demo`` and ``train`` show of training: epochs going by, the curriculum, and what was gained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rich.progress import Progress
+from rich.table import Table
+
+from jasper_store.cli.console import errors, table
+from jasper_store.jasper.steering import VARIANTS
+from jasper_store.jasper.training import EpochReport, Trainer
+
+__all__ = ["epoch_line", "recall_table", "run_epochs"]
+
+_PLAIN_LINES = 10
+
+
+def epoch_line(report: EpochReport, epochs: int) -> str:
+    """One epoch in a line: loss, speed, and where the curriculum stands."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(VARIANTS, report.probabilities, strict=True))
+    rate = report.samples / report.seconds if report.seconds else float("nan")
+    return f"epoch {report.epoch + 1}/{epochs}  loss {report.loss:.3f}  {rate:,.0f} samples/s  steering: {shares}"
+
+
+def run_epochs(trainer: Trainer, bars: Progress) -> Iterator[EpochReport]:
+    """Train what is left, moving a bar; where there is no terminal, some ten lines are printed in its stead."""
+    epochs = trainer.options.epochs
+    batches = len(trainer.loader)
+    task = bars.add_task("training", total=epochs * batches, completed=trainer.epoch * batches)
+    for report in trainer.run(lambda _: bars.advance(task)):
+        line = epoch_line(report, epochs)
+        bars.update(task, description=line)
+        if bars.disable and (report.epoch % max(1, epochs // _PLAIN_LINES) == 0 or report.epoch + 1 == epochs):
+            errors().print(line, markup=False)
+        yield report
+
+
+def recall_table(rows: Mapping[str, Mapping[str, float]], n_neg: int, samples: int) -> Table:
+    """Recall@1 per steering variant: one row per predictor, and what a guess would score."""
+    guess = dict.fromkeys(VARIANTS, 1 / (1 + n_neg))
+    cells = [
+        (name, *(f"{row[variant]:.1%}" for variant in VARIANTS)) for name, row in {"a guess": guess, **rows}.items()
+    ]
+    title = f"Recall@1 of the source against its {n_neg} hard negatives, {samples} validation samples, by steering"
+    return table(title, ("predictor", *VARIANTS), cells, right=VARIANTS)

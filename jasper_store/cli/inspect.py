@@ -1,0 +1,129 @@
+"""``jasper-store inspect``: what a dataset holds, without reading its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from jasper_store.cli.console import bar, print_json, results, table
+from jasper_store.cli.options import Directory, FormatOption, Json
+from jasper_store.formats.base import Chunked, Extent, TensorSpec
+from jasper_store.formats.registry import Located, locate
+from jasper_store.jasper.config import CONFIG_NAME, read_config
+from jasper_store.jasper.schema import SCHEMA
+from jasper_store.memory.budget import format_bytes
+from jasper_store.memory.residency import cached_bytes
+
+__all__ = ["inspect"]
+
+
+@dataclass(frozen=True)
+class _Row:
+    spec: TensorSpec
+    resident: int | None
+
+    @property
+    def lies(self) -> str:
+        location = self.spec.location
+        if isinstance(location, Extent):
+            return f"{location.path.name} at {location.offset}"
+        if isinstance(location, Chunked):
+            chunks = f"chunks {list(location.chunk_shape)}" if location.chunk_shape else "external"
+            return f"{location.path.name}:{location.key}, {chunks} {location.filters}".rstrip()
+        return f"{location.path.name}, with its header"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.spec.name,
+            "dtype": _dtype(self.spec),
+            "shape": list(self.spec.shape),
+            "nbytes": self.spec.nbytes,
+            "file": str(self.spec.path),
+            "lies": self.lies,
+            "mappable": isinstance(self.spec.location, Extent),
+            "resident_nbytes": self.resident,
+        }
+
+
+def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Json = False) -> None:
+    """Show tensors, sizes, dtypes, where they lie, and how much of each is in memory now.
+
+    Reads headers only, whatever the size of the data.
+
+    Examples:
+      jasper-store inspect data/
+      jasper-store inspect data/dataset.h5 --json | jq '.tensors[].name'
+    """
+    located = locate(path, storage_format, SCHEMA)
+    rows = [_Row(spec, _resident(spec)) for spec in located.specs]
+    facts = _facts(path)
+    if json:
+        print_json(
+            {
+                "path": str(path),
+                "format": located.format,
+                "nbytes": sum(row.spec.nbytes for row in rows),
+                "config": facts,
+                "tensors": [row.to_dict() for row in rows],
+                "warnings": list(located.warnings),
+            }
+        )
+        return
+    _show(path, located, rows, facts)
+
+
+def _dtype(spec: TensorSpec) -> str:
+    return str(spec.dtype).removeprefix("torch.")
+
+
+def _resident(spec: TensorSpec) -> int | None:
+    """Bytes in the page cache; ``None`` where there is no extent to ask about, or the system cannot say."""
+    location = spec.location
+    if not isinstance(location, Extent) or not spec.contiguous:
+        return None
+    return cached_bytes(location.path, location.offset, spec.nbytes)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the dataset says of itself; nothing for a directory that is no JASPER dataset."""
+    if not (path / CONFIG_NAME).is_file():
+        return {}
+    config = read_config(path)
+    return {
+        **config.values,
+        "curriculum_by_epoch": {epoch: config.curriculum.probabilities(epoch) for epoch in (0, 10, 20, 30, 40)},
+    }
+
+
+def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any]) -> None:
+    out = results()
+    files = len({row.spec.path for row in rows})
+    size = format_bytes(sum(row.spec.nbytes for row in rows))
+    out.print(f"[bold]{escape(str(path))}[/]: {located.format}, {len(rows)} tensors in {files} files, {size}")
+    if facts:
+        known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
+        out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
+    cells = [
+        (
+            row.spec.name,
+            _dtype(row.spec),
+            "x".join(map(str, row.spec.shape)) or "scalar",
+            format_bytes(row.spec.nbytes),
+            _residency_cell(row),
+            escape(row.lies),
+        )
+        for row in rows
+    ]
+    out.print(table("", ("tensor", "dtype", "shape", "size", "in memory", "lies in"), cells, right=("shape", "size")))
+    for warning in located.warnings:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def _residency_cell(row: _Row) -> str:
+    if row.resident is None:
+        return "-"
+    share = row.resident / row.spec.nbytes if row.spec.nbytes else 1.0
+    return f"{bar(share)} {share:4.0%}"

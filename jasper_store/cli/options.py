@@ -1,0 +1,36 @@
+"""Options that several commands share, so that each is spelt and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from jasper_store.cli.sizes import parse_size
+
+__all__ = ["Device", "Directory", "FormatOption", "Json", "MemoryLimit", "Mmap", "Seed"]
+
+Directory: TypeAlias = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensor files, or one file.")
+]
+FormatOption: TypeAlias = Annotated[
+    str, typer.Option("--format", metavar="FORMAT", help="auto, safetensors, npy, hdf5 or pt.")
+]
+MemoryLimit: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--memory-limit", parser=parse_size, metavar="SIZE", help="Upper bound on what may be preloaded, e.g. 8GiB."
+    ),
+]
+Mmap: TypeAlias = Annotated[
+    bool | None,
+    typer.Option("--mmap/--preload", help="Map everything, or preload everything; by default the planner decides."),
+]
+Device: TypeAlias = Annotated[
+    str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or auto; by default host memory.")
+]
+Seed: TypeAlias = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the order, the steering draw and the model.")
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead.")]

@@ -1,0 +1,61 @@
+"""``jasper-store plan``: what would be preloaded and what mapped, and why."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+
+import jasper_store as js
+from jasper_store.cli.console import print_json, results, table
+from jasper_store.cli.options import Device, Directory, FormatOption, Json, MemoryLimit, Mmap
+from jasper_store.memory.budget import format_bytes
+from jasper_store.store.placement import Plan
+
+__all__ = ["plan", "show_plan"]
+
+
+def plan(
+    path: Directory,
+    storage_format: FormatOption = "auto",
+    device: Device = None,
+    memory_limit: MemoryLimit = None,
+    mmap: Mmap = None,
+    *,
+    json: Json = False,
+) -> None:
+    """Show where each tensor would live, and which bound on memory decides. Loads nothing.
+
+    Examples:
+      jasper-store plan data/
+      jasper-store plan data/ --memory-limit 8GiB
+      jasper-store plan data/ --device cuda
+    """
+    made = js.plan(path, format=storage_format, device=device, use_mmap=mmap, memory_limit=memory_limit)
+    if json:
+        print_json(made.to_dict())
+    else:
+        show_plan(made, str(path))
+
+
+def show_plan(made: Plan, title: str) -> None:
+    """Print a plan: the table, the totals, the bounds."""
+    out = results()
+    cells = [
+        (
+            entry.name,
+            format_bytes(entry.nbytes),
+            f"{entry.reads_per_sample:.4g}",
+            entry.placement,
+            escape(entry.reason),
+        )
+        for entry in made.entries
+    ]
+    columns = ("tensor", "size", "rows/sample", "place", "why")
+    out.print(table(escape(title), columns, cells, right=("size", "rows/sample")))
+    places = dict.fromkeys(entry.placement for entry in made.entries)
+    parts = [f"{place} {format_bytes(made.bytes_in(place))}" for place in places]
+    out.print(f"total {format_bytes(made.nbytes)}: " + ", ".join(parts), markup=False)
+    out.print(made.budget.explain(), markup=False)
+    for note in made.notes:
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
+    for warning in made.warnings:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)

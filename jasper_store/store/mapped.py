@@ -184,6 +184,11 @@ class MappedTensor(HostTensor):
         paging.drop(self._address, self._span, fmap.fileno(), self._offset)
 
     @property
+    def advice(self) -> Access:
+        """How the kernel was told that its pages will be touched: ``"random"``, or ``"normal"`` for large views."""
+        return self._advice
+
+    @property
     def byte_range(self) -> tuple[int, int]:
         """Offset in the file, and length, of the bytes from its first value to its last."""
         return self._offset, self._span

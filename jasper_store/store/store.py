@@ -22,6 +22,7 @@ from jasper_store.formats.registry import base_name, locate
 from jasper_store.memory.mapping import FileMap
 from jasper_store.store import manifest as manifests
 from jasper_store.store.device import DeviceLoader
+from jasper_store.store.explain import explain, memory_of
 from jasper_store.store.guard import check_options
 from jasper_store.store.load import load, stored_nbytes
 from jasper_store.store.mapped import MappedTensor
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import FormatName, TensorSpec
     from jasper_store.formats.registry import Located
+    from jasper_store.store.explain import StoreMemory
     from jasper_store.store.placement import Plan
 
 __all__ = ["Progress", "TensorStore", "open_store", "plan_store"]
@@ -383,6 +385,20 @@ class TensorStore(Mapping[str, StoredTensor]):
         """Bytes of each tensor's file range that are in the page cache."""
         self._require_open()
         return {name: tensor.residency() for name, tensor in self._tensors.items()}
+
+    def explain(self) -> str:
+        """The plan in words, the file system, how rows are announced and pages advised, and what is vouched for."""
+        self._require_open()
+        return explain(self)
+
+    def memory_report(self) -> StoreMemory:
+        """What this process holds as anonymous, file and shared memory, and each tensor of it and of the page cache.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        return memory_of(self)
 
     def release(self) -> None:
         """Ask the system to take back the page-cache pages of all tensors; they are read again when needed."""

@@ -1,0 +1,124 @@
+"""What a store does and holds, in words and numbers for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jasper_store.memory import report
+from jasper_store.memory.budget import format_bytes
+from jasper_store.memory.mounts import file_system
+from jasper_store.memory.paging import announcer
+from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.tensors import ChunkedTensor
+
+if TYPE_CHECKING:
+    from jasper_store.memory.report import MemoryReport
+    from jasper_store.store.store import TensorStore
+
+__all__ = ["StoreMemory", "TensorMemory", "explain", "memory_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMemory:
+    """What one tensor holds.
+
+    Attributes:
+        name: the tensor's name.
+        placement: where it lives.
+        held: bytes of its own in this process's memory, or the device's; 0 where the page cache holds it.
+        cached: bytes of its file that are in the page cache, which every process shares and the kernel may take
+            back; of the whole file where it is chunked.
+        nbytes: bytes of its values.
+    """
+
+    name: str
+    placement: str
+    held: int
+    cached: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMemory:
+    """What a store and its process hold. ``str()`` is a table.
+
+    Attributes:
+        process: the process as a whole.
+        tensors: one entry per tensor.
+    """
+
+    process: MemoryReport
+    tensors: tuple[TensorMemory, ...]
+
+    @property
+    def held(self) -> int:
+        """Bytes that the store holds and only closing it gives back."""
+        return sum(entry.held for entry in self.tensors)
+
+    @property
+    def cached(self) -> int:
+        """Bytes of its tensors in the page cache; :meth:`TensorStore.release` gives them back."""
+        return sum(entry.cached for entry in self.tensors if entry.placement != "chunked")
+
+    def __str__(self) -> str:
+        width = max([6, *(len(entry.name) for entry in self.tensors)])
+        lines = [f"{'tensor':<{width}}  {'place':<8}  {'size':>10}  {'held':>10}  {'page cache':>10}"]
+        lines += [
+            f"{entry.name:<{width}}  {entry.placement:<8}  {format_bytes(entry.nbytes):>10}  "
+            f"{format_bytes(entry.held):>10}  {format_bytes(entry.cached):>10}"
+            for entry in self.tensors
+        ]
+        lines.append(f"process: {self.process}")
+        lines.append(
+            f"store: {format_bytes(self.held)} held until it is closed, {format_bytes(self.cached)} in the page cache, "
+            "which the kernel takes back when it is needed, or store.release() now"
+        )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        names = TensorMemory.__dataclass_fields__
+        process = type(self.process).__dataclass_fields__
+        return {
+            "process": {name: getattr(self.process, name) for name in process},
+            "held": self.held,
+            "cached": self.cached,
+            "tensors": [{name: getattr(entry, name) for name in names} for entry in self.tensors],
+        }
+
+
+def memory_of(store: TensorStore) -> StoreMemory:
+    """Measure what a store and its process hold now."""
+    entries = []
+    for name, tensor in store.items():
+        elsewhere = isinstance(tensor, (MappedTensor, ChunkedTensor))
+        held = 0 if elsewhere else tensor.nbytes
+        entries.append(TensorMemory(name, tensor.placement, held, tensor.residency(), tensor.nbytes))
+    return StoreMemory(report.memory_report(), tuple(entries))
+
+
+def explain(store: TensorStore) -> str:
+    """The plan, and how the store talks to the machine it is on."""
+    fstype, network = file_system(store.path)
+    backend = announcer().backend
+    mapped = [tensor for tensor in store.values() if isinstance(tensor, MappedTensor)]
+    lines = [
+        f"{store.path} ({store.format}), {len(store)} tensors",
+        str(store.plan),
+        f"file system: {fstype or 'unknown'}{', over a network' if network else ''}",
+    ]
+    if mapped:
+        how = {
+            "process_madvise": "1024 ranges per call (process_madvise)",
+            "madvise": "one range per call (madvise); process_madvise is not allowed or not there",
+            "none": "not at all: this system has no such call",
+        }[backend]
+        cold = [tensor.name for tensor in mapped if tensor.announcing]
+        lines.append(f"announcing rows: {how}; " + (f"on for {', '.join(cold)}" if cold else "off, all in memory"))
+        lines.append("page advice: " + "; ".join(f"{tensor.name} {tensor.advice}" for tensor in mapped))
+    lines.append(
+        "manifest: "
+        + ("none" if store.manifest is None else f"vouches for {', '.join(store.manifest.verified) or 'no check yet'}")
+    )
+    return "\n".join(lines)

@@ -20,10 +20,13 @@ import torch
 from jasper_store.errors import CorruptFileError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
+from jasper_store.formats.hdf5_heap import check_heaps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from jasper_store.formats.base import FileWriter, FormatName, Location, Schema
 
@@ -161,6 +164,7 @@ class _Walk:
             {p.strip("/"): name for p, name in schema.hdf5_aliases.items() if p.strip("/") not in self.names}
         )
         self.specs: dict[str, TensorSpec] = {}
+        self.heaps_checked = False
 
     def run(self, file: Any) -> list[TensorSpec]:
         self.group(file, "", frozenset())
@@ -191,12 +195,12 @@ class _Walk:
         members = {
             name: f"{key}/{name}" if key else name
             for name in group
-            if isinstance(group.get(name, getlink=True), h5py.HardLink)
+            if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type == h5py.h5l.TYPE_HARD
         }
         if members and members.keys() == {str(i) for i in range(len(members))}:
-            rows = [group[str(i)] for i in range(len(members))]
-            if all(isinstance(row, h5py.Dataset) for row in rows):
-                self.ragged(self.name_of(key), [self.row(row) for row in rows])
+            rows = self.rows(group, len(members))
+            if rows is not None:
+                self.ragged(self.name_of(key), rows)
                 return
         for name, member_key in members.items():
             member = group[name]
@@ -212,7 +216,7 @@ class _Walk:
         try:
             base = h5py.check_vlen_dtype(dataset.dtype)
             if base is not None and np.issubdtype(base, np.integer) and dataset.ndim == 1:
-                self.ragged(name, list(dataset[()]))
+                self.ragged(name, self.variable(dataset))
                 return
             self.add(self.spec(dataset, key, name))
         except _UnsupportedError as exc:
@@ -220,18 +224,44 @@ class _Walk:
                 _corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
             warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
 
-    def row(self, dataset: Any) -> np.ndarray[Any, Any]:
-        if dataset.dtype.kind not in "iu" or dataset.ndim > 1:
-            # An empty Python list becomes an empty float dataset in the builders that write a dataset per row.
-            if dataset.size == 0:
-                return np.empty(0, dtype=np.int64)
-            _corrupt(self.path, f"dataset {dataset.name!r:.100} should hold a row of ints, found {dataset.dtype}.")
-        if dataset.nbytes > self.size and dataset.chunks is None:
-            _corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
-        return np.atleast_1d(dataset[()])
+    def rows(self, group: Any, n: int) -> list[NDArray[np.int64]] | None:
+        """The rows of a ragged tensor that has a small dataset for each, or ``None`` if the group is something else."""
+        import h5py
 
-    def ragged(self, name: str, rows: list[np.ndarray[Any, Any]]) -> None:
-        values = np.concatenate([np.empty(0, dtype=np.int64), *rows]).astype(np.int64, casting="unsafe")
+        rows = []
+        for i in range(n):
+            # Below h5py's own objects, which cost five times as much for each of perhaps many thousand rows.
+            row = h5py.h5o.open(group.id, str(i).encode())
+            if not isinstance(row, h5py.h5d.DatasetID):
+                return None
+            space = row.get_space()
+            length = space.get_simple_extent_npoints()
+            # An empty Python list becomes an empty float dataset in the builders that write a dataset per row.
+            if length and (row.dtype.kind not in "iu" or space.get_simple_extent_ndims() > 1):
+                return None
+            if length > self.size:
+                _corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
+            values = np.empty(length, dtype=np.int64)
+            if length:
+                row.read(h5py.h5s.create_simple((length,)), h5py.h5s.ALL, values)
+            rows.append(values)
+        return rows
+
+    def variable(self, dataset: Any) -> list[NDArray[np.int64]]:
+        """The rows of a variable-length dataset of ints."""
+        self.check_heaps()
+        # Each row takes 16 bytes in the file beside its values.
+        if dataset.size * 16 > max(self.size, 1024) and dataset.chunks is None:
+            _corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
+        return [row.astype(np.int64, casting="unsafe") for row in dataset[()]]
+
+    def check_heaps(self) -> None:
+        if not self.heaps_checked:
+            check_heaps(self.path)
+            self.heaps_checked = True
+
+    def ragged(self, name: str, rows: list[NDArray[np.int64]]) -> None:
+        values = np.concatenate([np.empty(0, dtype=np.int64), *rows])
         offsets = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         for part, array in (("values", values), ("offsets", offsets)):
@@ -260,13 +290,23 @@ class _Walk:
         # h5py widens what numpy cannot express (12-bit ints, 24-bit floats); the bytes would then be something else.
         if stored not in _DTYPES or not h5py.h5t.py_create(stored, logical=True).equal(tid):
             _corrupt(self.path, f"dataset {key!r:.100} has a number type that torch does not have ({stored}).")
-        marked = dataset.attrs.get("torch_dtype")
+        marked = self.mark(dataset)
         if marked is None:
             found: torch.dtype = _DTYPES[stored]
             return found
         if marked not in ("bfloat16", b"bfloat16") or stored != np.uint16:
             _corrupt(self.path, f"dataset {key!r:.100}: {stored} with torch_dtype={marked!r:.40} is unknown.")
         return torch.bfloat16
+
+    def mark(self, dataset: Any) -> object:
+        """The attribute that names a torch dtype which HDF5 does not have."""
+        import h5py
+
+        if "torch_dtype" not in dataset.attrs:
+            return None
+        if h5py.h5a.open(dataset.id, b"torch_dtype").get_type().is_variable_str():
+            self.check_heaps()
+        return dataset.attrs["torch_dtype"]
 
     def location(self, dataset: Any, key: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> Location:
         import h5py
@@ -287,7 +327,7 @@ class _Walk:
                         tensor=key,
                     )
                 return Extent(self.path, offset)
-        if layout == h5py.h5d.COMPACT:
+        if layout == h5py.h5d.COMPACT or not shape:
             raw = torch.from_numpy(np.ascontiguousarray(dataset[()]).reshape(shape))
             return Inline(self.path, raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw)
         chunks = dataset.chunks

@@ -141,7 +141,8 @@ class Hdf5Writer:
             options |= {"chunks": _chunk_shape(tensor, shape), **(filters or {})}
         dataset = self._h5.create_dataset(key, dcpl=_early() if numel and shape and not chunked else None, **options)
         if tensor.dtype == torch.bfloat16:
-            dataset.attrs["torch_dtype"] = "bfloat16"
+            # Of fixed length, so that it lies within the dataset's own header, under its checksum.
+            dataset.attrs["torch_dtype"] = np.bytes_("bfloat16")
         if not shape:
             return _ScalarSink(dataset)
         if not chunked:

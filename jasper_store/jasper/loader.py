@@ -127,12 +127,11 @@ def create_loader(
         sampler.set_epoch(epoch)
         sample_nbytes = _sample_nbytes(dataset)
         warn_of_small_shared_memory(batch_size * sample_nbytes, num_workers, dataloader_options)
-        depth = depth_for(batch_size, sample_nbytes, dataset.store.plan.budget.nbytes)
         return JasperLoader(
             dataset,
             batch_size,
             sampler=sampler,
-            look_ahead=LookAhead(dataset, depth) if dataset.use_mmap else None,
+            look_ahead=_look_ahead(dataset, batch_size, sample_nbytes, num_workers),
             adopt_order=order == "auto",
             why_order=why,
             ranks=ranks,
@@ -332,13 +331,34 @@ class _Pass:
         return batch
 
 
+def _look_ahead(
+    dataset: JASPERSteeringDataset, batch_size: int, sample_nbytes: int, num_workers: int
+) -> LookAhead | None:
+    """The look-ahead, if there is anything to announce."""
+    if not dataset.use_mmap:
+        return None
+    mapped, left = _mapped_and_left(dataset)
+    return LookAhead(
+        dataset,
+        depth_for(batch_size, sample_nbytes, left),
+        batch_size=batch_size,
+        rely_on_faults=num_workers == 0,
+        drop_behind=mapped > left,
+    )
+
+
+def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:
+    """Bytes that are mapped and read per sample, and bytes of memory that are left for the page cache."""
+    plan = dataset.store.plan
+    mapped = sum(entry.nbytes for entry in plan.entries if entry.placement == "mmap" and entry.reads_per_sample > 0)
+    return mapped, max(plan.budget.nbytes - plan.preloaded_nbytes, 0)
+
+
 def _choose_order(dataset: JASPERSteeringDataset, asked: str) -> tuple[str, str]:
     """The order, and why."""
     if asked != "auto":
         return asked, "it was asked for"
-    plan = dataset.store.plan
-    mapped = sum(entry.nbytes for entry in plan.entries if entry.placement == "mmap" and entry.reads_per_sample > 0)
-    left = max(plan.budget.nbytes - plan.preloaded_nbytes, 0)
+    mapped, left = _mapped_and_left(dataset)
     figures = f"{mapped / 2**20:.1f} MiB that are read per sample are mapped, and the page cache may hold {left / 2**20:.1f} MiB"
     if mapped > left:
         return "block", f"{figures}: blocks of rows are read in runs"

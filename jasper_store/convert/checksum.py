@@ -46,20 +46,24 @@ def checksum_of(values: torch.Tensor) -> str:
     return hasher.hexdigest()
 
 
-def checksum(spec: TensorSpec, on_bytes: Callable[[int], None] | None = None, *, drop: bool = False) -> str:
+def checksum(
+    spec: TensorSpec, on_block: Callable[[int, torch.Tensor], None] | None = None, *, drop: bool = False
+) -> str:
     """Checksum of a tensor in a file, streamed: memory is a few blocks whatever its size.
 
     Args:
         spec: the tensor.
-        on_bytes: called with the bytes of each block that was read.
+        on_block: called with the first row of each block and its values, which are valid during the call.
         drop: whether to drop what was read from the page cache.
 
     Raises:
         CorruptFileError: the file is shorter than its header says, or a chunk cannot be decompressed.
     """
     hasher = Hasher()
+    start = 0
     for values in read_blocks(spec, drop=drop):
         hasher.update(values)
-        if on_bytes is not None:
-            on_bytes(values.nbytes)
+        if on_block is not None:
+            on_block(start, values)
+        start += len(values) if values.ndim else 1
     return hasher.hexdigest()

@@ -12,7 +12,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jasper_store.convert.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable
 
+    import torch
+
     from jasper_store.formats.base import TensorSpec
 
-__all__ = ["Finding", "Severity", "VerifyReport", "verify_files"]
+__all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
 
 Severity = Literal["error", "warning", "fact"]
 
@@ -49,6 +51,16 @@ class Finding:
     check: str
     message: str
     position: int | None = None
+
+
+class Visitor(Protocol):
+    """Looks at the values of one tensor while they are read for their checksum; used by one thread at a time."""
+
+    def visit(self, start: int, rows: torch.Tensor) -> None:
+        """See rows ``start`` to ``start + len(rows)``; they are valid during the call."""
+
+    def findings(self) -> list[Finding]:
+        """What was found, after the last block."""
 
 
 @dataclass(slots=True)
@@ -111,6 +123,7 @@ def verify_files(
     path: str | os.PathLike[str],
     *,
     schema: Schema | None = None,
+    visitor: Callable[[str], Visitor | None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     threads: int = 2,
 ) -> VerifyReport:
@@ -123,6 +136,7 @@ def verify_files(
     Args:
         path: directory or file.
         schema: names and HDF5 paths.
+        visitor: asked by name for somebody to look at a tensor's values, once per file that holds it.
         progress: called as ``progress(tensor, done_bytes, total_bytes)``, from one thread at a time.
         threads: tensors that are read at the same time.
 
@@ -131,7 +145,7 @@ def verify_files(
     """
     path = Path(path)
     report = VerifyReport(path)
-    check = _Check(path, Schema() if schema is None else schema, report)
+    check = _Check(path, Schema() if schema is None else schema, visitor or (lambda _: None), report)
     check.headers()
     check.contents(progress, threads)
     return report
@@ -139,17 +153,21 @@ def verify_files(
 
 @dataclass(frozen=True)
 class _Job:
-    """A tensor to be read whole; without an entry only to see that it can be read."""
+    """A tensor to be read whole; without an entry to see that it can be read, or for its visitor."""
 
     spec: TensorSpec
     entry: TensorEntry | None
+    visitor: Visitor | None
 
 
 class _Check:
     """One verification: headers first, then the values."""
 
-    def __init__(self, path: Path, schema: Schema, report: VerifyReport) -> None:
+    def __init__(
+        self, path: Path, schema: Schema, visitor: Callable[[str], Visitor | None], report: VerifyReport
+    ) -> None:
         self.schema = schema
+        self.visitor = visitor
         self.report = report
         self.root = path if path.is_dir() else path.parent
         self.manifest = self._read_manifest()
@@ -244,13 +262,16 @@ class _Check:
                 )
                 self._add("error", name, "header", text)
             else:
-                self.jobs.append(_Job(spec, tensor))
+                self.jobs.append(_Job(spec, tensor, self.visitor(name)))
 
     def _structure(self, file: Path, specs: list[TensorSpec]) -> None:
         """What a file without an entry offers to be checked."""
         if zipfile.is_zipfile(file):
             self.archives.append(file)
-        self.jobs += [_Job(spec, None) for spec in specs if isinstance(spec.location, Chunked)]
+        for spec in specs:
+            visitor = self.visitor(spec.name)
+            if visitor is not None or isinstance(spec.location, Chunked):
+                self.jobs.append(_Job(spec, None, visitor))
 
     # ---- contents
 
@@ -279,6 +300,8 @@ class _Check:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         self.report.add(finding for finding in found if finding is not None)
+        for job in jobs:
+            self.report.add(job.visitor.findings() if job.visitor is not None else ())
         good = sum(1 for job, finding in zip(jobs, found, strict=False) if finding is None and job.entry is not None)
         if good:
             nbytes = sum(job.spec.nbytes for job in jobs if job.entry is not None)
@@ -294,9 +317,15 @@ def _is_data(file: Path) -> bool:
 
 def _verify_values(job: _Job, advance: Callable[[str, int], None], *, drop: bool) -> Finding | None:
     """Read a tensor whole and compare its checksum, where one is known."""
-    spec, entry = job.spec, job.entry
+    spec, entry, visitor = job.spec, job.entry, job.visitor
+
+    def look(start: int, rows: torch.Tensor) -> None:
+        if visitor is not None:
+            visitor.visit(start, rows)
+        advance(spec.name, rows.nbytes)
+
     try:
-        found = checksum(spec, lambda nbytes: advance(spec.name, nbytes), drop=drop)
+        found = checksum(spec, look, drop=drop)
     except (JasperStoreError, OSError) as exc:
         return Finding("error", spec.name, "read", f"{spec.path}: {spec.name} cannot be read whole: {exc}")
     if entry is None or entry.xxh3_128 is None or found == entry.xxh3_128:

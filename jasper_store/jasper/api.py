@@ -6,6 +6,7 @@ dataset: HDF5 paths, rows read per sample, which files belong to it, and what it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
@@ -13,13 +14,12 @@ from pathlib import Path
 import torch
 
 from jasper_store.convert import converter
-from jasper_store.convert import verify as files
 from jasper_store.convert import writer
 from jasper_store.convert.report import ConversionReport
-from jasper_store.convert.verify import Finding, VerifyReport
-from jasper_store.errors import JasperStoreError
+from jasper_store.convert.verify import Finding, VerifyReport, verify_files
+from jasper_store.errors import JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Schema
-from jasper_store.jasper.audit import relations, visitors
+from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import CONFIG_NAME, read_config
 from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.schema import SCHEMA, SPLITS, TENSORS, schema_for, split_tensor
@@ -180,10 +180,7 @@ def convert(
 
 
 def verify(
-    path: str | PathLike[str],
-    *,
-    format: str = "auto",  # noqa: A002
-    progress: Callable[[str, int, int], None] | None = None,
+    path: str | PathLike[str], *, progress: Callable[[str, int, int], None] | None = None
 ) -> VerifyReport:
     """Check a dataset: that the files hold what was written, and that the values mean what they should.
 
@@ -193,7 +190,6 @@ def verify(
 
     Args:
         path: a dataset directory, any directory of tensor files, or one file; of those, what applies is checked.
-        format: format to check where there are several.
         progress: called as ``progress(tensor, done_bytes, total_bytes)`` after each block.
 
     Returns:
@@ -201,28 +197,20 @@ def verify(
 
     Raises:
         DatasetNotFoundError: nothing there.
-        UnknownNameError: no such format.
     """
     path = Path(path)
     jasper = _is_jasper(path)
-    report = files.verify(
-        path,
-        format=format,
-        schema=_schema_at(path),
-        visitors=visitors() if jasper else {},
-        progress=progress,
-    )
-    if not jasper:
-        return report
-    return report.merge(_meaning(path, report.format or format))
+    report = verify_files(path, schema=_schema_at(path), visitor=visitor if jasper else None, progress=progress)
+    if jasper:
+        report.add(_meaning(path))
+    return report
 
 
-def _meaning(path: Path, format: str) -> list[Finding]:  # noqa: A002
-    """Findings about what the tensors say of each other."""
+def _meaning(path: Path) -> list[Finding]:
+    """Findings about what the tensors say of each other, read as a dataset reads them."""
     try:
         config = read_config(path)
-        # The checksums were just computed, so what the manifest thinks of the files is in the report already.
-        with open_store(path, format=format, use_mmap=True, schema=schema_for(config.n_neg), trust=False) as store:
+        with _quietly_opened(path, config.n_neg) as store:
             there = [split for split in SPLITS if split_tensor(split) in store]
             sizes = check_structure(store, config, there)
             found = list(relations(store, sizes))
@@ -234,6 +222,13 @@ def _meaning(path: Path, format: str) -> list[Finding]:  # noqa: A002
             return found
     except JasperStoreError as exc:
         return [Finding("error", exc.tensor or "dataset", "structure", str(exc), None)]
+
+
+def _quietly_opened(path: Path, n_neg: int) -> TensorStore:
+    """The dataset as it would be served; what a user would be warned of is not verify's business."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", JasperStoreWarning)
+        return open_store(path, use_mmap=True, schema=schema_for(n_neg))
 
 
 class DatasetWriter(writer.DatasetWriter):

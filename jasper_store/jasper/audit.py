@@ -8,29 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal
 
 import torch
 
-from jasper_store.convert.verify import Finding
+from jasper_store.convert.verify import Finding, Visitor
 from jasper_store.errors import IntegrityError
 from jasper_store.jasper.integrity import check_bounds, index_rules
 from jasper_store.jasper.schema import SPLITS, TENSORS, split_tensor
 from jasper_store.store.store import TensorStore
 
-__all__ = ["Visitor", "relations", "visitors"]
+__all__ = ["relations", "visitor"]
 
 _BLOCK_ROWS = 1 << 20
-
-
-class Visitor(Protocol):
-    """Looks at a tensor block by block, in order; one thread per visitor."""
-
-    def visit(self, start: int, rows: torch.Tensor) -> None:
-        """See rows ``start`` to ``start + len(rows)`` of the tensor."""
-
-    def findings(self) -> list[Finding]:
-        """What was found, after the last block."""
 
 
 @dataclass(slots=True)
@@ -57,7 +47,9 @@ class EmbeddingVisitor:
     zero: _Tally = field(default_factory=_Tally)
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
-        """See a block of rows [n, D]."""
+        """See a block of rows [n, D]; of a tensor of another shape or dtype, which is reported elsewhere, nothing."""
+        if rows.ndim != 2 or not rows.is_floating_point():
+            return
         largest = torch.linalg.vector_norm(rows.float() if rows.dtype.itemsize < 4 else rows, ord=float("inf"), dim=1)  # noqa: PLR2004 (half precision has no norm on every CPU)
         self.not_finite.add(start, ~torch.isfinite(largest))
         self.zero.add(start, largest == 0)
@@ -85,6 +77,8 @@ class RangeVisitor:
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
         """See a block of any shape [n, ...]."""
+        if not rows.ndim:
+            return
         flat = rows.reshape(len(rows), -1)
         self.outside.add(start, ~((flat >= self.low) & (flat <= self.high)).all(dim=1))
 
@@ -103,18 +97,19 @@ _ROUNDING = 1e-3
 """Cosine distances of rounded unit vectors leave 0..2, and relevances 0..1, by about this much in half precision."""
 
 
-def visitors() -> Mapping[str, Visitor]:
-    """A fresh visitor for each tensor whose values have a meaning."""
-    found: dict[str, Visitor] = {
-        name: EmbeddingVisitor(name)
-        for name, rule in TENSORS.items()
-        if rule.kind == "float" and rule.shape[-1] == "D"
-    }
-    found["pair_relevance"] = RangeVisitor("pair_relevance", -_ROUNDING, 1 + _ROUNDING)
-    found["centroid_distances"] = RangeVisitor("centroid_distances", -_ROUNDING, 2 + _ROUNDING)
-    # 0 to 2 here, 1 to 4 by other builders.
-    found["negative_tiers"] = RangeVisitor("negative_tiers", 0, 4)
-    return found
+_RANGES = {
+    "pair_relevance": (-_ROUNDING, 1 + _ROUNDING),
+    "centroid_distances": (-_ROUNDING, 2 + _ROUNDING),
+    "negative_tiers": (0, 4),  # 0 to 2 here, 1 to 4 by other builders
+}
+
+
+def visitor(name: str) -> Visitor | None:
+    """A fresh visitor for a tensor whose values have a meaning by themselves; ``None`` for any other."""
+    if name in _RANGES:
+        return RangeVisitor(name, *_RANGES[name])
+    rule = TENSORS.get(name)
+    return EmbeddingVisitor(name) if rule is not None and rule.kind == "float" and rule.shape[-1] == "D" else None
 
 
 def relations(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
@@ -191,7 +186,9 @@ def _splits(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
         yield Finding("warning", "train_idx", "missed pairs", text, int(missed.nonzero()[0]))
 
 
-def _shared(what: str, owners: torch.Tensor, severity: str, check: str, why: str) -> Iterator[Finding]:
+def _shared(
+    what: str, owners: torch.Tensor, severity: Literal["error", "warning"], check: str, why: str
+) -> Iterator[Finding]:
     for one, first in enumerate(SPLITS):
         for two in range(one + 1, len(SPLITS)):
             both = (1 << one) | (1 << two)

@@ -20,6 +20,8 @@ __all__ = ["load", "stored_nbytes"]
 
 def stored_nbytes(spec: TensorSpec) -> int:
     """Bytes that loading a tensor counts as progress: those that are read, or unpacked from chunks."""
+    if isinstance(spec.location, Inline):
+        return 0
     return span_nbytes(spec) if isinstance(spec.location, Extent) else spec.nbytes
 
 

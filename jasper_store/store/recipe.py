@@ -51,7 +51,7 @@ class Recipe:
         dtype: torch.dtype | None,
         digest: str,
     ) -> None:
-        self.path = path.absolute()
+        self.path = path
         self.format = format
         self.schema = schema
         self.dtype = dtype

@@ -94,14 +94,16 @@ def open_store(
     """
     check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
-    located, manifest, stale = _locate(Path(path), format, schema)
+    # Absolute from here on: what a store pickles as is opened in another process, maybe in another directory.
+    path = Path(path).absolute()
+    located, manifest, stale = _locate(path, format, schema)
     stats = stats_of(located.specs)
     plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
     for text in plan.warnings:
         warnings.warn(text, PerformanceWarning, stacklevel=3)
-    recipe = Recipe(Path(path), located.format, schema, dtype, digest_of(located.specs, stats))
+    recipe = Recipe(path, located.format, schema, dtype, digest_of(located.specs, stats))
     return TensorStore(recipe, located, plan, manifest=manifest, stats=stats, progress=progress)
 
 
@@ -118,7 +120,7 @@ def plan_store(
     """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
     check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
-    located = locate(Path(path), format, schema)
+    located = locate(Path(path).absolute(), format, schema)
     return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
 
 
@@ -199,8 +201,7 @@ class TensorStore(Mapping[str, StoredTensor]):
             undo.pop_all()
 
     def _build(self, specs: Sequence[TensorSpec], plan: Plan, progress: Progress | None) -> dict[str, StoredTensor]:
-        loaded = {spec.name for spec in specs if plan.placement(spec.name) not in {"mmap", "chunked"}}
-        total = sum(stored_nbytes(spec) for spec in specs if spec.name in loaded)
+        total = sum(stored_nbytes(spec) for spec in specs if plan.placement(spec.name) not in {"mmap", "chunked"})
         done = 0
 
         def on_bytes(nbytes: int) -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.store.guard import check_options, normalize_device, resolve_pin_memory
 from jasper_store.store.store import open_store, plan_store
 
-REFUSED = [
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"use_mmap": True, "device": "cuda"}, ["use_mmap=True", "'cuda'", "use_mmap=False"]),
     ({"use_mmap": True, "device": "cuda:1"}, ["cuda:1", "device=None"]),
     ({"use_mmap": True, "device": torch.device("cuda", 0)}, ["cuda:0"]),
@@ -16,7 +18,7 @@ REFUSED = [
     ({"device": "cuda", "pin_memory": True}, ["pin_memory=True", "device=None"]),
     ({"use_mmap": True, "dtype": torch.float16}, ["dtype", "convert --dtype float16"]),
 ]
-NONSENSE = [
+NONSENSE: list[dict[str, Any]] = [
     {"use_mmap": "yes"},
     {"pin_memory": 1},
     {"num_workers": -1},

@@ -156,7 +156,7 @@ class TestEveryTensor:
             out = torch.empty((len(rows), *tensor.row_shape), dtype=tensor.dtype)
             with pytest.raises(IndexError, match=found):
                 tensor.take(rows, out=out)
-        for rows in (
+        for wrong in (
             [0.5],
             [True],
             torch.zeros(2, 2, dtype=torch.int64),
@@ -168,7 +168,7 @@ class TestEveryTensor:
             [[0], [0, 1]],
         ):
             with pytest.raises(IndexError, match=name):
-                tensor.take(rows)
+                tensor.take(wrong)
         for index in (n, -n - 1, (0, 0), None, ..., 0.0, "0", True):
             with pytest.raises(IndexError, match=name):
                 tensor[index]

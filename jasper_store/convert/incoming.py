@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["as_block", "as_json", "flatten"]
 
 
-def as_block(name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any]) -> torch.Tensor:
+def as_block(name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any] | float) -> torch.Tensor:
     """A block of rows as a tensor; shares memory where it can.
 
     Raises:

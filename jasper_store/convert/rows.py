@@ -29,6 +29,7 @@ __all__ = ["BLOCK_NBYTES", "RowReader", "block_rows", "open_rows", "read_blocks"
 # Large enough that a block costs more than the hand-over between threads, small enough that the few in flight
 # stay inside the processor's last cache level on common machines: measured best between 2 and 8 MiB.
 BLOCK_NBYTES = 4 << 20
+SCRATCH_NBYTES = 2 * BLOCK_NBYTES  # the widest span of a strided block that is read as one piece
 _AHEAD = 3  # blocks in flight: one being read, one waiting, one being written
 
 
@@ -199,9 +200,9 @@ class _ExtentRows:
         """
         itemsize = self._spec.dtype.itemsize
         count = 1 + sum((n - 1) * s for n, s in zip(out.shape, strides, strict=True))
-        if count * itemsize <= 2 * BLOCK_NBYTES:
+        if count * itemsize <= SCRATCH_NBYTES:
             if not len(self._scratch):
-                self._scratch = torch.empty(2 * BLOCK_NBYTES, dtype=torch.uint8)
+                self._scratch = torch.empty(SCRATCH_NBYTES, dtype=torch.uint8)
             span = self._scratch[: count * itemsize]
             self._fill(offset, span)
             out.copy_(span.view(self._spec.dtype).as_strided(out.shape, strides))

@@ -116,6 +116,7 @@ class DatasetWriter:
         self._published = False
         with contextlib.ExitStack() as stack:
             self._staging = self._prepare(stack)
+            stack.callback(_abort, self._parts)
             # Runs on abandon(), when the writer is forgotten, and when the process ends in good order.
             self._release = weakref.finalize(self, _release, stack.pop_all(), os.getpid())
 
@@ -148,7 +149,7 @@ class DatasetWriter:
         """Whether it was published or abandoned."""
         return self._closed
 
-    def append(self, name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any]) -> None:
+    def append(self, name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any] | float) -> None:
         """Append a block of rows to a tensor; the first block decides its dtype and the shape of its rows.
 
         Args:
@@ -328,14 +329,12 @@ class DatasetWriter:
     def abandon(self) -> None:
         """Give up: everything written is removed. Does nothing after it was published or abandoned."""
         if not self._closed:
-            for part in self._parts.values():
-                part.writer.abort()
             self._end()
 
     def _end(self) -> None:
         self._closed = True
-        self._parts.clear()
         self._release()
+        self._parts.clear()
 
     @contextlib.contextmanager
     def _abandoned_on_failure(self) -> Iterator[None]:
@@ -386,6 +385,11 @@ class DatasetWriter:
             self.abandon()
         elif not self._closed:
             self.close()
+
+
+def _abort(parts: dict[str, _Part]) -> None:
+    for part in parts.values():
+        part.writer.abort()
 
 
 def _release(stack: contextlib.ExitStack, owner: int) -> None:

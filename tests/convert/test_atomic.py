@@ -44,7 +44,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, failure):
     target = tmp_path / "a.bin"
     target.write_bytes(b"old")
 
-    def fail():
+    def fail() -> None:
         with atomic.atomic_file(target) as temporary:
             temporary.write_bytes(b"half")
             raise failure
@@ -102,7 +102,7 @@ def test_flushed_before_it_is_named_and_the_directory_after(tmp_path, monkeypatc
     ],
 )
 def test_refusals_of_the_system_are_translated_with_numbers(tmp_path, code, text):
-    def fail():
+    def fail() -> None:
         with atomic.atomic_file(tmp_path / "a.bin", needed=5000) as temporary:
             temporary.write_bytes(bytes(1000))
             raise OSError(code, os.strerror(code))
@@ -127,7 +127,7 @@ def test_the_disk_is_asked_before_the_first_byte(tmp_path):
 
 
 def test_one_percent_is_kept_to_spare(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1_000_000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1_000_000))
     atomic.require_space(tmp_path, 990_000, what="a test")
     with pytest.raises(ConversionError, match="9,899 too few"):
         atomic.require_space(tmp_path, 1_000_000 - 100, what="a test")
@@ -206,7 +206,7 @@ def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):
     path = tmp_path / lock.LOCK_NAME
     inside, most, entered = 0, 0, 0
 
-    def work():
+    def work() -> None:
         nonlocal inside, most, entered
         for _ in range(200):
             with contextlib.suppress(ConversionError), lock.exclusive(path, "work"):

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from jasper_store.convert import converter
-from jasper_store.convert import writer
+from jasper_store.convert import converter, writer
 from jasper_store.convert.report import ConversionReport
 from jasper_store.convert.verify import Finding, VerifyReport, verify_files
 from jasper_store.errors import JasperStoreError, JasperStoreWarning
@@ -179,9 +178,7 @@ def convert(
     )
 
 
-def verify(
-    path: str | PathLike[str], *, progress: Callable[[str, int, int], None] | None = None
-) -> VerifyReport:
+def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], None] | None = None) -> VerifyReport:
     """Check a dataset: that the files hold what was written, and that the values mean what they should.
 
     Checksums against the manifest, shapes, index bounds; NaN, Inf and zero rows; ranges of relevance, distance and

@@ -17,6 +17,7 @@ from jasper_store.errors import IntegrityError
 from jasper_store.jasper.integrity import check_bounds, index_rules
 from jasper_store.jasper.schema import SPLITS, TENSORS, split_tensor
 from jasper_store.store.store import TensorStore
+from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["relations", "visitor"]
 
@@ -50,7 +51,8 @@ class EmbeddingVisitor:
         """See a block of rows [n, D]; of a tensor of another shape or dtype, which is reported elsewhere, nothing."""
         if rows.ndim != 2 or not rows.is_floating_point():
             return
-        largest = torch.linalg.vector_norm(rows.float() if rows.dtype.itemsize < 4 else rows, ord=float("inf"), dim=1)  # noqa: PLR2004 (half precision has no norm on every CPU)
+        wide = rows.float() if rows.dtype.itemsize < 4 else rows  # half precision has no norm on every CPU
+        largest = torch.linalg.vector_norm(wide, ord=float("inf"), dim=1)
         self.not_finite.add(start, ~torch.isfinite(largest))
         self.zero.add(start, largest == 0)
 
@@ -132,10 +134,17 @@ def relations(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]
 def _bounds(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
     splits = [split for split in SPLITS if split in sizes]
     for stored, column, symbol in index_rules(splits):
-        try:
-            check_bounds(store[stored], column, symbol, sizes[symbol])
-        except IntegrityError as exc:
-            yield Finding("error", stored.removesuffix(".values"), "index bounds", str(exc), None)
+        problem = _bound_problem(store[stored], column, symbol, sizes[symbol])
+        if problem:
+            yield Finding("error", stored.removesuffix(".values"), "index bounds", problem, None)
+
+
+def _bound_problem(tensor: StoredTensor, column: int | None, symbol: str, bound: int) -> str:
+    try:
+        check_bounds(tensor, column, symbol, bound)
+    except IntegrityError as exc:
+        return str(exc)
+    return ""
 
 
 def _negatives(store: TensorStore) -> Iterator[Finding]:
@@ -195,5 +204,7 @@ def _shared(
             rows = owners.bitwise_and(both) == both
             if bool(rows.any()):
                 position = int(rows.nonzero()[0])
-                text = f"{int(rows.sum())} {what} stand in both {first} and {SPLITS[two]}, the first is {position}; {why}"
+                text = (
+                    f"{int(rows.sum())} {what} stand in both {first} and {SPLITS[two]}, the first is {position}; {why}"
+                )
                 yield Finding(severity, split_tensor(SPLITS[two]), f"split {check}", text, position)

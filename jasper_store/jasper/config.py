@@ -94,9 +94,13 @@ def _split_sizes(sizes: object, path: Path) -> dict[str, int]:
     if sizes is None:
         return {}
     if not isinstance(sizes, Mapping):
-        raise IntegrityError(f"{path}: split_sizes should map {', '.join(SPLITS)} to numbers, found {sizes!r}", path=path)
-    known = {split: sizes[split] for split in SPLITS if split in sizes}
+        raise IntegrityError(
+            f"{path}: split_sizes should map {', '.join(SPLITS)} to numbers, found {sizes!r}", path=path
+        )
+    known: dict[str, int] = {split: sizes[split] for split in SPLITS if split in sizes}
     for split, size in known.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise IntegrityError(f"{path}: split_sizes of {split} should be a number of samples, found {size!r}", path=path)
+            raise IntegrityError(
+                f"{path}: split_sizes of {split} should be a number of samples, found {size!r}", path=path
+            )
     return known

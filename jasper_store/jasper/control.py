@@ -24,7 +24,7 @@ class Control:
     __slots__ = ("_words",)
 
     def __init__(self, epoch: int) -> None:
-        self._words = torch.tensor([epoch, _NOT_FORCED, 0], dtype=torch.int64).share_memory_()
+        self._words = _shared(torch.tensor([epoch, _NOT_FORCED, 0], dtype=torch.int64))
 
     def read(self) -> tuple[int, int | None, int]:
         """Epoch, forced variant (``None`` if the curriculum decides), generation of the negatives."""
@@ -44,8 +44,14 @@ class Control:
         self._words[_GENERATION] += 1
 
     def __getstate__(self) -> torch.Tensor:
-        return self._words
+        words: torch.Tensor = self._words
+        return words
 
     def __setstate__(self, words: torch.Tensor) -> None:
         # Idempotent for memory that is shared already; a copy by value becomes shareable again.
-        self._words = words.share_memory_()
+        self._words = _shared(words)
+
+
+def _shared(words: torch.Tensor) -> torch.Tensor:
+    """The same numbers in memory that children share."""
+    return words.share_memory_()  # type: ignore[no-untyped-call, no-any-return]

@@ -360,7 +360,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         rows = opened.store[split_tensor(self.split)].take(positions.to(opened.store.device)).cpu().to(torch.int64)
         digest = xxhash.xxh3_64()
         digest.update(repr((self.split, sorted(opened.sizes.items()))).encode())
-        digest.update(rows.numpy())
+        digest.update(rows.numpy().tobytes())
         return digest.hexdigest()
 
     # --- end --------------------------------------------------------------------------------------------------
@@ -420,5 +420,3 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         )
         print(report)  # noqa: T201 (the promised output of this method)
         return report
-
-

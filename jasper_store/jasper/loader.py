@@ -6,7 +6,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from jasper_store.errors import UnknownNameError
 from jasper_store.jasper.advisor import Meter, Stopwatch, WorkerClock, advise
@@ -160,7 +160,7 @@ class JasperLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: JASPERSteeringDataset,
         batch_size: int = 1,
         *,
         sampler: EpochSampler,

@@ -25,20 +25,23 @@ def reopened_negatives(opened: OpenedDataset) -> Mapping[str, StoredTensor]:
     """
     fresh = opened.store.reopened(NEGATIVE_TENSORS)
     try:
-        for name, tensor in fresh.items():
-            old = opened.store[name]
-            if tuple(tensor.shape) != tuple(old.shape) or tensor.dtype != old.dtype:
-                raise IntegrityError(
-                    f"the new {name} is {list(tensor.shape)} {tensor.dtype}, expected {list(old.shape)} {old.dtype}"
-                    " as before; the old ones stay in use",
-                    tensor=name,
-                )
+        for tensor in fresh.values():
+            _check_alike(tensor, opened.store[tensor.name])
         check_bounds(fresh["hard_negatives"], None, "sources", opened.sizes["sources"])
     except BaseException:
         for tensor in fresh.values():
             tensor.close()
         raise
     return fresh
+
+
+def _check_alike(new: StoredTensor, old: StoredTensor) -> None:
+    if tuple(new.shape) != tuple(old.shape) or new.dtype != old.dtype:
+        raise IntegrityError(
+            f"the new {new.name} is {list(new.shape)} {new.dtype}, expected {list(old.shape)} {old.dtype} as before;"
+            " the old ones stay in use",
+            tensor=new.name,
+        )
 
 
 def warn_kept(error: Exception) -> None:

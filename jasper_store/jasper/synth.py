@@ -7,7 +7,7 @@ learns. Made block by block: memory does not grow with the number of pairs.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -51,7 +51,7 @@ class SynthOptions:
     val_share: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.pairs < 2 * self.clusters or self.clusters < 2 or self.dim < 1 or self.n_neg < 1:  # noqa: PLR2004
+        if self.pairs < 2 * self.clusters or self.clusters < 2 or self.dim < 1 or self.n_neg < 1:
             raise IncompatibleOptionsError(
                 "a synthetic dataset needs at least 2 clusters, 2 pairs per cluster, 1 dimension and 1 negative;"
                 f" found pairs={self.pairs}, clusters={self.clusters}, dim={self.dim}, n_neg={self.n_neg}"
@@ -61,7 +61,7 @@ class SynthOptions:
                 f"{self.pairs} pairs in {self.clusters} clusters leave fewer than n_neg={self.n_neg} other sources"
                 " in a cluster; use more pairs, fewer clusters or fewer negatives"
             )
-        if not 0 < self.val_share < 0.5:  # noqa: PLR2004 (two such splits have to leave something to train on)
+        if not 0 < self.val_share < 0.5:  # two such splits have to leave something to train on
             raise IncompatibleOptionsError(f"val_share should lie between 0 and 0.5, found {self.val_share}")
 
 
@@ -146,7 +146,8 @@ class _World:
 
 
 def _unit(values: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(values, dim=-1)
+    unit: torch.Tensor = torch.nn.functional.normalize(values, dim=-1)
+    return unit
 
 
 def _noise(normal: torch.Tensor, length: float) -> torch.Tensor:
@@ -219,6 +220,6 @@ def _config(options: SynthOptions) -> dict[str, object]:
         "n_neg": options.n_neg,
         "n_clusters": options.clusters,
         "dataset_name": f"synthetic-{options.pairs}",
-        "created_at": datetime.datetime.now(tz=datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created_at": dt.datetime.now(tz=dt.timezone.utc).isoformat(timespec="seconds"),
         "split_sizes": {"train": options.pairs - 2 * held, "val": held, "test": held},
     }

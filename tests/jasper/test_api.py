@@ -36,7 +36,11 @@ def test_public_names_are_documented(name: str) -> None:
     thing = getattr(js, name)
     assert thing.__doc__
     assert len(thing.__doc__) > 40
-    methods = [value for key, value in vars(thing).items() if callable(value) and not key.startswith("_")] if isinstance(thing, type) else []
+    methods = (
+        [value for key, value in vars(thing).items() if callable(value) and not key.startswith("_")]
+        if isinstance(thing, type)
+        else []
+    )
     assert all(method.__doc__ for method in methods)
 
 
@@ -111,15 +115,24 @@ def put(values: torch.Tensor, place: Any, value: Any) -> torch.Tensor:
 
 CASES = {
     "nan": (broken("source_embs", lambda t: put(t, (3, 1), float("nan"))), ("error", "source_embs", "finite")),
-    "inf": (broken("steering_residual", lambda t: put(t, (0, 0), float("-inf"))), ("error", "steering_residual", "finite")),
+    "inf": (
+        broken("steering_residual", lambda t: put(t, (0, 0), float("-inf"))),
+        ("error", "steering_residual", "finite"),
+    ),
     "zero": (broken("question_embs", lambda t: put(t, 5, 0.0)), ("warning", "question_embs", "zero rows")),
     "relevance": (broken("pair_relevance", lambda t: put(t, 2, 1.5)), ("error", "pair_relevance", "range")),
     "distance": (broken("centroid_distances", lambda t: put(t, 2, -0.5)), ("error", "centroid_distances", "range")),
-    "distance nan": (broken("centroid_distances", lambda t: put(t, 2, float("nan"))), ("error", "centroid_distances", "range")),
+    "distance nan": (
+        broken("centroid_distances", lambda t: put(t, 2, float("nan"))),
+        ("error", "centroid_distances", "range"),
+    ),
     "tier": (broken("negative_tiers", lambda t: put(t, (9, 0), 7)), ("error", "negative_tiers", "range")),
     "index": (broken("pair_index", lambda t: put(t, (9, 0), 40)), ("error", "pair_index", "index bounds")),
     "keyword": (broken("pair_keyword_ids", lambda t: [[20], *t[1:]]), ("error", "pair_keyword_ids", "index bounds")),
-    "overlap": (broken("val_idx", lambda t: put(t, 0, int(jasper_tensors()["train_idx"][0]))), ("error", "val_idx", "split overlap")),
+    "overlap": (
+        broken("val_idx", lambda t: put(t, 0, int(jasper_tensors()["train_idx"][0]))),
+        ("error", "val_idx", "split overlap"),
+    ),
     "repeat": (broken("train_idx", lambda t: put(t, 0, int(t[1]))), ("warning", "train_idx", "repeated pairs")),
     "missed": (broken("train_idx", lambda t: put(t, 0, int(t[1]))), ("warning", "train_idx", "missed pairs")),
     "positive": (
@@ -173,17 +186,17 @@ def test_writer_knows_the_names(tmp_path: Path) -> None:
     tensors = jasper_tensors()
     source = write_pt(tmp_path / "source", tensors)
     config = json.loads((source / "config.json").read_text())
-    for format in ("safetensors", "hdf5", "npy", "pt"):
-        with js.DatasetWriter(tmp_path / format, format, config=config) as writer:
+    for kind in ("safetensors", "hdf5", "npy", "pt"):
+        with js.DatasetWriter(tmp_path / kind, kind, config=config) as writer:
             for name, values in tensors.items():
                 if isinstance(values, list):
                     writer.append_ragged(name, values)
                 else:
                     for block in values.split(17):
                         writer.append(name, block)
-        assert js.verify(tmp_path / format).ok
-        with js.JASPERSteeringDataset(tmp_path / format, "train") as ds, js.JASPERSteeringDataset(source, "train") as pt:
-            assert ds.storage_format == format
+        assert js.verify(tmp_path / kind).ok
+        with js.JASPERSteeringDataset(tmp_path / kind, "train") as ds, js.JASPERSteeringDataset(source, "train") as pt:
+            assert ds.storage_format == kind
             for key, value in pt.__getitems__(range(len(pt))).tensors.items():
                 assert torch.equal(ds.__getitems__(range(len(pt))).tensors[key], value)
 

@@ -316,7 +316,14 @@ def test_use_after_close(ds: JASPERSteeringDataset) -> None:
     ds.close()
     ds.close()
     assert_same(batch.tensors, expected_batch(TENSORS, "train", [1]))
-    for use in (lambda: ds[0], lambda: ds.store, lambda: ds.config, ds.__enter__, ds.get_steering_stats, ds.reload_negatives):
+    for use in (
+        lambda: ds[0],
+        lambda: ds.store,
+        lambda: ds.config,
+        ds.__enter__,
+        ds.get_steering_stats,
+        ds.reload_negatives,
+    ):
         with pytest.raises(ClosedError, match="open it again"):
             use()
     assert "closed" in repr(ds)

@@ -49,7 +49,9 @@ def wanted() -> dict[str, dict[str, torch.Tensor]]:
     size = len(tensors["train_idx"])
     return {
         "plain": expected_batch(tensors, "train", range(size), seed=SEED, epoch=EPOCH),
-        "loader": expected_batch(tensors, "train", order(size, SEED, EPOCH)[torch.arange(size)], seed=SEED, epoch=EPOCH),
+        "loader": expected_batch(
+            tensors, "train", order(size, SEED, EPOCH)[torch.arange(size)], seed=SEED, epoch=EPOCH
+        ),
     }
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from jasper_store.errors import IntegrityError, UnknownNameError
 from jasper_store.jasper.steering import (
@@ -56,7 +55,9 @@ def test_linear_curriculum_with_nothing_but_zero_gives_the_rest_to_centroid() ->
     assert curriculum.probabilities(3) == pytest.approx((0.5, 0.5, 0.0, 0.0))
 
 
-@pytest.mark.parametrize("probs", [{"none": 0.1, "centroid": 0.2, "keyword": 0.3, "residual": 0.4}, [0.1, 0.2, 0.3, 0.4]])
+@pytest.mark.parametrize(
+    "probs", [{"none": 0.1, "centroid": 0.2, "keyword": 0.3, "residual": 0.4}, [0.1, 0.2, 0.3, 0.4]]
+)
 def test_probabilities_alone_are_fixed(probs: object) -> None:
     curriculum = parse_curriculum(None, probs, "config.json")
     assert curriculum.probabilities(0) == curriculum.probabilities(77) == (0.1, 0.2, 0.3, 0.4)
@@ -132,5 +133,9 @@ def test_epochs_and_seeds_draw_independently() -> None:
     pairs = torch.arange(100_000)
     even = (0.25, 0.25, 0.25, 0.25)
     base = draw_variants(pairs, 1, 1, even)
-    for other in (draw_variants(pairs, 1, 2, even), draw_variants(pairs, 2, 1, even), draw_variants(pairs + 1, 1, 1, even)):
+    for other in (
+        draw_variants(pairs, 1, 2, even),
+        draw_variants(pairs, 2, 1, even),
+        draw_variants(pairs + 1, 1, 1, even),
+    ):
         assert abs(float((base == other).float().mean()) - 0.25) < 0.01

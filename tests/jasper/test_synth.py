@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,9 +49,7 @@ def test_is_a_function_of_its_options(tmp_path: Path) -> None:
     one, two = (synthesize(tmp_path / name, options) for name in ("one", "two"))
     three = synthesize(tmp_path / "three", SynthOptions(pairs=200, dim=8, n_neg=3, clusters=4, seed=4))
     for name in ("question_embs", "hard_negatives", "train_idx", "steering_keyword_weighted"):
-        first, again, other = (
-            (path / f"{name}.safetensors").read_bytes()[4096:] for path in (one, two, three)
-        )
+        first, again, other = ((path / f"{name}.safetensors").read_bytes()[4096:] for path in (one, two, three))
         assert first == again
         assert first != other
 
@@ -65,8 +64,13 @@ def test_blocks_of_any_size_are_mined(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "options",
-    [{"pairs": 10}, {"pairs": 100, "clusters": 1}, {"pairs": 100, "n_neg": 0}, {"pairs": 100, "clusters": 50, "n_neg": 2}],
+    [
+        {"pairs": 10},
+        {"pairs": 100, "clusters": 1},
+        {"pairs": 100, "n_neg": 0},
+        {"pairs": 100, "clusters": 50, "n_neg": 2},
+    ],
 )
-def test_impossible_options(options: dict[str, int]) -> None:
+def test_impossible_options(options: dict[str, Any]) -> None:
     with pytest.raises(IncompatibleOptionsError):
         SynthOptions(**options)

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 __all__ = ["bar", "errors", "print_json", "progress", "results", "table"]
 
@@ -40,15 +42,16 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, default=str))  # noqa: T201 (rich would wrap and colour it)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> Table:
-    """A table; the columns named in ``right`` are aligned to the right."""
-    made = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> Group:
+    """A table under its title; the columns named in ``right`` are aligned to the right. Cells are markup."""
+    made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     numbers = set(right)
     for column in columns:
         made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for row in rows:
         made.add_row(*row)
-    return made
+    # A title of the table's own would be broken at the table's width.
+    return Group(Text(title, style="bold"), made)
 
 
 def bar(share: float, width: int = 10) -> str:

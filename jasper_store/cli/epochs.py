@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from rich.console import Group
 from rich.progress import Progress
-from rich.table import Table
 
 from jasper_store.cli.console import errors, table
 from jasper_store.jasper.steering import VARIANTS
@@ -36,7 +36,7 @@ def run_epochs(trainer: Trainer, bars: Progress) -> Iterator[EpochReport]:
         yield report
 
 
-def recall_table(rows: Mapping[str, Mapping[str, float]], n_neg: int, samples: int) -> Table:
+def recall_table(rows: Mapping[str, Mapping[str, float]], n_neg: int, samples: int) -> Group:
     """Recall@1 per steering variant: one row per predictor, and what a guess would score."""
     guess = dict.fromkeys(VARIANTS, 1 / (1 + n_neg))
     cells = [

@@ -102,9 +102,8 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any])
     out = results()
     files = len({row.spec.path for row in rows})
     size = format_bytes(sum(row.spec.nbytes for row in rows))
-    out.print(f"[bold]{escape(str(path))}[/]: {located.format}, {len(rows)} tensors in {files} files, {size}")
+    known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
     if facts:
-        known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
         out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
     cells = [
         (
@@ -117,7 +116,10 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any])
         )
         for row in rows
     ]
-    out.print(table("", ("tensor", "dtype", "shape", "size", "in memory", "lies in"), cells, right=("shape", "size")))
+    title = f"{path}: {located.format}, {len(rows)} tensors in {files} files, {size}"
+    out.print(
+        table(title, ("tensor", "dtype", "shape", "size", "in memory", "lies in"), cells, right=("shape", "size"))
+    )
     for warning in located.warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 

@@ -50,7 +50,7 @@ def show_plan(made: Plan, title: str) -> None:
         for entry in made.entries
     ]
     columns = ("tensor", "size", "rows/sample", "place", "why")
-    out.print(table(escape(title), columns, cells, right=("size", "rows/sample")))
+    out.print(table(title, columns, cells, right=("size", "rows/sample")))
     places = dict.fromkeys(entry.placement for entry in made.entries)
     parts = [f"{place} {format_bytes(made.bytes_in(place))}" for place in places]
     out.print(f"total {format_bytes(made.nbytes)}: " + ", ".join(parts), markup=False)

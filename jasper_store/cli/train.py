@@ -13,7 +13,7 @@ from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.epochs import recall_table, run_epochs
 from jasper_store.cli.options import Device, FormatOption, Json, MemoryLimit, Mmap, Seed
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.jasper.predictor import evaluate, question_alone
+from jasper_store.jasper.predictor import dataset_of, evaluate, question_alone
 from jasper_store.jasper.training import Trainer, TrainingOptions
 
 __all__ = ["train"]
@@ -38,8 +38,8 @@ def train(
 ) -> None:
     """Train a small predictor (question + steering -> source); say what it gained on the validation split.
 
-    The curriculum moves with the epochs. With --out a checkpoint is written after each; with --resume too, a run
-    that was interrupted ends with the same weights as one that never stopped.
+    The curriculum moves with the epochs; with --out a checkpoint is written after each.
+    With --resume too, a run that was interrupted ends with the weights of one that never stopped.
 
     Examples:
       jasper-store train data/ --epochs 20
@@ -78,7 +78,7 @@ def train(
         )
         return
     rows = {"question alone": before, "trained": after}
-    results().print(recall_table(rows, trainer.dataset.n_neg, len(validation.dataset_obj)))
+    results().print(recall_table(rows, trainer.dataset.n_neg, len(dataset_of(validation))))
     if checkpoint is not None:
         results().print(f"checkpoint: {checkpoint}", markup=False, soft_wrap=True)
 

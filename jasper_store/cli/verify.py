@@ -8,12 +8,12 @@ import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.convert import follow_bytes
 from jasper_store.cli.errors import FINDINGS
-from jasper_store.cli.options import Directory, FormatOption, Json
+from jasper_store.cli.options import Directory, Json
 
 __all__ = ["verify"]
 
 
-def verify(path: Directory, storage_format: FormatOption = "auto", *, json: Json = False) -> None:
+def verify(path: Directory, *, json: Json = False) -> None:
     """Check checksums, shapes, index bounds, NaN, splits that overlap, positives among negatives.
 
     Reads all data once. Exits with 4 if there are errors; warnings do not count.
@@ -23,7 +23,7 @@ def verify(path: Directory, storage_format: FormatOption = "auto", *, json: Json
       jasper-store verify data/ --json | jq '.errors'
     """
     with progress() as bars:
-        report = js.verify(path, format=storage_format, progress=follow_bytes(bars, "verifying"))
+        report = js.verify(path, progress=follow_bytes(bars, "verifying"))
     if json:
         print_json(report.to_dict())
     else:

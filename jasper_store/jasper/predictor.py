@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.steering import VARIANTS
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from jasper_store.jasper.loader import JasperLoader
 
-__all__ = ["JasperPredictor", "evaluate", "info_nce", "question_alone", "recall_at_1"]
+__all__ = ["JasperPredictor", "dataset_of", "evaluate", "info_nce", "question_alone", "recall_at_1"]
 
 # Two sources in a batch closer than this are one source: the positive of one sample is no negative of the other.
 _SAME_SOURCE = 1.0 - 1e-4
@@ -115,6 +116,20 @@ def recall_at_1(predicted: torch.Tensor, batch: dict[str, torch.Tensor]) -> torc
     return (predicted * positives).sum(dim=1) > best
 
 
+def dataset_of(loader: JasperLoader) -> JASPERSteeringDataset:
+    """The dataset behind a loader of :func:`create_loader`.
+
+    Raises:
+        IncompatibleOptionsError: it is a loader over something else, which has no steering to force.
+    """
+    dataset = loader.dataset_obj
+    if not isinstance(dataset, JASPERSteeringDataset):
+        raise IncompatibleOptionsError(
+            f"expected a loader over a JASPERSteeringDataset, found one over {type(dataset).__name__}; use create_loader"
+        )
+    return dataset
+
+
 def question_alone(question: torch.Tensor, steering: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
     """The baseline without a model: predict the question's own embedding, whatever the steering."""
     return question
@@ -133,7 +148,7 @@ def evaluate(loader: JasperLoader, predict: Callable[[torch.Tensor, torch.Tensor
     Returns:
         Variant name to recall, 0 to 1; ``nan`` for an empty split.
     """
-    dataset = loader.dataset_obj
+    dataset = dataset_of(loader)
     was_training = isinstance(predict, nn.Module) and predict.training
     if isinstance(predict, nn.Module):
         predict.eval()

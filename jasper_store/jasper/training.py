@@ -15,7 +15,7 @@ import torch
 from jasper_store.convert.atomic import atomic_file
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError
 from jasper_store.jasper.epochs import set_epoch
-from jasper_store.jasper.predictor import JasperPredictor, info_nce
+from jasper_store.jasper.predictor import JasperPredictor, dataset_of, info_nce
 
 if TYPE_CHECKING:
     from jasper_store.jasper.dataset import JASPERSteeringDataset
@@ -116,8 +116,7 @@ class Trainer:
     @property
     def dataset(self) -> JASPERSteeringDataset:
         """The dataset behind the loader."""
-        dataset: JASPERSteeringDataset = self.loader.dataset_obj  # type: ignore[attr-defined]
-        return dataset
+        return dataset_of(self.loader)
 
     @property
     def epoch(self) -> int:

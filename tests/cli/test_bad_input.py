@@ -41,7 +41,7 @@ def test_truncated_file_is_found_by_verify(run: Run, data: Path) -> None:
     assert "source_embs" in result.output
 
 
-@pytest.mark.parametrize("command", ["inspect", "plan", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "plan", "train"])
 def test_unknown_format(refused: Refused, data: Path, command: str) -> None:
     assert "parquet" in refused(2, command, data, "--format", "parquet")
 

@@ -270,12 +270,12 @@ class TestWarnings:
 
 class TestTravelling:
     def test_a_pickle_is_small_whatever_is_in_it(self, tmp_path):
-        save_file({f"tensor_{i}": torch.full((2,), float(i)) for i in range(3000)}, tmp_path / "many.safetensors")
+        save_file({f"tensor_{i}": torch.full((2,), float(i)) for i in range(1000)}, tmp_path / "many.safetensors")
         with open_store(tmp_path) as store:
             data = pickle.dumps(store)
             assert len(data) < 4096
             again = pickle.loads(data)
-            assert again["tensor_2999"].tensor().tolist() == [2999.0] * 2
+            assert again["tensor_999"].tensor().tolist() == [999.0] * 2
             assert again["tensor_0"].placement == "mmap"
             again.close()
 

@@ -228,14 +228,16 @@ def translated(target: Path, temporary: Path | None = None, needed: int | None =
     """
     try:
         yield
-    except OSError as exc:
-        if isinstance(exc, ConversionError):
+    except (OSError, RuntimeError) as exc:
+        if isinstance(exc, ConversionError) or (isinstance(exc, RuntimeError) and _buried_errno(str(exc)) is None):
             raise
         raise _translate(exc, target, temporary, needed) from exc
 
 
-def _translate(exc: OSError, target: Path, temporary: Path | None, needed: int | None) -> ConversionError:
-    code = exc.errno if exc.errno is not None else _buried_errno(str(exc))
+def _translate(
+    exc: OSError | RuntimeError, target: Path, temporary: Path | None, needed: int | None
+) -> ConversionError:
+    code = exc.errno if isinstance(exc, OSError) and exc.errno is not None else _buried_errno(str(exc))
     where = target if target.is_dir() else target.parent
     if code in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         written = temporary.stat().st_size if temporary is not None and temporary.is_file() else 0
@@ -256,7 +258,7 @@ def _translate(exc: OSError, target: Path, temporary: Path | None, needed: int |
 
 
 def _buried_errno(text: str) -> int | None:
-    """The error number in a message of the HDF5 library, which raises OSError without one."""
+    """The error number in a message of the HDF5 library, which raises OSError without one, or even RuntimeError."""
     match = re.search(r"errno = (\d+)", text)
     return int(match[1]) if match else None
 

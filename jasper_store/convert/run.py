@@ -248,10 +248,10 @@ class Run:
     def _publish_each(self, todo: Sequence[FileTask], side_files: Sequence[Path], manifest: Manifest) -> None:
         """Nothing of another dataset is there: every file gets its name as soon as it is proven."""
         for task in todo:
-            if task.target.name in manifest.files:
-                # Its old entry would refuse the new file in the moment between the rename and the new entry.
-                self._forget(task.target.name)
             with self._written(task) as (temporary, entry):
+                if task.target.name in manifest.files:
+                    # Its old entry would refuse the new file in the moment between the rename and the new entry.
+                    self._forget(task.target.name)
                 publish(temporary, task.target)
             self._entries[task.target.name] = entry
             if time.monotonic() - self._noted > _NOTE_SECONDS:

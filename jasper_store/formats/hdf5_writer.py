@@ -188,6 +188,10 @@ class Hdf5Writer:
             self._sink.abort()
         try:
             self._h5.close()
+        except (RuntimeError, OSError):
+            # A full disk refuses the last of the metadata too. The error that led here is the one to be seen, and
+            # what could not be written is thrown away in any case.
+            pass
         finally:
             self._discard()
 

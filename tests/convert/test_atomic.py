@@ -114,9 +114,10 @@ def test_refusals_of_the_system_are_translated_with_numbers(tmp_path, code, text
     assert names(tmp_path) == []
 
 
-def test_the_number_in_an_hdf5_message_is_understood(tmp_path):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_the_number_in_an_hdf5_message_is_understood(tmp_path, error):
     with pytest.raises(ConversionError, match="no room"), atomic.translated(tmp_path / "a.h5"):
-        raise OSError("Can't write data (file write failed: errno = 28, error message = 'No space left on device')")
+        raise error("Can't write data (file write failed: errno = 28, error message = 'No space left on device')")
 
 
 def test_the_disk_is_asked_before_the_first_byte(tmp_path):

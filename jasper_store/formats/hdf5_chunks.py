@@ -15,17 +15,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from operator import mul
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 
 from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats.base import Chunked, contiguous_strides
+from jasper_store.formats.base import Chunked
 from jasper_store.formats.deflate import InflateError, inflate
 from jasper_store.formats.files import open_for_reading
-from jasper_store.formats.hdf5 import filters_in_words, open_file, translated
+from jasper_store.formats.hdf5 import open_file, translated
+from jasper_store.formats.hdf5_index import GZIP, SHUFFLE, ChunkIndex, changed, identity_of, read_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -35,13 +35,6 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
 
 __all__ = ["ChunkedReader"]
-
-_GZIP, _SHUFFLE = 1, 2
-_DIRECT = ((), (_GZIP,), (_SHUFFLE,), (_SHUFFLE, _GZIP))
-# 13 bytes are remembered of each chunk. More chunks than this are either tiny or a damaged header.
-_MAX_CHUNKS = 1 << 26
-# Rows that h5py reads at once where the layout has no chunks of its own.
-_BLOCK_NBYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,99 +155,10 @@ def _jobs_for_block(start: int, stop: int, chunk_rows: int) -> Iterator[_Job]:
         yield _Job(index, slice(low - first, high - first), slice(low - start, high - start))
 
 
-@dataclass(frozen=True)
-class _Index:
-    """What the library knows about a dataset, read once: its grid of chunks, and where each lies.
-
-    Attributes:
-        identity: device, inode, size and time of the file this was read from.
-        chunk: elements per chunk; of a layout without chunks, the rows that are read at once.
-        grid: number of chunks along each dimension.
-        filters: filter codes in the order they were applied.
-        fill: bytes of the value of chunks that were never written.
-        places: offset, stored bytes and filter mask of each chunk in C order of the grid; offset 0 if never
-            written. ``None`` where the rows must be read through the library.
-    """
-
-    identity: tuple[int, int, int, int]
-    chunk: tuple[int, ...]
-    grid: tuple[int, ...]
-    filters: tuple[int, ...]
-    fill: NDArray[np.uint8]
-    places: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]] | None
-
-
-def _read_index(spec: TensorSpec) -> _Index:
-    import h5py
-
-    location = spec.location
-    assert isinstance(location, Chunked)
-    with open_file(spec.path) as (file, size):
-        dataset = file[location.key]
-        plist = dataset.id.get_create_plist()
-        if (
-            tuple(dataset.shape) != spec.shape
-            or dataset.dtype.itemsize != spec.dtype.itemsize
-            or dataset.chunks != location.chunk_shape
-            or filters_in_words(plist) != location.filters
-        ):
-            raise _changed(spec)
-        chunk = dataset.chunks or (max(1, _BLOCK_NBYTES // max(1, spec.row_nbytes)), *spec.shape[1:])
-        grid = tuple(-(-n // c) for n, c in zip(spec.shape, chunk, strict=True))
-        filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
-        direct = (
-            filters in _DIRECT
-            and plist.get_layout() == h5py.h5d.CHUNKED
-            and math.prod(grid) <= _MAX_CHUNKS
-            and hasattr(dataset.id, "chunk_iter")
-            and hasattr(os, "preadv")
-        )
-        places = _places(dataset, chunk, grid) if direct else None
-        if places is not None and (places[0] + places[1] > size).any():
-            raise CorruptFileError(
-                f"{spec.path}: a chunk of {location.key!r} lies beyond the end of the file (was it truncated?).",
-                path=spec.path,
-                tensor=spec.name,
-            )
-        fill = np.asarray(dataset.fillvalue).reshape(1).view(np.uint8)
-        return _Index(_identity(os.fstat(file.id.get_vfd_handle())), chunk, grid, filters, fill, places)
-
-
-def _places(
-    dataset: Any, chunk: tuple[int, ...], grid: tuple[int, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
-    n = math.prod(grid)
-    offsets, sizes, masks = np.zeros(n, np.int64), np.zeros(n, np.uint32), np.zeros(n, np.uint8)
-    steps = contiguous_strides(grid)
-
-    def remember(info: Any) -> None:
-        where = [at // c for at, c in zip(info.chunk_offset, chunk, strict=True)]
-        if any(i >= n for i, n in zip(where, grid, strict=True)):
-            raise ValueError(f"a chunk at {info.chunk_offset} lies outside of the dataset")
-        flat = sum(map(mul, where, steps))
-        offsets[flat], sizes[flat], masks[flat] = info.byte_offset, info.size, info.filter_mask & 0xFF
-
-    # Asking for one chunk's place takes the library time in proportion to their number; all at once is linear.
-    dataset.id.chunk_iter(remember)
-    return offsets, sizes, masks
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _changed(spec: TensorSpec) -> CorruptFileError:
-    return CorruptFileError(
-        f"{spec.path}: {spec.name!r} is no longer what it was when the file was first opened; open it again.",
-        path=spec.path,
-        tensor=spec.name,
-    )
-
-
 class _Open:
     """The file, opened in one process: a plain descriptor where chunks are read directly, else through h5py."""
 
-    def __init__(self, spec: TensorSpec, index: _Index | None) -> None:
+    def __init__(self, spec: TensorSpec, index: ChunkIndex | None) -> None:
         assert isinstance(spec.location, Chunked)
         self.pid = os.getpid()
         self.spec = spec
@@ -266,11 +170,11 @@ class _Open:
         with ExitStack() as handles:
             file, _ = handles.enter_context(open_for_reading(spec.path))
             self.fd = file.fileno()
-            identity = _identity(os.fstat(self.fd))
+            identity = identity_of(os.fstat(self.fd))
             # A child process inherits the parent's index, and needs the library not at all.
-            self.index = index if index is not None and index.identity == identity else _read_index(spec)
+            self.index = index if index is not None and index.identity == identity else read_index(spec)
             if self.index.identity != identity:
-                raise _changed(spec)
+                raise changed(spec)
             if self.index.places is None:
                 h5, _ = handles.enter_context(open_file(spec.path))
                 self.dataset = h5[self.key]
@@ -367,14 +271,14 @@ class _Open:
             self.corrupt(f"a chunk of {self.key!r} ends beyond the file (was it truncated?).")
         applied = [code for i, code in enumerate(self.index.filters) if not mask >> i & 1]
         data: bytes | memoryview = raw
-        if _GZIP in applied:
+        if GZIP in applied:
             try:
                 data = inflate(raw, self.chunk_nbytes)
             except InflateError as exc:
                 self.corrupt(f"a chunk of {self.key!r} is damaged: {exc}. Convert the file again.", exc)
         elif size != self.chunk_nbytes:
             self.corrupt(f"a chunk of {self.key!r} should have {self.chunk_nbytes} bytes, found {size}.")
-        return np.frombuffer(data, dtype=np.uint8), _SHUFFLE in applied
+        return np.frombuffer(data, dtype=np.uint8), SHUFFLE in applied
 
     def through_library(self, job: _Job, out: NDArray[np.uint8]) -> None:
         """The same through h5py: the span of one chunk that holds the rows, then the rows out of it."""

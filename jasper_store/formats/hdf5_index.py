@@ -1,0 +1,143 @@
+"""What the HDF5 library knows about a chunked dataset, read once: its grid, its filters, and where each chunk lies."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from operator import mul
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jasper_store.errors import CorruptFileError
+from jasper_store.formats.base import Chunked, contiguous_strides
+from jasper_store.formats.hdf5 import filters_in_words, open_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from jasper_store.formats.base import TensorSpec
+
+__all__ = ["GZIP", "SHUFFLE", "ChunkIndex", "changed", "identity_of", "read_index"]
+
+GZIP, SHUFFLE, FLETCHER32 = 1, 2, 3
+_DIRECT = ((), (GZIP,), (SHUFFLE,), (SHUFFLE, GZIP))
+# 13 bytes are remembered of each chunk. More chunks than this are either tiny or a damaged header.
+_MAX_CHUNKS = 1 << 26
+# Rows that h5py reads at once where the layout has no chunks of its own.
+_BLOCK_NBYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class ChunkIndex:
+    """The chunks of one dataset. It holds no handle, so a forked process can go on using it.
+
+    Attributes:
+        identity: device, inode, size and time of the file this was read from.
+        chunk: elements per chunk; of a layout without chunks, the rows that are read at once.
+        grid: number of chunks along each dimension.
+        filters: filter codes in the order they were applied.
+        fill: bytes of the value of chunks that were never written.
+        places: offset, stored bytes and filter mask of each chunk in C order of the grid, 0 bytes if it was never
+            written. ``None`` where the rows must be read through the library.
+    """
+
+    identity: tuple[int, int, int, int]
+    chunk: tuple[int, ...]
+    grid: tuple[int, ...]
+    filters: tuple[int, ...]
+    fill: NDArray[np.uint8]
+    places: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]] | None
+
+
+def read_index(spec: TensorSpec) -> ChunkIndex:
+    """Ask the library for everything about a dataset, and check it against the file.
+
+    Raises:
+        CorruptFileError: a chunk that cannot be, or a dataset that is no longer what the spec says.
+    """
+    import h5py
+
+    location = spec.location
+    assert isinstance(location, Chunked)
+    with open_file(spec.path) as (file, size):
+        dataset = file[location.key]
+        plist = dataset.id.get_create_plist()
+        if (
+            tuple(dataset.shape) != spec.shape
+            or dataset.dtype.itemsize != spec.dtype.itemsize
+            or dataset.chunks != location.chunk_shape
+            or filters_in_words(plist) != location.filters
+        ):
+            raise changed(spec)
+        chunk = dataset.chunks or (max(1, _BLOCK_NBYTES // max(1, spec.row_nbytes)), *spec.shape[1:])
+        grid = tuple(-(-n // c) for n, c in zip(spec.shape, chunk, strict=True))
+        filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
+        places = None
+        if plist.get_layout() == h5py.h5d.CHUNKED and hasattr(dataset.id, "chunk_iter"):
+            check = _Check(chunk, grid, filters, dataset.dtype.itemsize, size)
+            if filters in _DIRECT and math.prod(grid) <= _MAX_CHUNKS and hasattr(os, "preadv"):
+                places = _places(dataset, grid, check)
+            else:
+                # The library trusts what it is told of a chunk's size, and crashes where that is wrong.
+                dataset.id.chunk_iter(lambda info: check(info) and None)
+        fill = np.asarray(dataset.fillvalue).reshape(1).view(np.uint8)
+        return ChunkIndex(identity_of(os.fstat(file.id.get_vfd_handle())), chunk, grid, filters, fill, places)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Checks one chunk, and says where in the grid it is."""
+
+    chunk: tuple[int, ...]
+    grid: tuple[int, ...]
+    filters: tuple[int, ...]
+    itemsize: int
+    file_size: int
+
+    def __call__(self, info: Any) -> list[int]:
+        where = [at // c for at, c in zip(info.chunk_offset, self.chunk, strict=True)]
+        if any(i >= n for i, n in zip(where, self.grid, strict=True)):
+            raise ValueError(f"a chunk at {info.chunk_offset} lies outside of the dataset")
+        if info.size <= 0 or info.byte_offset <= 0 or info.byte_offset + info.size > self.file_size:
+            raise ValueError(
+                f"the chunk at {info.chunk_offset} should have {info.size} bytes at {info.byte_offset} "
+                f"in a file of {self.file_size} (was it truncated?)"
+            )
+        applied = [code for i, code in enumerate(self.filters) if not info.filter_mask >> i & 1]
+        if not set(applied) - {SHUFFLE, FLETCHER32}:
+            plain = math.prod(self.chunk) * self.itemsize + 4 * applied.count(FLETCHER32)
+            if info.size != plain:
+                raise ValueError(f"the chunk at {info.chunk_offset} should have {plain} bytes, found {info.size}")
+        return where
+
+
+def _places(
+    dataset: Any, grid: tuple[int, ...], check: _Check
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
+    n = math.prod(grid)
+    offsets, sizes, masks = np.zeros(n, np.int64), np.zeros(n, np.uint32), np.zeros(n, np.uint8)
+    steps = contiguous_strides(grid)
+
+    def remember(info: Any) -> None:
+        flat = sum(map(mul, check(info), steps))
+        offsets[flat], sizes[flat], masks[flat] = info.byte_offset, info.size, info.filter_mask & 0xFF
+
+    # Asking for one chunk's place takes the library time in proportion to their number; all at once is linear.
+    dataset.id.chunk_iter(remember)
+    return offsets, sizes, masks
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """What tells a file from the one that took its name."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def changed(spec: TensorSpec) -> CorruptFileError:
+    """The error for a file that was replaced or rewritten since it was located."""
+    return CorruptFileError(
+        f"{spec.path}: {spec.name!r} is no longer what it was when the file was first opened; open it again.",
+        path=spec.path,
+        tensor=spec.name,
+    )

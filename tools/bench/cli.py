@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+DEFAULT_OUT = Path("docs/bench/measured.json")
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -39,11 +40,12 @@ def _stop(number: int, _frame: object) -> NoReturn:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__)
     parser.add_argument("--data-dir", type=Path, default=Settings.data_dir, help="generated data, kept between runs")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=_all)
+    commands = parser.add_subparsers(metavar="COMMAND", help="without one: run everything, then render")
 
     run = commands.add_parser("run", help="measure and write JSON")
     run.add_argument("--cases", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}")
-    run.add_argument("--out", type=Path, required=True, help="JSON file; cases measured before stay in it")
+    run.add_argument("--out", type=Path, default=DEFAULT_OUT, help="JSON file; cases measured before stay in it")
     run.add_argument("--quick", action="store_true", help="small data: shows that the harness works, no more")
     run.add_argument("--rows", type=int, help="rows of the row files")
     run.add_argument("--pairs", type=int, help="pairs of the generated dataset")
@@ -103,6 +105,12 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     if "real_dir" in given:
         given["real_dir"] = given["real_dir"].resolve()
     return replace(settings, fio=not arguments.no_fio, **given)
+
+
+def _all(arguments: argparse.Namespace) -> int:
+    """What ``make bench`` does."""
+    status = main(["--data-dir", str(arguments.data_dir), "run", "--out", str(DEFAULT_OUT)])
+    return main(["render", str(DEFAULT_OUT)]) or status
 
 
 def _run(arguments: argparse.Namespace) -> int:

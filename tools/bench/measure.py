@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 import time
 import traceback
 from importlib import import_module
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CASES", "measure"]
 
+# A load average that nobody but somebody else's work explains.
+BUSY = 1.0
 # Row files first, datasets after them: the disk budget holds one kind at a time.
 CASES = (
     "cold",
@@ -74,13 +77,15 @@ def _begin(settings: Settings, out: Path, *, quick: bool) -> dict[str, Any]:
 def _case(context: Context, name: str) -> CaseResult:
     module = import_module(f"tools.bench.cases.{name}")
     context.say(f"{name}: {module.TITLE}")
-    begin = time.perf_counter()
+    begin, load = time.perf_counter(), os.getloadavg()[0]
     try:
         case: CaseResult = module.run(context)
     except Exception as exc:  # noqa: BLE001 - one case that fails must not cost the figures of the others
         traceback.print_exc()
         case = CaseResult(name, module.TITLE, status="failed", why=f"{type(exc).__name__}: {exc}")
-    case.seconds = time.perf_counter() - begin
+    case.seconds, case.load = time.perf_counter() - begin, load
+    if load > BUSY:
+        case.notes.append(f"The machine was busy with other work (load average {load:.1f}): these figures are rough.")
     return case
 
 

@@ -182,7 +182,8 @@ def equal(dataset: str, count: int = 512) -> dict[str, Any]:
     plain = PlainDataset(Path(dataset))
     count = min(count, len(ours))
     positions = torch.randperm(len(ours), generator=torch.Generator().manual_seed(1))[:count]
-    batch = dict(torch.utils.data.default_collate(ours.__getitems__(positions)))
+    collated: Any = ours.__getitems__(positions)
+    batch = dict(torch.utils.data.default_collate(collated))
     singles = [dict(ours[index]) for index in positions.tolist()]
     plains = [plain[index] for index in positions.tolist()]
     drawn = {"steering", "steering_variant"}  # the plain one draws with a generator of its own

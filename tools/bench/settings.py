@@ -47,7 +47,7 @@ class Settings:
     loader_batches: tuple[int, ...] = (32, 256, 2048)
     lookahead: int = 4
     cap_fraction: float = 1 / 3
-    seconds: float = 4.0
+    seconds: float = 3.0
     max_rows: int = 400_000
     repeats: int = 3
     seed: int = 20

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tools.bench import disk, spawn
 from tools.bench.readers.registry import READERS
 from tools.bench.results import CaseResult, Column, Table, Target, target
-from tools.bench.stats import median, ratio, spread
+from tools.bench.stats import median, spread
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,11 +47,24 @@ class _Run:
     """What one combination of reader, read-ahead and batch size has shown so far."""
 
     results: list[spawn.Result] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
     failed: str = ""
 
     @property
     def rates(self) -> list[float]:
         return [float(result.value["rows_per_s"]) for result in self.results]
+
+    def of_disk(self) -> float | None:
+        """Median of each run's rate over what the disk gave just before it, so that a drifting disk cancels out."""
+        return (
+            median([rate / limit for rate, limit in zip(self.rates, self.limits, strict=True)]) if self.rates else None
+        )
+
+    def rate_beside(self, other: _Run) -> float | None:
+        """Median of the runs in the groups that the other ran in."""
+        rates = [rate for rate, group in zip(self.rates, self.groups, strict=True) if group in other.groups]
+        return median(rates) if rates else None
 
     def median_of(self, key: str) -> float | None:
         values = [float(result.value[key]) for result in self.results if key in result.value]
@@ -64,19 +77,22 @@ def run(context: Context) -> CaseResult:
     readers = [reader for reader in READERS.values() if not reader.missing()]
     runs: dict[tuple[str, int, int], _Run] = defaultdict(_Run)
     probes: Probes = defaultdict(list)
-    for kib in (settings := context.read_ahead_settings(result)):
-        with context.read_ahead(kib):
-            for group in _groups(context, readers):
-                _measure_group(context, group, kib or 0, runs, probes, result)
-    limit, probe_table = _limits(context, probes)
-    rows = [_row(key, found, limit) for key, found in sorted(runs.items(), key=_order)]
+    settings = context.read_ahead_settings(result)
+    for number, group in enumerate(_groups(context, readers)):
+        keep = [reader.asset for reader in group]
+        paths = {name: context.assets.ensure(name, keep) for name in sorted(keep, key=lambda name: name != "rows.pt")}
+        for kib in settings:
+            with context.read_ahead(kib):
+                _measure_group(context, number, group, paths, kib or 0, runs, probes, result)
+    probe_table = _limits(context, probes)
+    rows = [_row(key, found) for key, found in sorted(runs.items(), key=_order)]
     rows += [
         {"label": reader.label, "key": reader.key, "why": reader.missing()}
         for reader in READERS.values()
         if reader.missing()
     ]
     result.tables = [probe_table, Table("Readers", COLUMNS, rows)]
-    result.targets = _targets(context, runs, limit, [kib or 0 for kib in settings])
+    result.targets = _targets(context, runs, [kib or 0 for kib in settings])
     result.notes += _notes(context)
     return result
 
@@ -89,7 +105,7 @@ def _order(item: tuple[tuple[str, int, int], _Run]) -> tuple[int, int, int]:
 def _groups(context: Context, readers: list[type[Reader]]) -> list[list[type[Reader]]]:
     """Readers whose files fit the disk together, this library's among them every time, as the yardstick."""
     settings = context.settings
-    held = max(int(settings.disk_budget // settings.rows_nbytes) - 1, 2)
+    held = max(int(settings.disk_budget // settings.rows_nbytes), 2)
     ours = READERS[OURS]
     files = list(dict.fromkeys(reader.asset for reader in readers if reader.asset != ours.asset))
     # A .pt file needs room twice while it is made, so it is made first, beside the fewest others.
@@ -104,25 +120,27 @@ def _groups(context: Context, readers: list[type[Reader]]) -> list[list[type[Rea
 
 def _measure_group(
     context: Context,
+    number: int,
     group: list[type[Reader]],
+    paths: dict[str, Path],
     kib: int,
     runs: dict[tuple[str, int, int], _Run],
     probes: Probes,
     result: CaseResult,
 ) -> None:
     settings = context.settings
-    keep = {reader.asset for reader in group}
-    paths = {name: context.assets.ensure(name, keep) for name in sorted(keep, key=lambda name: name != "rows.pt")}
     for batch in settings.batches:
         wanted = _expected(context, batch)
         for repeat in range(settings.repeats):
-            _probe(context, paths[READERS[OURS].asset], repeat, probes)
+            limit = _probe(context, paths[READERS[OURS].asset], repeat, probes)
             for reader in group:
                 state = runs[reader.key, kib, batch]
                 slower = runs.get((reader.key, kib, settings.batches[0]))
                 if state.failed or _too_slow(state, slower, batch, settings.seconds):
                     continue
-                _measure(context, reader, str(paths[reader.asset]), kib, batch, state, wanted, result)
+                if _measure(context, reader, str(paths[reader.asset]), kib, batch, state, wanted, result):
+                    state.limits.append(limit)
+                    state.groups.append(number)
 
 
 def _too_slow(state: _Run, first: _Run | None, batch: int, seconds: float) -> bool:
@@ -149,7 +167,8 @@ def _measure(
     state: _Run,
     wanted: list[int],
     result: CaseResult,
-) -> None:
+) -> bool:
+    """One run in a child; whether it gave a figure."""
     s = context.settings
     with context.cap(s.cap, result) as cap:
         found = context.try_call(
@@ -168,24 +187,25 @@ def _measure(
         )
     if isinstance(found, str):
         state.failed = found
-        return
+        return False
     if found.value["sums"] != wanted[: len(found.value["sums"])]:
         state.failed = "wrong values: its sums are not those of the rows asked for"
-        return
+        return False
     state.results.append(found)
     context.say(f"  {reader.label}, read-ahead {kib}, batch {batch}: {found.value['rows_per_s']:,.0f} rows/s")
+    return True
 
 
-def _probe(context: Context, path: Path, repeat: int, probes: Probes) -> None:
-    """The disk itself takes its turn among the readers: its rate drifts like theirs."""
+def _probe(context: Context, path: Path, repeat: int, probes: Probes) -> float:
+    """The disk itself takes its turn among the readers: its rate drifts like theirs. The better of both probes."""
     probes[OWN].append(context.disk_random(path, repeat))
     if context.settings.fio and (rate := disk.fio_rate(path, min(context.settings.seconds, 2.0), random=True)):
         probes[FIO].append(rate.reads_per_s)
     context.say("  " + ", ".join(f"{name}: {rates[-1]:,.0f} reads/s" for name, rates in probes.items()))
+    return max(rates[-1] for rates in probes.values())
 
 
-def _limits(context: Context, probes: Probes) -> tuple[float, Table]:
-    """The disk's limit is the best that anything saw of it: own probe or fio, so that no ratio is flattered."""
+def _limits(context: Context, probes: Probes) -> Table:
     path = context.assets.ensure(READERS[OURS].asset)
     rows: list[dict[str, Any]] = [
         {"what": name, "reads_per_s": median(rates), "bytes_per_s": median(rates) * 4096, "all": rates}
@@ -207,10 +227,10 @@ def _limits(context: Context, probes: Probes) -> tuple[float, Table]:
         Column("reads_per_s", "reads/s", "rate"),
         Column("bytes_per_s", "bytes/s", "bytes_per_s"),
     )
-    return max(median(rates) for rates in probes.values()), Table("The disk's own limit", columns, rows)
+    return Table("The disk's own limit", columns, rows)
 
 
-def _row(key: tuple[str, int, int], state: _Run, limit: float) -> dict[str, Any]:
+def _row(key: tuple[str, int, int], state: _Run) -> dict[str, Any]:
     name, kib, batch = key
     reader = READERS[name]
     facts: dict[str, Any] = {
@@ -229,7 +249,8 @@ def _row(key: tuple[str, int, int], state: _Run, limit: float) -> dict[str, Any]
         "rows_per_s": rate,
         "all": state.rates,
         "spread": spread(state.rates),
-        "of_disk": ratio(rate, limit),
+        "of_disk": state.of_disk(),
+        "limits": state.limits,
         "disk_reads_per_row": state.median_of("disk_reads_per_row"),
         "disk_bytes_per_row": state.median_of("disk_bytes_per_row"),
         "open_ms": (state.median_of("open_s") or 0.0) * 1e3,
@@ -240,27 +261,22 @@ def _row(key: tuple[str, int, int], state: _Run, limit: float) -> dict[str, Any]
     }
 
 
-def _targets(
-    context: Context, runs: dict[tuple[str, int, int], _Run], limit: float, settings: list[int]
-) -> list[Target]:
-    def rate(key: str, kib: int, batch: int) -> float | None:
-        found = runs.get((key, kib, batch))
-        return median(found.rates) if found and found.rates else None
+def _targets(context: Context, runs: dict[tuple[str, int, int], _Run], settings: list[int]) -> list[Target]:
+    def against(peer: str, kib: int, batch: int, wanted: float) -> Target:
+        ours, theirs = (runs.get((key, kib, batch), _Run()) for key in (OURS, peer))
+        what = f"cold rows, global order, batch {batch}, read-ahead {kib} KiB"
+        theirs_rate = median(theirs.rates) if theirs.rates else None
+        return target(what, READERS[peer].label, ours.rate_beside(theirs), theirs_rate, wanted)
 
-    low, high = settings[-1], settings[0]
     targets = []
     for batch in context.settings.batches:
-        for kib in dict.fromkeys((high, low)):
-            ours = rate(OURS, kib, batch)
+        for kib in settings:
             what = f"cold rows, global order, batch {batch}, read-ahead {kib} KiB"
-            targets.append(target(what, "the disk's 4 KiB reads at depth 32", ours, limit, 0.9))
-            targets.append(target(what, "Lance", ours, rate("lance", kib, batch), 2.0))
+            of_disk = runs.get((OURS, kib, batch), _Run()).of_disk()
+            targets.append(target(what, "the disk's 4 KiB reads at depth 32", of_disk, 1.0, 0.9))
+            targets.append(against("lance", kib, batch, 2.0))
     batch = context.settings.batches[0]
-    for kib in dict.fromkeys((low, high)):
-        for peer in MAPS:
-            what = f"cold rows, batch {batch}, read-ahead {kib} KiB"
-            targets.append(target(what, READERS[peer].label, rate(OURS, kib, batch), rate(peer, kib, batch), 10.0))
-    return targets
+    return targets + [against(peer, kib, batch, 10.0) for kib in reversed(settings) for peer in MAPS]
 
 
 def _notes(context: Context) -> list[str]:
@@ -273,7 +289,8 @@ def _notes(context: Context) -> list[str]:
             f"{s.repeats} interleaved repeats of at most {s.seconds:g} s."
         ),
         (
-            "The disk's limit is the larger of the own probe's median and fio. A row of 1 536 bytes lies across two pages "
+            "The disk's limit is what the better of the own probe and fio saw just before each run; ratios to peers are "
+            "taken within the group of runs that they shared. A row of 1 536 bytes lies across two pages "
             "a quarter of the time, and some pages are asked for twice, so disk reads a row may be above or below 1."
         ),
     ]

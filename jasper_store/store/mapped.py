@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,8 @@ class MappedTensor(HostTensor):
         self._unwatched = 0
         self._settled = self._span > _SMALL_TENSOR
         self._advice: Access = "normal"
-        self._advise("random")
+        if self._watch is not None:
+            self._advise("random")
 
     def _advise(self, how: Access) -> None:
         # Around random rows the kernel's read-ahead reads mostly what nobody asked for, and scans announce what
@@ -108,6 +110,7 @@ class MappedTensor(HostTensor):
             self._advice = how
 
     def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        self._require_whole_file()
         watch = self._watch
         if watch is None:
             self._settle()
@@ -127,6 +130,23 @@ class MappedTensor(HostTensor):
                 self._ahead.after(self._unwatched)
             self._unwatched = 0
         return got
+
+    def _require_whole_file(self) -> None:
+        """Refuse to touch pages beyond the end of a file that was cut since it was mapped: that ends the process.
+
+        Half a microsecond; it cannot help views handed out before, nor a file that is cut in this very moment.
+
+        Raises:
+            CorruptFileError: the file no longer reaches to the end of this tensor.
+        """
+        fmap = self._fmap
+        if fmap is not None and os.fstat(fmap.fileno()).st_size < self._offset + self._span:
+            msg = (
+                f"{self.path}: the file was truncated or is being rewritten in place while {self.name} is mapped; "
+                "write a new file and rename it over the old one (as torch.save to a temporary name and os.replace "
+                "do), then open the dataset again"
+            )
+            raise CorruptFileError(msg, path=self.path, tensor=self.name)
 
     def _settle(self) -> None:
         """Have a small tensor read in whole when it is first needed; it is not worth watching afterwards."""
@@ -220,6 +240,10 @@ class MappedTensor(HostTensor):
             elif length > _SMALL_VIEW:
                 paging.announcer().announce(paging.span(self._address + begin, length))
         return super()._rows(start, stop)
+
+    def _part(self, start: int, stop: int) -> torch.Tensor:
+        self._require_whole_file()
+        return super()._part(start, stop)
 
     def _scan_ahead(self, start: int, stop: int) -> None:
         if self._runs:

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from jasper_store.errors import ClosedError, IncompatibleOptionsError
+from jasper_store.errors import ClosedError, IncompatibleOptionsError, InsufficientMemoryError
 from jasper_store.memory import residency
+from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.store.rows import as_rows, out_of_range, require_in_range, wrap_negative
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = ["BLOCK_NBYTES", "ChunkedTensor", "DeviceTensor", "HostTensor", "Resid
 BLOCK_NBYTES = 8 << 20
 """Bytes per block of a sequential scan, unless the caller says how many rows."""
 
+_SURELY_FITS = 64 << 20
 # torch gathers these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
@@ -286,6 +288,18 @@ class StoredTensor(ABC):
             )
             raise IncompatibleOptionsError(msg)
 
+    def _require_room(self) -> None:
+        """Refuse to make a copy of the whole tensor that would take more memory than there is."""
+        if self.nbytes > _SURELY_FITS and self.nbytes > (available := measure().nbytes):
+            msg = (
+                f"{self.name}: its {format_bytes(self.nbytes)} cannot be had in one piece without a copy, and "
+                f"{format_bytes(available)} may be used; read it in parts ([start:stop], blocks(), take(rows)), or convert "
+                "it to safetensors, which can be mapped whole (jasper-store convert)"
+            )
+            raise InsufficientMemoryError(
+                msg, path=self.path, tensor=self.name, needed=self.nbytes, available=available
+            )
+
     def _closed_error(self) -> ClosedError:
         msg = f"{self.name}: its store is closed; open it again with jasper_store.open"
         return ClosedError(msg, path=self.path, tensor=self.name)
@@ -336,6 +350,7 @@ class HostTensor(StoredTensor):
             source = source.reshape(1)
         signed = None if as_bytes else _SIGNED.get(source.dtype)
         self._source: torch.Tensor | None = source if signed is None else source.view(signed)
+        self._copies = as_bytes or read_only or self.dtype != self._stored
         self._plain = not as_bytes and signed is None and self.dtype == source.dtype
 
     def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -373,7 +388,7 @@ class HostTensor(StoredTensor):
         return part.to(self.dtype)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return HostTensor._part(self, start, stop)
+        return self._part(start, stop)
 
     def _part(self, start: int, stop: int) -> torch.Tensor:
         source = self._source
@@ -385,7 +400,13 @@ class HostTensor(StoredTensor):
         return self._restore(part)
 
     def tensor(self) -> torch.Tensor:
-        """The whole tensor: a view, unless the table at the top of this module says otherwise."""
+        """The whole tensor: a view, unless the text at the top of this module says otherwise.
+
+        Raises:
+            InsufficientMemoryError: it is a copy, and would not fit.
+        """
+        if self._copies:
+            self._require_room()
         whole = self._rows(0, self.n_rows)
         return whole if self.shape else whole.reshape(())
 
@@ -482,7 +503,12 @@ class ChunkedTensor(StoredTensor):
         return got.to(self.dtype)
 
     def tensor(self) -> torch.Tensor:
-        """The whole tensor, read and unpacked into memory of its own."""
+        """The whole tensor, read and unpacked into memory of its own.
+
+        Raises:
+            InsufficientMemoryError: it would not fit.
+        """
+        self._require_room()
         whole = self._rows(0, self.n_rows)
         return whole if self.shape else whole.reshape(())
 

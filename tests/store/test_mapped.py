@@ -197,3 +197,29 @@ def test_what_cannot_be_mapped_says_why(tmp_path):
     odd = TensorSpec("x", torch.float32, (2, 2), Extent(tmp_path, 3, (1, 2)))
     assert "neither aligned nor contiguous" in why_not_mappable(odd)
     assert not why_not_mappable(TensorSpec("x", torch.float32, (2, 2), Extent(tmp_path, 3)))
+
+
+@pytest.mark.parametrize("place", ["large", "small"])
+def test_a_file_that_is_cut_while_it_is_mapped(tensor, tmp_path, place):
+    """Touching a page beyond the end of its file ends the process; nothing here may do so."""
+    x, values = tensor
+    if place == "small":
+        path = tmp_path / "small.bin"
+        path.write_bytes(values[:40].numpy().tobytes())
+        x = MappedTensor(TensorSpec("x", torch.float32, (40, WIDTH), Extent(path, 0)), FileMap(path))
+    with x.path.open("r+b") as file:
+        file.truncate(10_000)
+    scan = x.blocks(1)
+    for use in (
+        lambda: x.take(rows(39)),
+        lambda: x.take([39], out=torch.empty(1, WIDTH)),
+        lambda: x[39],
+        lambda: x[30:],
+        x.tensor,
+        lambda: next(scan),
+    ):
+        with pytest.raises(CorruptFileError, match="truncated or is being rewritten in place"):
+            use()
+    x.announce(rows(39))
+    x.drop()
+    x.close()

@@ -21,6 +21,7 @@ from jasper_store.errors import (
     UnknownNameError,
 )
 from jasper_store.formats.base import Schema
+from jasper_store.memory.budget import Bound, Budget
 from jasper_store.memory.paging import announcer
 from jasper_store.store.store import open_store, plan_store
 from tests.builders import build_pt_dataset, jasper_tensors
@@ -132,6 +133,17 @@ class TestOpening:
     def test_a_single_file(self, dataset):
         with open_store(dataset / "embs.safetensors") as store:
             assert list(store) == ["embs"]
+
+    @pytest.mark.parametrize("kind", ["gzip", "misaligned"])
+    def test_a_whole_tensor_that_would_have_to_be_copied_must_fit(self, tmp_path, monkeypatch, kind):
+        WRITERS[kind](tmp_path, tensors())
+        monkeypatch.setattr("jasper_store.store.tensors._SURELY_FITS", 0)
+        monkeypatch.setattr("jasper_store.store.tensors.measure", lambda: Budget((Bound("test", 100, ""),)))
+        with open_store(tmp_path, memory_limit=0) as store:
+            with pytest.raises(InsufficientMemoryError, match=r"embs: its 3\.12 KiB") as caught:
+                store["embs"].tensor()
+            assert caught.value.available == 80
+            assert torch.equal(store["embs"][:2], tensors()["embs"][:2])
 
     def test_nothing_there(self, tmp_path):
         for path in (tmp_path, tmp_path / "missing", tmp_path / "missing.safetensors"):
@@ -354,7 +366,7 @@ class TestTelling:
                 "use_mmap=True",
                 "file system",
                 "announcing rows",
-                "embs random",
+                "embs normal",
                 "manifest: none",
             ):
                 assert part in text

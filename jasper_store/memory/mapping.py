@@ -11,6 +11,7 @@ copies instead.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import math
@@ -159,6 +160,8 @@ def _open(path: Path) -> int:
     except OSError as exc:
         if isinstance(exc, DatasetNotFoundError):
             raise
+        if exc.errno in {errno.EMFILE, errno.ENFILE}:
+            raise _too_many_files(path) from exc
         msg = f"{path}: the file cannot be read ({exc.strerror or exc}); check the path and its permissions"
         raise DatasetNotFoundError(msg, path=path) from exc
 
@@ -180,10 +183,20 @@ def _map_file(fd: int, nbytes: int, path: Path) -> tuple[mmap.mmap, bool]:
         raise _refusal(exc, path, nbytes) from exc
 
 
+def _too_many_files(path: Path) -> IncompatibleOptionsError:
+    msg = (
+        f"{path}: too many files are open at once (a mapped file holds two descriptors); raise the limit (ulimit -n), "
+        "preload (use_mmap=False), or keep several tensors in one file"
+    )
+    return IncompatibleOptionsError(msg, path=path)
+
+
 def _refusal(exc: OSError | ValueError, path: Path, nbytes: int) -> JasperStoreError:
     if isinstance(exc, ValueError):
         msg = f"{path}: expected {nbytes:,} bytes, and the file shrank while it was being opened ({exc}); open it again"
         return CorruptFileError(msg, path=path)
+    if exc.errno in {errno.EMFILE, errno.ENFILE}:
+        return _too_many_files(path)
     if exc.errno in {errno.ENODEV, errno.EINVAL}:
         msg = (
             f"{path}: this file system cannot map files ({exc.strerror}); "
@@ -204,11 +217,11 @@ def memory_limits() -> str:
         ("vm.overcommit_memory", "/proc/sys/vm/overcommit_memory"),
         ("vm.max_map_count", "/proc/sys/vm/max_map_count"),
     ):
-        if os.access(file, os.R_OK):
+        # Whatever made the map fail may make this fail, too.
+        with contextlib.suppress(OSError):
             parts.append(f"{name} = {Path(file).read_text().strip()}")
-    if os.access("/proc/self/maps", os.R_OK):
-        with Path("/proc/self/maps").open("rb") as maps:
-            parts.append(f"maps in use = {sum(1 for _ in maps)}")
+    with contextlib.suppress(OSError), Path("/proc/self/maps").open("rb") as maps:
+        parts.append(f"maps in use = {sum(1 for _ in maps)}")
     if sys.platform != "win32":
         import resource
 

@@ -434,3 +434,18 @@ def test_a_sparse_file_larger_than_memory(tmp_path, kind):
         assert private_bytes() - before < 64 << 20
         again = pickle.loads(pickle.dumps(store))
         assert again["x"][-1].sum() == 384
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    for i in range(80):
+        np.save(tmp_path / f"t{i}.npy", np.zeros(2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for spare in (40, 41):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + spare, hard))
+        try:
+            with pytest.raises(IncompatibleOptionsError, match="ulimit -n"):
+                open_store(tmp_path, use_mmap=True)
+            open_store(tmp_path, use_mmap=False).close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

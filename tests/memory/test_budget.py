@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, strategies as st
 
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.memory import budget
 from jasper_store.memory.budget import Bound, Budget, device_budget, format_bytes, measure
 
 GIB = 1 << 30
@@ -322,7 +321,7 @@ def test_this_machine():
 
 
 def test_device_budget(monkeypatch):
-    monkeypatch.setattr(budget.torch.cuda, "mem_get_info", lambda _: (10 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10 * GIB, 16 * GIB))
     found = device_budget("cuda:1")
     assert found.winner == Bound("GPU memory free", 10 * GIB, "of 16.00 GiB on cuda:1")
     assert found.nbytes == 8 * GIB

@@ -247,7 +247,7 @@ def test_a_file_that_shrinks_while_it_is_opened(tmp_path, monkeypatch):
 
 def test_other_systems_map_copy_on_write(tmp_path, monkeypatch):
     path = write(tmp_path / "data", bytes(range(100)))
-    monkeypatch.setattr(mapping.sys, "platform", "darwin")
+    monkeypatch.setattr(sys, "platform", "darwin")
     fmap = FileMap(path)
     monkeypatch.undo()
     assert fmap.writable

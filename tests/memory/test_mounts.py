@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given, strategies as st
 
-from jasper_store.memory import mounts
 from jasper_store.memory.mounts import Mount, file_system, parse_mountinfo
 
 TABLE = """\
@@ -65,8 +65,8 @@ def test_links_are_followed(proc, tmp_path):
 
 def test_without_a_table_psutil_is_asked(tmp_path, monkeypatch):
     parts = [SimpleNamespace(mountpoint="/", fstype="APFS"), SimpleNamespace(mountpoint="/Volumes/x", fstype="smbfs")]
-    monkeypatch.setattr(mounts.psutil, "disk_partitions", lambda **_: parts)
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: parts)
     assert file_system("/Volumes/x/data", proc=tmp_path) == ("smbfs", True)
     assert file_system("/tmp", proc=tmp_path)[1] is False
-    monkeypatch.setattr(mounts.psutil, "disk_partitions", lambda **_: [])
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: [])
     assert file_system("/tmp", proc=tmp_path) == ("", False)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from jasper_store.errors import JasperStoreError
-from jasper_store.memory import report
 from jasper_store.memory.mapping import FileMap
 from jasper_store.memory.preload import empty
 from jasper_store.memory.report import memory_report, total, tree_report
@@ -90,7 +89,7 @@ def test_systems_that_do_not_tell_private_memory(tmp_path, monkeypatch):
         def memory_full_info(self):
             raise psutil.AccessDenied
 
-    monkeypatch.setattr(report.psutil, "Process", Process)
+    monkeypatch.setattr(psutil, "Process", Process)
     assert memory_report(5, proc=tmp_path).anonymous == 100
 
 
@@ -101,5 +100,5 @@ def test_a_process_that_does_not_exist():
 
 def test_workers_that_end_meanwhile_are_left_out(monkeypatch):
     gone = SimpleNamespace(pid=2**22 + 12345)
-    monkeypatch.setattr(report.psutil.Process, "children", lambda *_, **__: [gone])
+    monkeypatch.setattr(psutil.Process, "children", lambda *_, **__: [gone])
     assert len(tree_report()) == 1

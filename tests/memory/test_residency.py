@@ -95,7 +95,7 @@ def test_mincore_in_windows(file, monkeypatch):
 
 
 def test_without_fadvise(file, monkeypatch):
-    monkeypatch.delattr(residency.os, "posix_fadvise")
+    monkeypatch.delattr(os, "posix_fadvise")
     assert not drop_cache(file, 0, SIZE)
 
 
@@ -109,7 +109,7 @@ def test_drop_lets_go_and_keeps_private_writes(file):
     values[5 * PAGE] += 1
     assert cached_bytes(file, 0, SIZE) == SIZE
     assert paging.drop(fmap.address, SIZE, fmap.fileno())
-    assert cached_bytes(file, 0, SIZE) <= PAGE
+    assert cached_bytes(file, 0, SIZE) in {0, PAGE}
     before[5 * PAGE] += 1
     assert values.equal(before)
 

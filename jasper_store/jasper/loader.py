@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -19,7 +21,7 @@ from jasper_store.jasper.options import check_loader_options, warn_of_small_shar
 from jasper_store.jasper.samplers import BatchSampler, EpochSampler, Padding
 from jasper_store.jasper.schema import SCHEMA, Split, check_split
 from jasper_store.jasper.state import LoaderState
-from jasper_store.jasper.workers import explain_worker_death
+from jasper_store.jasper.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
 from jasper_store.store.guard import check_options, resolve_pin_memory
 from jasper_store.store.store import plan_store
 
@@ -192,7 +194,7 @@ class JasperLoader(DataLoader[Any]):
         self._adopt_order = adopt_order
         self._why_order = why_order
         self._ranks = ranks or Ranks(sampler.rank, sampler.num_replicas, "from the sampler")
-        self._pass: _Pass | None = None
+        self._progress: _Progress | None = None
         self._warned = False
 
     @property
@@ -202,7 +204,7 @@ class JasperLoader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         """Serve this rank's batches of the epoch, from the resume point if a state was loaded."""
-        previous, sampler = self._pass, self.sampler_obj
+        previous, sampler = self._progress, self.sampler_obj
         repeated = previous is not None and previous.delivered > 1 and previous.epoch == sampler.epoch
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
             self._warned = True
@@ -210,18 +212,25 @@ class JasperLoader(DataLoader[Any]):
         self.stopwatch = Stopwatch()
         if self._look_ahead is not None:
             self._look_ahead.stopwatch = self.stopwatch
+        gathers_before = Meter() if self._clock is None else self._clock.read()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
-        self._pass = _Pass(self)
-        self._pass.serve(super().__iter__())
-        return self._pass
+        self._progress = _Progress(sampler.epoch, sampler.start, gathers_before)
+        return _Pass(super().__iter__(), self._progress, self.stopwatch, self)
+
+    def forget_workers(self) -> None:
+        """Do not use persistent workers again: one of them has died, and the others were stopped."""
+        self._iterator = None
 
     # --- state ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: what the trainer was given, not what was prefetched. O(1), equal on all ranks."""
-        sampler, current = self.sampler_obj, self._pass
-        resuming = current is None or current.epoch != sampler.epoch
-        return sampler.state(sampler.start if resuming or current is None else current.consumed).to_dict()
+        sampler, now = self.sampler_obj, self._progress
+        if now is None or now.epoch != sampler.epoch:
+            return sampler.state(sampler.start).to_dict()
+        # Full batches are counted even where the last is shorter here than on another rank: all states agree.
+        step = (self.batch_size or 1) * sampler.num_replicas
+        return sampler.state(sampler.samples if now.finished else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration serve the rest of an epoch, of which another run was given a part.
@@ -239,7 +248,7 @@ class JasperLoader(DataLoader[Any]):
                 self._why_order = "the loaded state was saved in it"
             self.sampler_obj.use_order(kind)
         self.sampler_obj.resume(state)
-        self._pass = None
+        self._progress = None
 
     def set_epoch(self, epoch: int) -> None:
         """Move dataset and sampler to an epoch; see :func:`set_epoch`."""
@@ -264,7 +273,7 @@ class JasperLoader(DataLoader[Any]):
         """What the latest pass waited for, in milliseconds per batch, and what to change; readable lines."""
         gathers = self.stopwatch.wait
         if self._clock is not None:
-            now, before = self._clock.read(), self._pass.gathers_before if self._pass else Meter()
+            now, before = self._clock.read(), self._progress.gathers_before if self._progress else Meter()
             gathers = Meter(
                 now.batches - before.batches, now.wall - before.wall, now.cpu - before.cpu, now.faults - before.faults
             )
@@ -280,54 +289,64 @@ class JasperLoader(DataLoader[Any]):
         )
 
 
+@dataclass(slots=True)
+class _Progress:
+    """How far a pass has come. The loader keeps this, and not the pass, whose workers end when it is let go.
+
+    Attributes:
+        epoch: the epoch that it serves.
+        start: samples that were consumed before it, over all ranks.
+        gathers_before: what workers had measured before it.
+        delivered: batches that the trainer was given.
+        finished: whether there are no more.
+    """
+
+    epoch: int
+    start: int
+    gathers_before: Meter
+    delivered: int = 0
+    finished: bool = False
+
+
 class _Pass:
     """One iteration over a loader: counts what the trainer was given, and measures what it waited for."""
 
-    def __init__(self, loader: JasperLoader) -> None:
-        self._loader = loader
-        self._sampler = loader.sampler_obj
-        self._watch = loader.stopwatch
-        self._batches: Any = None
-        self._finished = False
-        self.epoch = self._sampler.epoch
-        self.start = self._sampler.start
-        self.delivered = 0
-        self.gathers_before = Meter() if loader._clock is None else loader._clock.read()  # noqa: SLF001 - its own pass
-
-    def serve(self, batches: Any) -> None:
-        """Take the iterator that PyTorch made."""
+    def __init__(self, batches: Any, progress: _Progress, watch: Stopwatch, loader: JasperLoader) -> None:
         self._batches = batches
-
-    @property
-    def consumed(self) -> int:
-        """Samples of the epoch that the trainers of all ranks were given, if they are at the same batch."""
-        # Full batches are counted even where the last is shorter here than on another rank.
-        step = (self._loader.batch_size or 1) * self._sampler.num_replicas
-        return self._sampler.samples if self._finished else self.start + self.delivered * step
+        self._progress = progress
+        self._watch = watch
+        # Weak: an abandoned pass, or loader, must go at once and take its workers with it.
+        self._loader = weakref.ref(loader)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._batches)
 
     def __next__(self) -> Any:
-        if not self._watch.began:
-            self._watch.began = perf_counter()
+        watch = self._watch
+        if not watch.began:
+            watch.began = perf_counter()
         try:
-            with self._watch.wait:
+            with watch.wait:
                 batch = next(self._batches)
         except StopIteration:
-            self._finished = True
-            self._watch.wait.batches -= 1
-            self._watch.ended = perf_counter()
+            self._progress.finished = True
+            watch.wait.batches -= 1
+            watch.ended = perf_counter()
             raise
-        except RuntimeError as exc:
-            explain_worker_death(exc, self._batches)
-            self._loader._iterator = None  # noqa: SLF001 - its workers are gone, persistent or not
+        except DEATH_SIGNS as exc:
+            try:
+                raise_if_worker_died(exc, self._batches)
+            except WorkerDiedError:
+                loader = self._loader()
+                if loader is not None:
+                    loader.forget_workers()
+                raise
             raise
-        self.delivered += 1
-        self._watch.ended = perf_counter()
+        self._progress.delivered += 1
+        watch.ended = perf_counter()
         return batch
 
 

@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 import signal
-from typing import Any
+import time
+from typing import Any, Final
 
 from jasper_store.errors import JasperStoreError
 
-__all__ = ["WorkerDiedError", "explain_worker_death"]
+__all__ = ["DEATH_SIGNS", "WorkerDiedError", "raise_if_worker_died"]
+
+#: What PyTorch's iterator raises when a worker dies: its own RuntimeError, or, if the worker was about to hand over a
+#: batch, whatever the broken connection gives.
+DEATH_SIGNS: Final = (RuntimeError, OSError, EOFError)
+#: A connection may break some moments before the process is gone.
+_PATIENCE: Final = 0.5
 
 
 class WorkerDiedError(JasperStoreError, RuntimeError):
     """A worker process of a loader ended by itself; the message names it and says how."""
 
 
-def explain_worker_death(error: RuntimeError, batches: Any) -> None:
-    """If ``error`` is PyTorch's word for a dead worker, stop the other workers and raise one that names it.
+def raise_if_worker_died(error: BaseException, batches: Any) -> None:
+    """If an error of PyTorch's iterator comes from a dead worker, stop the other workers and say which one died.
 
     Args:
-        error: what PyTorch's iterator raised.
-        batches: that iterator.
+        error: what the iterator raised, one of :data:`DEATH_SIGNS`.
+        batches: the iterator.
 
     Raises:
         WorkerDiedError: a worker died; any other error is left to the caller.
     """
-    workers = getattr(batches, "_workers", ())
-    dead = [
-        (number, process)
-        for number, process in enumerate(workers)
-        if not process.is_alive() and process.exitcode not in {None, 0}
-    ]
-    if "DataLoader worker" not in str(error):
+    workers = list(getattr(batches, "_workers", ()))
+    dead = _dead(workers)
+    told = str(error).startswith("DataLoader worker (pid")
+    if workers and not dead and not isinstance(error, RuntimeError):
+        deadline = time.monotonic() + _PATIENCE
+        while not dead and time.monotonic() < deadline:
+            time.sleep(_PATIENCE / 20)
+            dead = _dead(workers)
+    if not (told or (dead and not isinstance(error, RuntimeError))):
         return
-    names = ", ".join(f"worker {number} (pid {process.pid}) {_how(process.exitcode)}" for number, process in dead)
     batches._shutdown_workers()  # noqa: SLF001 - what its own __del__ would do, some time later
+    names = ", ".join(f"worker {number} (pid {process.pid}) {_how(process.exitcode)}" for number, process in dead)
     raise WorkerDiedError(
-        f"{names or str(error)}; the other {max(len(workers) - len(dead), 0)} workers were stopped. If it was killed,"
-        " look for the out-of-memory killer in the kernel's log, for a limit of the scheduler, and at the free space of"
-        " /dev/shm; num_workers=0 needs none of them"
+        f"{names or str(error)}; the other {len(workers) - len(dead)} workers were stopped. If it was killed, look for"
+        " the out-of-memory killer in the kernel's log, for a limit of the scheduler, and at the free space of /dev/shm;"
+        " num_workers=0 needs none of them"
     ) from error
+
+
+def _dead(workers: list[Any]) -> list[tuple[int, Any]]:
+    """Workers that ended by themselves, with their numbers."""
+    return [(number, process) for number, process in enumerate(workers) if process.exitcode not in {None, 0}]
 
 
 def _how(exitcode: int) -> str:

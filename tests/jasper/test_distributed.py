@@ -88,7 +88,7 @@ def one_rank(rank: int, world_size: int, directory: str) -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     directory = tmp_path_factory.mktemp("ranks")
     build_pt_dataset(directory / "data", **SIZES)
-    spawn(one_rank, args=(2, str(directory)), nprocs=2)  # type: ignore[no-untyped-call]
+    spawn(one_rank, args=(2, str(directory)), nprocs=2)
     return directory / "data", json.loads((directory / "seen.json").read_text())
 
 

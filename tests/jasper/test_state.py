@@ -19,7 +19,7 @@ from tests.jasper.fakes import Numbers, as_is
 
 
 def loader_of(n: int, batch: int, ranks: int = 1, rank: int = 0, workers: int = 0, **options: Any) -> JasperLoader:
-    dataset = options.pop("dataset", None) or Numbers(n)
+    dataset: Any = options.pop("dataset", None) or Numbers(n)
     adopt = options.pop("adopt_order", False)
     sampler = EpochSampler(dataset, ranks, rank, **options)
     return JasperLoader(

@@ -1,0 +1,216 @@
+"""Loaders with real worker processes: start methods, what must reach running workers, and workers that die."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from jasper_store.errors import PerformanceWarning
+from jasper_store.jasper.loader import create_loader, set_epoch
+from jasper_store.jasper.options import warn_of_small_shared_memory
+from jasper_store.jasper.samplers import EpochSampler
+from jasper_store.jasper.workers import WorkerDiedError
+from tests.builders import build_pt_dataset
+from tests.jasper.fakes import Numbers, as_is
+
+METHODS = ["fork", "spawn", "forkserver"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_pt_dataset(tmp_path_factory.mktemp("workers") / "data", n_pairs=60)
+
+
+def samples(loader: Any) -> list[tuple[float, int]]:
+    return [
+        (float(value), int(variant))
+        for batch in loader
+        for value, variant in zip(batch["relevance"], batch["steering_variant"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_epochs_and_steering_reach_persistent_workers(data: Path, method: str) -> None:
+    # An interpreter that imports PyTorch takes seconds: one will do where fork is not used.
+    count = 2 if method == "fork" else 1
+    alone = create_loader(data, "train", 5)
+    loader = create_loader(data, "train", 5, count, persistent_workers=True, multiprocessing_context=method)
+    pids = set()
+    for epoch in (0, 30, 7):
+        set_epoch(alone, epoch)
+        set_epoch(loader, epoch)
+        assert samples(loader) == samples(alone)
+        pids.add(tuple(worker.pid for worker in loader._iterator._workers))  # type: ignore[union-attr]
+    assert len(pids) == 1
+    set_epoch(loader, 8)
+    loader.dataset_obj.force_steering("residual")
+    assert {variant for _, variant in samples(loader)} == {3}
+
+
+@pytest.mark.parametrize("prefetch", [1, 4])
+def test_workers_serve_the_rest_of_an_epoch(data: Path, prefetch: int) -> None:
+    whole = samples(create_loader(data, "train", 4, drop_last=False))
+    loader = create_loader(data, "train", 4, 2, drop_last=False, prefetch_factor=prefetch)
+    iterator = iter(loader)
+    first = samples([next(iterator), next(iterator)])
+    state = loader.state_dict()
+    assert state["consumed"] == 8
+    rest = create_loader(data, "train", 3, 2, drop_last=False, use_mmap=True, persistent_workers=True)
+    rest.load_state_dict(state)
+    assert first + samples(rest) == whole
+    set_epoch(rest, 1)
+    assert samples(rest) == samples(create_loader(data, "train", 3, drop_last=False, epoch=1))
+
+
+def test_a_persistent_pass_may_be_abandoned(data: Path) -> None:
+    loader = create_loader(data, "train", 4, 2, persistent_workers=True)
+    next(iter(loader))
+    next(iter(loader))
+    assert samples(loader) == samples(create_loader(data, "train", 4))
+
+
+def test_an_abandoned_pass_takes_its_workers_with_it(data: Path) -> None:
+    before = workers()
+    loader = create_loader(data, "train", 4, 2)
+    iterator = iter(loader)
+    next(iterator)
+    assert len(workers() - before) == 2
+    del iterator
+    assert workers() <= before
+    loader = create_loader(data, "train", 4, 2, persistent_workers=True)
+    iterator = iter(loader)
+    next(iterator)
+    del iterator, loader
+    assert workers() <= before
+
+
+def mark(worker: int) -> None:
+    """The user's own initialisation, importable by spawned workers."""
+    info = get_worker_info()
+    assert info is not None
+    dataset: Any = info.dataset
+    dataset.marked = worker
+
+
+class Marked(Numbers):
+    marked = -1
+
+    def __getitems__(self, indices: Any) -> torch.Tensor:
+        return torch.full((len(indices),), self.marked)
+
+
+def test_the_users_worker_init_fn_is_called() -> None:
+    from jasper_store.jasper.loader import JasperLoader
+
+    dataset: Any = Marked(20)
+    loader = JasperLoader(
+        dataset, 5, sampler=EpochSampler(dataset, 1, 0), num_workers=2, collate_fn=as_is, worker_init_fn=mark
+    )
+    assert [batch[0].item() for batch in loader] == [0, 1, 0, 1]
+
+
+def test_workers_are_measured(data: Path) -> None:
+    loader = create_loader(data, "train", 4, 1, persistent_workers=True)
+    list(loader)
+    set_epoch(loader, 1)
+    list(loader)
+    text = loader.advice()
+    assert text.startswith(f"{len(loader)} batches")
+    assert "in 1 worker," in text
+
+
+# --- workers that die --------------------------------------------------------------------------------------------
+
+
+def workers() -> set[int]:
+    """Child processes that are alive, dead ones that nobody has waited for included."""
+    return {child.pid for child in psutil.Process().children()}
+
+
+class Deadly(Numbers):
+    """Ends the worker that is asked for sample 13."""
+
+    def __init__(self, n: int, how: str) -> None:
+        super().__init__(n)
+        self.how = how
+
+    def __getitems__(self, indices: Any) -> torch.Tensor:
+        if 13 in indices and get_worker_info() is not None:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            os._exit(3)
+        return super().__getitems__(indices)
+
+
+@pytest.mark.parametrize(("how", "said"), [("kill", "was ended by SIGKILL"), ("exit", "exited with status 3")])
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_worker_that_dies_is_named_and_leaves_nothing(how: str, said: str, persistent: bool) -> None:
+    from jasper_store.jasper.loader import JasperLoader
+
+    before = workers()
+    dataset: Any = Deadly(60, how)
+    loader = JasperLoader(
+        dataset,
+        4,
+        sampler=EpochSampler(dataset, 1, 0, shuffle=False),
+        num_workers=2,
+        persistent_workers=persistent,
+        collate_fn=as_is,
+    )
+    with pytest.raises(WorkerDiedError, match=rf"worker 1 \(pid \d+\) {said}.*num_workers=0") as caught:
+        list(loader)
+    assert isinstance(caught.value, RuntimeError)
+    assert caught.value.__cause__ is not None
+    # Its traceback would hold this frame, and so the loader, until the collector comes by and stops its workers slowly.
+    del caught
+    assert workers() <= before
+    # The loader can be used again.
+    dataset.n = 13
+    loader.sampler_obj.__init__(dataset, 1, 0, shuffle=False)  # type: ignore[misc]
+    assert len(list(loader)) == 4
+
+
+def test_other_errors_of_workers_pass_as_they_are(data: Path) -> None:
+    loader = create_loader(data, "train", 4, 1, collate_fn=fail)
+    try:
+        list(loader)
+    except ZeroDivisionError:
+        return
+    pytest.fail("the worker's error was swallowed")
+
+
+def fail(batch: Any) -> Any:
+    """A collation that cannot work."""
+    return len(batch) / 0
+
+
+# --- shared memory -----------------------------------------------------------------------------------------------
+
+
+def test_small_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    with pytest.warns(PerformanceWarning, match="--shm-size"):
+        warn_of_small_shared_memory(10 << 20, 4, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_small_shared_memory(10 << 20, 0, {})
+        warn_of_small_shared_memory(10 << 20, 2, {})
+        warn_of_small_shared_memory(10 << 20, 4, {"prefetch_factor": 1})
+
+
+def test_without_shared_memory_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(_: str) -> Any:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(shutil, "disk_usage", absent)
+    warn_of_small_shared_memory(1 << 60, 4, {})

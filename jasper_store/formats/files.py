@@ -73,11 +73,12 @@ def open_for_reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except OSError as exc:
         msg = f"{path}: cannot be opened for reading: {exc.strerror}. Check the path and its permissions."
         raise DatasetNotFoundError(msg, path=path) from exc
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(fd)
+        msg = f"{path}: expected a regular file, found a {_kind(status.st_mode)}."
+        raise CorruptFileError(msg, path=path)
     with os.fdopen(fd, "rb", buffering=0) as file:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            msg = f"{path}: expected a regular file, found a {_kind(status.st_mode)}."
-            raise CorruptFileError(msg, path=path)
         yield file, status.st_size
 
 
@@ -130,8 +131,9 @@ def check_name(name: str) -> None:
 
 def tensor_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The bytes of a tensor in C order as a 1-D uint8 array; a view where the tensor is contiguous in host memory."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+    dense = tensor.detach().cpu().contiguous()
+    # Strides of dimensions of size 0 and 1 may be anything, and then refuse to be viewed as bytes.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def read_at(file: BinaryIO, offset: int, nbytes: int) -> bytes:

@@ -122,30 +122,39 @@ def open_file(path: Path) -> Iterator[tuple[Any, int]]:
     """
     with open_for_reading(path) as (_, size):
         pass  # only for its errors: h5py's do not tell a missing file from a damaged one
-    import h5py
-
     with translated(path):
-        try:
-            # The library's own default, since it refuses a file that this process has open with another choice.
-            file = h5py.File(path, "r")
-        except BlockingIOError as exc:
-            raise CorruptFileError(
-                f"{path}: another process has it open for writing; wait until it has finished.", path=path
-            ) from exc
-        except OSError as exc:
-            if "already open for write" in str(exc):
-                raise CorruptFileError(
-                    f"{path}: its writer was killed, or is still at work; wait for it, or write the file again.",
-                    path=path,
-                ) from exc
-            if "lock" not in str(exc):
-                raise
-            # NFS without a lock daemon, a read-only mount, or opened elsewhere in this process without locks.
-            file = h5py.File(path, "r", locking=False)
+        file = _open(path)
         try:
             yield file, size
         finally:
             file.close()
+
+
+def _open(path: Path) -> Any:
+    import h5py
+
+    # The library's own default first. It fails on NFS without a lock daemon; and a file that this process has open
+    # already must be opened with the same choice.
+    *choices, last = None, False, True
+    for locking in choices:
+        try:
+            return h5py.File(path, "r", locking=locking)
+        except OSError as exc:  # noqa: PERF203 - three times at most
+            _refuse_busy(path, exc)
+            if "lock" not in str(exc):
+                raise
+    return h5py.File(path, "r", locking=last)
+
+
+def _refuse_busy(path: Path, exc: OSError) -> None:
+    if isinstance(exc, BlockingIOError):
+        raise CorruptFileError(
+            f"{path}: another process has it open for writing; wait until it has finished.", path=path
+        ) from exc
+    if "already open for write" in str(exc):
+        raise CorruptFileError(
+            f"{path}: its writer was killed, or is still at work; wait for it, or write the file again.", path=path
+        ) from exc
 
 
 class _UnsupportedError(Exception):
@@ -304,7 +313,8 @@ class _Walk:
 
         if "torch_dtype" not in dataset.attrs:
             return None
-        if h5py.h5a.open(dataset.id, b"torch_dtype").get_type().is_variable_str():
+        kind = h5py.h5a.open(dataset.id, b"torch_dtype").get_type()
+        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
             self.check_heaps()
         return dataset.attrs["torch_dtype"]
 

@@ -23,7 +23,7 @@ import torch
 from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.deflate import InflateError, inflate
-from jasper_store.formats.files import open_for_reading
+from jasper_store.formats.files import open_for_reading, tensor_bytes
 from jasper_store.formats.hdf5 import open_file, translated
 from jasper_store.formats.hdf5_index import GZIP, SHUFFLE, ChunkIndex, changed, identity_of, read_index
 
@@ -120,8 +120,7 @@ class ChunkedReader:
                 f"found {out.dtype} {list(out.shape)} on {out.device}.",
                 tensor=self.spec.name,
             )
-        flat = out.detach().reshape(-1).view(torch.uint8).numpy()
-        return flat.reshape(rows, math.prod(shape[1:]), dtype.itemsize)
+        return tensor_bytes(out).reshape(rows, math.prod(shape[1:]), dtype.itemsize)
 
     def _source(self) -> _Open:
         if self._closed:

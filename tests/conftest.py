@@ -13,6 +13,10 @@ from hypothesis import settings
 settings.register_profile("jasper_store", deadline=None, derandomize=True)
 settings.load_profile("jasper_store")
 
+# Test processes beside each other would fight over the cores with a thread per core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 TRAINERS = ("lightning", "accelerate", "ray")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import jasper_store as js
 from jasper_store.cli.console import results
 from jasper_store.cli.convert import convert
 from jasper_store.cli.demo import demo
@@ -47,11 +47,7 @@ for _command in (demo, inspect, plan, convert, warm, verify, train):
 def _print_version(asked: bool) -> None:
     if not asked:
         return
-    try:
-        text = version("jasper-store")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        text = "unknown"
-    results().print(text)
+    results().print(js.__version__)
     raise typer.Exit
 
 

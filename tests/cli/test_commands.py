@@ -40,7 +40,7 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
 def test_version(run: Run) -> None:
     result = run("--version")
     assert result.exit_code == 0
-    assert result.stdout.strip()
+    assert result.stdout.strip() == js.__version__
 
 
 def test_inspect_says_what_is_there(run: Run, data: Path) -> None:

@@ -191,6 +191,7 @@ def test_child_returns_and_is_watched() -> None:
     assert found.value == {"held": 64 << 20}
     assert found.grown > 48 << 20
     assert found.peak.anonymous >= found.start.anonymous
+    assert 0.0 <= found.foreign <= 1.0
 
 
 def test_child_that_raises_tells_its_last_line() -> None:

@@ -28,6 +28,7 @@ class Context:
         assets: generated data.
         say: prints progress.
         device: the disk under the data, None where it has none of its own.
+        foreign: of each measurement, the share of the processors that other programs used meanwhile.
     """
 
     def __init__(self, settings: Settings, say: Callable[[str], None]) -> None:
@@ -35,6 +36,7 @@ class Context:
         self.assets = Assets(settings)
         self.say = say
         self.device = block_device.device_of(settings.data_dir)
+        self.foreign: list[float] = []
         self._numbers = itertools.count()
 
     @contextmanager
@@ -84,7 +86,9 @@ class Context:
     def try_call(self, what: str, function: str, timeout: float = 600.0, **arguments: Any) -> spawn.Result | str:
         """A measurement in a child, or the reason why there is none."""
         try:
-            return spawn.call(function, timeout, **arguments)
+            found = spawn.call(function, timeout, **arguments)
         except spawn.ChildError as exc:
             self.say(f"  {what}: {exc}")
             return str(exc)
+        self.foreign.append(found.foreign)
+        return found

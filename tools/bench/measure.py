@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import time
 import traceback
 from importlib import import_module
@@ -13,6 +12,7 @@ from tools.bench import block_device, machine, results
 from tools.bench.context import Context
 from tools.bench.readers.registry import READERS
 from tools.bench.results import CaseResult
+from tools.bench.stats import median
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CASES", "measure"]
 
-# A load average that nobody but somebody else's work explains.
-BUSY = 1.0
+# More than the kernel's own threads and the harness need beside a measurement.
+BUSY = 0.15
 # Row files first, datasets after them: the disk budget holds one kind at a time.
 CASES = (
     "cold",
@@ -77,15 +77,20 @@ def _begin(settings: Settings, out: Path, *, quick: bool) -> dict[str, Any]:
 def _case(context: Context, name: str) -> CaseResult:
     module = import_module(f"tools.bench.cases.{name}")
     context.say(f"{name}: {module.TITLE}")
-    begin, load = time.perf_counter(), os.getloadavg()[0]
+    context.foreign.clear()
+    begin = time.perf_counter()
     try:
         case: CaseResult = module.run(context)
     except Exception as exc:  # noqa: BLE001 - one case that fails must not cost the figures of the others
         traceback.print_exc()
         case = CaseResult(name, module.TITLE, status="failed", why=f"{type(exc).__name__}: {exc}")
-    case.seconds, case.load = time.perf_counter() - begin, load
-    if load > BUSY:
-        case.notes.append(f"The machine was busy with other work (load average {load:.1f}): these figures are rough.")
+    case.seconds = time.perf_counter() - begin
+    if context.foreign:
+        case.foreign = median(context.foreign)
+        if case.foreign > BUSY:
+            case.notes.append(
+                f"**Other programs used {case.foreign:.0%} of the processors meanwhile: these figures are rough.**"
+            )
     return case
 
 

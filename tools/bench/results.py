@@ -58,7 +58,7 @@ class Target:
 
 @dataclass
 class CaseResult:
-    """Everything that one case found out; ``load`` is the machine's load average when it began."""
+    """Everything that one case found out; ``foreign`` is the processors' share of other programs."""
 
     name: str
     title: str
@@ -68,7 +68,7 @@ class CaseResult:
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    load: float = 0.0
+    foreign: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; numbers that JSON cannot hold (NaN, infinity) become null."""

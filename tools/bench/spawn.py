@@ -20,6 +20,7 @@ __all__ = ["ChildError", "Memory", "Result", "call"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE_S = 0.05
+TICKS = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 FIELDS = {"RssAnon:": "anonymous", "RssFile:": "file", "RssShmem:": "shared"}
 
 
@@ -42,11 +43,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class Result:
-    """What the function returned, its peaks inside the window it timed, and what it held at the window's start."""
+    """What a child found, and what it took.
+
+    Attributes:
+        value: what the function returned.
+        peak: largest sizes inside the window that it timed.
+        start: sizes when the window began.
+        foreign: share of the processors that other programs used meanwhile; near 0 on a quiet machine.
+    """
 
     value: dict[str, Any]
     peak: Memory
     start: Memory
+    foreign: float = 0.0
 
     @property
     def grown(self) -> int:
@@ -66,6 +75,7 @@ def call(function: str, timeout: float = 600.0, **arguments: Any) -> Result:
     with tempfile.TemporaryDirectory(prefix="jasper-bench-") as folder:
         answer, errors = Path(folder) / "answer.json", Path(folder) / "errors.txt"
         command = [sys.executable, "-m", "tools.bench.child", function, str(answer)]
+        meter = _Processors()
         with errors.open("wb") as sink:
             child = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=sink, stderr=sink, cwd=ROOT, start_new_session=True
@@ -74,6 +84,7 @@ def call(function: str, timeout: float = 600.0, **arguments: Any) -> Result:
             samples = _watch(child, json.dumps(arguments), time.monotonic() + timeout)
         finally:
             _end(child)
+        foreign = meter.foreign()
         said = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if samples is None:
             raise ChildError(f"{function} ran past {timeout:.0f} s")
@@ -83,7 +94,26 @@ def call(function: str, timeout: float = 600.0, **arguments: Any) -> Result:
             raise ChildError(said[-1] if said else f"{function} ended with status {child.returncode} and said nothing")
         value = json.loads(answer.read_text(encoding="utf-8"))
     begin, end = value.pop("window", (0.0, float("inf")))
-    return Result(value, *_peaks(samples, begin, end))
+    return Result(value, *_peaks(samples, begin, end), foreign)
+
+
+class _Processors:
+    """How busy others kept the processors since it was made."""
+
+    def __init__(self) -> None:
+        self.before = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Processor seconds of the machine, busy ones of them, and this process's children's own."""
+        times = psutil.cpu_times()
+        total = sum(getattr(times, name, 0.0) for name in TICKS)
+        own = os.times()
+        return total, total - times.idle - getattr(times, "iowait", 0.0), own.children_user + own.children_system
+
+    def foreign(self) -> float:
+        total, busy, own = (now - before for now, before in zip(self._now(), self.before, strict=True))
+        return min(max(busy - own, 0.0) / total, 1.0) if total > 0 else 0.0
 
 
 def _watch(child: subprocess.Popen[bytes], arguments: str, deadline: float) -> list[tuple[float, Memory]] | None:

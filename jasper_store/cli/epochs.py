@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Group
 from rich.progress import Progress
@@ -11,9 +11,10 @@ from jasper_store.cli.console import errors, table
 from jasper_store.jasper.steering import VARIANTS
 from jasper_store.jasper.training import EpochReport, Trainer
 
-__all__ = ["epoch_line", "recall_table", "run_epochs"]
+__all__ = ["curriculum_table", "epoch_line", "recall_table", "run_epochs"]
 
 _PLAIN_LINES = 10
+_STAGES = 5
 
 
 def epoch_line(report: EpochReport, epochs: int) -> str:
@@ -29,11 +30,25 @@ def run_epochs(trainer: Trainer, bars: Progress) -> Iterator[EpochReport]:
     batches = len(trainer.loader)
     task = bars.add_task("training", total=epochs * batches, completed=trainer.epoch * batches)
     for report in trainer.run(lambda _: bars.advance(task)):
-        line = epoch_line(report, epochs)
-        bars.update(task, description=line)
+        shares = "/".join(f"{share:.0%}"[:-1] for share in report.probabilities)
+        bars.update(task, description=f"epoch {report.epoch + 1}/{epochs}  loss {report.loss:.3f}  steering {shares} %")
         if bars.disable and (report.epoch % max(1, epochs // _PLAIN_LINES) == 0 or report.epoch + 1 == epochs):
-            errors().print(line, markup=False)
+            errors().print(epoch_line(report, epochs), markup=False)
         yield report
+
+
+def curriculum_table(history: Sequence[EpochReport]) -> Group:
+    """How loss and steering went: the epochs in a few stretches, and what was drawn in each."""
+    length = -(-len(history) // _STAGES)
+    cells = []
+    for start in range(0, len(history), length):
+        stretch = history[start : start + length]
+        drawn = [sum(report.drawn[variant] for report in stretch) for variant in range(len(VARIANTS))]
+        loss = sum(report.loss for report in stretch) / len(stretch)
+        shares = (f"{count / max(1, sum(drawn)):.1%}" for count in drawn)
+        cells.append((f"{stretch[0].epoch + 1}-{stretch[-1].epoch + 1}", f"{loss:.3f}", *shares))
+    title = "Training: mean loss, and the steering that samples drew as the curriculum moved"
+    return table(title, ("epochs", "loss", *VARIANTS), cells, right=("loss", *VARIANTS))
 
 
 def recall_table(rows: Mapping[str, Mapping[str, float]], n_neg: int, samples: int) -> Group:

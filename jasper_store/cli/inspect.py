@@ -102,9 +102,6 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any])
     out = results()
     files = len({row.spec.path for row in rows})
     size = format_bytes(sum(row.spec.nbytes for row in rows))
-    known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
-    if facts:
-        out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
     cells = [
         (
             row.spec.name,
@@ -120,6 +117,9 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any])
     out.print(
         table(title, ("tensor", "dtype", "shape", "size", "in memory", "lies in"), cells, right=("shape", "size"))
     )
+    known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
+    if facts:
+        out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
     for warning in located.warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 

@@ -10,7 +10,7 @@ import typer
 
 import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
-from jasper_store.cli.epochs import recall_table, run_epochs
+from jasper_store.cli.epochs import curriculum_table, recall_table, run_epochs
 from jasper_store.cli.options import Device, FormatOption, Json, MemoryLimit, Mmap, Seed
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.jasper.predictor import dataset_of, evaluate, question_alone
@@ -77,6 +77,7 @@ def train(
             }
         )
         return
+    results().print(curriculum_table(trainer.history))
     rows = {"question alone": before, "trained": after}
     results().print(recall_table(rows, trainer.dataset.n_neg, len(dataset_of(validation))))
     if checkpoint is not None:

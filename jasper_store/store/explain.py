@@ -9,8 +9,8 @@ from jasper_store.memory import report
 from jasper_store.memory.budget import format_bytes
 from jasper_store.memory.mounts import file_system
 from jasper_store.memory.paging import announcer
+from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
-from jasper_store.store.tensors import ChunkedTensor
 
 if TYPE_CHECKING:
     from jasper_store.memory.report import MemoryReport

@@ -23,15 +23,13 @@ import contextlib
 import errno
 import json
 import os
-import stat
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-import xxhash
-
 from jasper_store.errors import CorruptFileError
+from jasper_store.store.stamp import Stamp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,70 +52,7 @@ __all__ = [
 
 MANIFEST_NAME = "jasper_store.json"
 FORMAT_VERSION = 1
-_WINDOWS = 16
-_WINDOW_NBYTES = 64 << 10
 _LOCK_SECONDS = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """What a file was at one moment.
-
-    Attributes:
-        size: bytes.
-        mtime_ns: modification time.
-        sample: hash of 16 windows of the content, in hex; ``None`` where only size and time are known.
-    """
-
-    size: int
-    mtime_ns: int
-    sample: str | None = None
-
-    @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> Stamp:
-        """Stamp of a file as it is now; reads at most 1 MiB.
-
-        Raises:
-            OSError: there is no such file, or it cannot be read.
-        """
-        with Path(path).open("rb", buffering=0) as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-            return cls(facts.st_size, facts.st_mtime_ns, _sample(file.fileno(), facts.st_size))
-
-    def matches(self, path: str | os.PathLike[str]) -> bool:
-        """Whether a file still is what it was: size and time equal, or size and sample equal.
-
-        Raises:
-            OSError: there is no such file, or it cannot be read.
-        """
-        facts = Path(path).stat()
-        if facts.st_size != self.size:
-            return False
-        if facts.st_mtime_ns == self.mtime_ns:
-            return True
-        return self.sample is not None and Stamp.of(path).sample == self.sample
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"size": self.size, "mtime_ns": self.mtime_ns, "sample": self.sample}
-
-
-def _sample(fd: int, size: int) -> str:
-    digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
-    if size <= _WINDOWS * _WINDOW_NBYTES:
-        starts, length = [0], size
-    else:
-        starts, length = [(size - _WINDOW_NBYTES) * i // (_WINDOWS - 1) for i in range(_WINDOWS)], _WINDOW_NBYTES
-    with open(fd, "rb", buffering=0, closefd=False) as file:
-        for start in starts:
-            file.seek(start)
-            left = length
-            while left > 0 and (data := file.read(left)):
-                digest.update(data)
-                left -= len(data)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

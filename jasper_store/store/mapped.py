@@ -13,8 +13,9 @@ from jasper_store.formats.base import Extent, contiguous_strides
 from jasper_store.memory import paging
 from jasper_store.memory.mapping import mappable, view
 from jasper_store.memory.watch import Watch
+from jasper_store.store.resident import HostTensor
 from jasper_store.store.rows import as_rows
-from jasper_store.store.tensors import HostTensor, span_nbytes
+from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ import torch
 
 from jasper_store.formats.base import TensorSpec
 from jasper_store.memory import preload
-from jasper_store.store.tensors import DeviceTensor, ResidentTensor
+from jasper_store.store.resident import DeviceTensor, ResidentTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,14 @@ from jasper_store.errors import (
 )
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import base_name, locate
-from jasper_store.memory.mapping import FileMap
 from jasper_store.store import manifest as manifests
-from jasper_store.store.device import DeviceLoader
+from jasper_store.store.build import Builder, Progress
 from jasper_store.store.explain import explain, memory_of
 from jasper_store.store.guard import check_options
-from jasper_store.store.load import load, stored_nbytes
-from jasper_store.store.mapped import MappedTensor
-from jasper_store.store.planning import plan_for, target_dtype
+from jasper_store.store.planning import plan_for
 from jasper_store.store.ragged import RaggedTensor
 from jasper_store.store.recipe import Recipe, digest_of, same, stats_of
-from jasper_store.store.stack import allocate_stacks
-from jasper_store.store.tensors import ChunkedTensor, DeviceTensor, ResidentTensor, StoredTensor
+from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
     import os
@@ -39,15 +35,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from jasper_store.formats.base import FormatName, TensorSpec
+    from jasper_store.formats.base import FormatName
     from jasper_store.formats.registry import Located
     from jasper_store.store.explain import StoreMemory
     from jasper_store.store.placement import Plan
 
 __all__ = ["Progress", "TensorStore", "open_store", "plan_store"]
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) while tensors are loaded."""
 
 
 def open_store(
@@ -137,27 +130,6 @@ def _locate(path: Path, format: str, schema: Schema) -> tuple[Located, manifests
     return located, manifest, stale if known else [*stale, *located.warnings]
 
 
-class _Shared:
-    """What several tensors of one store are opened with: one map per file, one staging ring per device."""
-
-    def __init__(self) -> None:
-        self._maps: dict[Path, FileMap] = {}
-        self._loaders: dict[torch.device, DeviceLoader] = {}
-        self.places: dict[str, torch.Tensor] = {}
-
-    def map(self, path: Path) -> FileMap:
-        """The map of a file; it lives as long as a tensor that reads through it."""
-        if path not in self._maps:
-            self._maps[path] = FileMap(path)
-        return self._maps[path]
-
-    def loader(self, device: torch.device) -> DeviceLoader:
-        """The loader of a device."""
-        if device not in self._loaders:
-            self._loaders[device] = DeviceLoader(device)
-        return self._loaders[device]
-
-
 class TensorStore(Mapping[str, StoredTensor]):
     """The tensors of a dataset by name. A :class:`collections.abc.Mapping`; closes as a context manager.
 
@@ -197,49 +169,11 @@ class TensorStore(Mapping[str, StoredTensor]):
         recipe.on_device = plan.device is not None
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._tensors = self._build(located.specs, plan, progress)
+            tensors, self._stacks = Builder(plan, recipe.dtype, progress).build(located.specs, recipe.schema.stacks)
+            for tensor in tensors.values():
+                tensor.origin = recipe
+            self._tensors = tensors
             undo.pop_all()
-
-    def _build(self, specs: Sequence[TensorSpec], plan: Plan, progress: Progress | None) -> dict[str, StoredTensor]:
-        total = sum(stored_nbytes(spec) for spec in specs if plan.placement(spec.name) not in {"mmap", "chunked"})
-        done = 0
-
-        def on_bytes(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
-
-        tensors: dict[str, StoredTensor] = {}
-        tools = _Shared()
-        dtypes = {spec.name: target_dtype(spec, self._recipe.dtype) for spec in specs}
-        for stack in allocate_stacks(self._recipe.schema.stacks, {spec.name: spec for spec in specs}, plan, dtypes):
-            self._stacks[stack.names] = stack.tensor
-            tools.places.update(stack.parts)
-        for spec in specs:
-            tensor = self._open_tensor(spec, plan, tools, on_bytes)
-            tensor.origin = self._recipe
-            tensors[spec.name] = tensor
-        return tensors
-
-    def _open_tensor(
-        self, spec: TensorSpec, plan: Plan, tools: _Shared, on_bytes: Callable[[int], None]
-    ) -> StoredTensor:
-        placement = plan.placement(spec.name)
-        dtype = target_dtype(spec, self._recipe.dtype)
-        if placement == "chunked":
-            from jasper_store.formats.hdf5_chunks import ChunkedReader
-
-            return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
-        if placement == "mmap":
-            return MappedTensor(spec, tools.map(spec.path), dtype=dtype)
-        # Several ranks that load the same files would evict each other's pages.
-        drop_behind = plan.budget.ranks == 1
-        out = tools.places.get(spec.name)
-        if placement == "ram":
-            return ResidentTensor(spec, load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=on_bytes))
-        loader = tools.loader(torch.device(placement))
-        return DeviceTensor(spec, loader.load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=on_bytes))
 
     # --- the tensors ------------------------------------------------------------------------------------------
 
@@ -356,10 +290,10 @@ class TensorStore(Mapping[str, StoredTensor]):
                 msg = f"{self.path}: {name} is no longer there ({self.format}); the one in use stays"
                 raise DatasetNotFoundError(msg, path=self.path, tensor=name)
         fresh: dict[str, StoredTensor] = {}
-        tools = _Shared()
+        builder = Builder(self.plan, self._recipe.dtype)
         try:
             for name in names:
-                fresh[name] = self._open_tensor(found[name], self.plan, tools, lambda _: None)
+                fresh[name] = builder.open(found[name])
         except BaseException:
             for tensor in fresh.values():
                 tensor.close()

@@ -30,24 +30,21 @@ import torch
 from jasper_store.errors import ClosedError, IncompatibleOptionsError, InsufficientMemoryError
 from jasper_store.memory import residency
 from jasper_store.memory.budget import format_bytes, measure
-from jasper_store.store.rows import as_rows, out_of_range, require_in_range, wrap_negative
+from jasper_store.store.rows import as_rows, wrap_negative
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import TensorSpec
-    from jasper_store.formats.hdf5_chunks import ChunkedReader
     from jasper_store.store.rows import Rows
 
-__all__ = ["BLOCK_NBYTES", "ChunkedTensor", "DeviceTensor", "HostTensor", "ResidentTensor", "StoredTensor"]
+__all__ = ["BLOCK_NBYTES", "StoredTensor", "file_range", "span_nbytes"]
 
 BLOCK_NBYTES = 8 << 20
 """Bytes per block of a sequential scan, unless the caller says how many rows."""
 
 _SURELY_FITS = 64 << 20
-# torch gathers these only as the signed type of the same width.
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 class StoredTensor(ABC):
@@ -322,206 +319,3 @@ def span_nbytes(spec: TensorSpec) -> int:
     if strides is None or 0 in spec.shape:
         return spec.nbytes
     return (1 + sum((n - 1) * s for n, s in zip(spec.shape, strides, strict=True))) * spec.dtype.itemsize
-
-
-class HostTensor(StoredTensor):
-    """Rows gathered from a tensor in this process's address space, be it memory or a map.
-
-    ``source`` is what torch gathers from: ``[n_rows, ...]`` in a dtype that torch can gather. Where that is not
-    what is handed out (unsigned integers wider than a byte, unaligned bytes, another dtype), ``_restore`` is the
-    way from one to the other.
-    """
-
-    def __init__(
-        self,
-        spec: TensorSpec,
-        source: torch.Tensor,
-        placement: str,
-        *,
-        dtype: torch.dtype | None = None,
-        as_bytes: bool = False,
-        read_only: bool = False,
-    ) -> None:
-        super().__init__(spec, placement, dtype)
-        self._as_bytes = as_bytes
-        self._read_only = read_only
-        self._stored = spec.dtype if as_bytes else source.dtype
-        if not spec.shape and not as_bytes:
-            source = source.reshape(1)
-        signed = None if as_bytes else _SIGNED.get(source.dtype)
-        self._source: torch.Tensor | None = source if signed is None else source.view(signed)
-        self._copies = as_bytes or read_only or self.dtype != self._stored
-        self._plain = not as_bytes and signed is None and self.dtype == source.dtype
-
-    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
-        source = self._source
-        if source is None:
-            raise self._closed_error()
-        if type(rows) is not torch.Tensor or rows.dtype is not torch.int64 or rows.ndim != 1 or rows.is_cuda:
-            rows = as_rows(rows, self.name).cpu()
-        if out is not None:
-            self._check_out(out, len(rows))
-        return self._gather(source, rows, out)
-
-    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        # torch checks every index while it gathers, so a second pass over them is only needed to explain.
-        try:
-            if not self._plain:
-                got = self._restore(torch.index_select(source, 0, rows))
-                return got if out is None else out.copy_(got)
-            if out is None:
-                return torch.index_select(source, 0, rows)
-            return torch.index_select(source, 0, rows, out=out)
-        except (IndexError, RuntimeError) as exc:
-            error = out_of_range(rows, self.n_rows, self.name)
-            if error is None:
-                raise
-            raise error from exc
-
-    def _restore(self, part: torch.Tensor) -> torch.Tensor:
-        """What is handed out for a part of ``source``; a view of it where that is possible."""
-        if self._as_bytes:
-            part = part.contiguous().view(-1).view(self._stored).view(len(part), *self.row_shape)
-        elif part.dtype != self._stored:
-            part = part.view(self._stored)
-        return part.to(self.dtype)
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        return self._part(start, stop)
-
-    def _part(self, start: int, stop: int) -> torch.Tensor:
-        source = self._source
-        if source is None:
-            raise self._closed_error()
-        part = source[start:stop]
-        if self._as_bytes or (self._read_only and self.dtype == self._stored):
-            part = part.clone()
-        return self._restore(part)
-
-    def tensor(self) -> torch.Tensor:
-        """The whole tensor: a view, unless the text at the top of this module says otherwise.
-
-        Raises:
-            InsufficientMemoryError: it is a copy, and would not fit.
-        """
-        if self._copies:
-            self._require_room()
-        whole = self._rows(0, self.n_rows)
-        return whole if self.shape else whole.reshape(())
-
-    def _require_open(self) -> None:
-        if self._source is None:
-            raise self._closed_error()
-
-    def close(self) -> None:
-        """Let go of the data; views stay valid and hold it as long as they live."""
-        self._source = None
-
-
-class ResidentTensor(HostTensor):
-    """All rows in host memory. Forked processes share it; a spawned one maps the file instead.
-
-    Args:
-        spec: what the file's header says.
-        values: the values, of the spec's shape, in the dtype to hand out.
-    """
-
-    def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
-        super().__init__(spec, values, "ram", dtype=values.dtype)
-
-
-class DeviceTensor(HostTensor):
-    """All rows on a CUDA device; gathers run there.
-
-    Rows that come from the host are checked there first: an index error inside a CUDA kernel would end the
-    process's CUDA context. Rows that are on the device already are used as they are, so that a batch waits for
-    nothing: whoever makes them answers for their range.
-    """
-
-    def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
-        super().__init__(spec, values, str(values.device), dtype=values.dtype)
-        self._device = values.device
-
-    @property
-    def device(self) -> torch.device:
-        """The device."""
-        return self._device
-
-    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows in any order, repeats allowed, on the device; see :meth:`StoredTensor.take`."""
-        source = self._source
-        if source is None:
-            raise self._closed_error()
-        if not isinstance(rows, torch.Tensor) or rows.dtype is not torch.int64 or rows.ndim != 1:
-            rows = as_rows(rows, self.name)
-        if not rows.is_cuda:
-            require_in_range(rows, self.n_rows, self.name)
-        if rows.device != self._device:
-            rows = rows.to(self._device, non_blocking=True)
-        if out is not None:
-            self._check_out(out, len(rows))
-        return self._gather(source, rows, out)
-
-    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        # As on the host, less the explanation of an index error, which would wait for the device.
-        if not self._plain:
-            got = self._restore(torch.index_select(source, 0, rows))
-            return got if out is None else out.copy_(got)
-        return torch.index_select(source, 0, rows) if out is None else torch.index_select(source, 0, rows, out=out)
-
-
-class ChunkedTensor(StoredTensor):
-    """Rows of a chunked or compressed HDF5 dataset; each chunk that a call needs is read and unpacked once.
-
-    Handles are opened when they are needed, in each process of its own.
-    """
-
-    def __init__(self, spec: TensorSpec, reader: ChunkedReader, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(spec, "chunked", dtype)
-        self._reader: ChunkedReader | None = reader
-
-    def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
-        reader = self._open_reader()
-        rows = as_rows(rows, self.name).cpu()
-        require_in_range(rows, self.n_rows, self.name)
-        if out is not None:
-            self._check_out(out, len(rows))
-        if out is not None and self.dtype == self.spec.dtype and out.is_contiguous() and out.numel() > 1:
-            reader.read_rows(rows, out)
-            return out
-        got = torch.empty((len(rows), *self.row_shape), dtype=self.spec.dtype, device="cpu")
-        reader.read_rows(rows, got)
-        return got.to(self.dtype) if out is None else out.copy_(got)
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        reader = self._open_reader()
-        got = torch.empty((stop - start, *self.row_shape), dtype=self.spec.dtype, device="cpu")
-        if got.numel():
-            reader.read_block(start, stop, got)
-        return got.to(self.dtype)
-
-    def tensor(self) -> torch.Tensor:
-        """The whole tensor, read and unpacked into memory of its own.
-
-        Raises:
-            InsufficientMemoryError: it would not fit.
-        """
-        self._require_room()
-        whole = self._rows(0, self.n_rows)
-        return whole if self.shape else whole.reshape(())
-
-    def _open_reader(self) -> ChunkedReader:
-        if self._reader is None:
-            raise self._closed_error()
-        return self._reader
-
-    def _require_open(self) -> None:
-        self._open_reader()
-
-    def close(self) -> None:
-        """Close the handles."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()

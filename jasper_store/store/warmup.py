@@ -25,13 +25,14 @@ import torch
 from jasper_store.errors import UnknownNameError
 from jasper_store.memory import preload, residency
 from jasper_store.memory.budget import format_bytes, measure
+from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
-from jasper_store.store.tensors import ChunkedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from jasper_store.store.store import Progress, TensorStore
+    from jasper_store.store.build import Progress
+    from jasper_store.store.store import TensorStore
     from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["WINDOW", "WarmedTensor", "WarmupReport", "warm"]

@@ -119,7 +119,7 @@ class TestOpening:
             assert store["embs"].placement == "mmap"
 
     def test_what_does_not_fit_is_refused_before_anything_is_read(self, dataset, monkeypatch):
-        monkeypatch.setattr("jasper_store.store.store.load", lambda *a, **k: pytest.fail("data was touched"))
+        monkeypatch.setattr("jasper_store.store.build.load", lambda *a, **k: pytest.fail("data was touched"))
         with pytest.raises(InsufficientMemoryError, match="memory_limit") as caught:
             open_store(dataset, use_mmap=False, memory_limit=1000)
         assert caught.value.available == 800

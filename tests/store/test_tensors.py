@@ -11,8 +11,8 @@ from hypothesis import given, strategies as st
 
 from jasper_store.errors import ClosedError, IncompatibleOptionsError
 from jasper_store.formats.base import Inline
+from jasper_store.store.resident import DeviceTensor
 from jasper_store.store.store import open_store
-from jasper_store.store.tensors import DeviceTensor
 from tests.store.samples import WRITERS, tensors
 
 CASES = [

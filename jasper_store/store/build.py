@@ -1,0 +1,104 @@
+"""Carrying out a plan: each tensor is mapped, loaded, or given its chunk reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from jasper_store.memory.mapping import FileMap
+from jasper_store.store.chunked import ChunkedTensor
+from jasper_store.store.device import DeviceLoader
+from jasper_store.store.load import load, stored_nbytes
+from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.planning import target_dtype
+from jasper_store.store.resident import DeviceTensor, ResidentTensor
+from jasper_store.store.stack import allocate_stacks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.store.placement import Plan
+    from jasper_store.store.tensors import StoredTensor
+
+__all__ = ["Builder", "Progress"]
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all) while tensors are loaded or warmed."""
+
+
+class Builder:
+    """Opens tensors where a plan puts them; one map per file, one staging ring per device. Used once, then dropped.
+
+    Args:
+        plan: where each tensor goes.
+        dtype: floating dtype that the store was opened with, or ``None``.
+        progress: called while tensors are loaded.
+    """
+
+    def __init__(self, plan: Plan, dtype: torch.dtype | None, progress: Progress | None = None) -> None:
+        self._plan = plan
+        self._dtype = dtype
+        self._progress = progress
+        self._maps: dict[Path, FileMap] = {}
+        self._loaders: dict[torch.device, DeviceLoader] = {}
+        self._places: dict[str, torch.Tensor] = {}
+        self._done = self._total = 0
+
+    def build(
+        self, specs: Sequence[TensorSpec], groups: Sequence[tuple[str, ...]]
+    ) -> tuple[dict[str, StoredTensor], dict[tuple[str, ...], StoredTensor]]:
+        """All tensors by name, and the stacks of those groups that can be gathered as one.
+
+        Raises:
+            CorruptFileError: a file is damaged.
+            InsufficientMemoryError: the system refused memory, although the plan fits.
+        """
+        self._total = sum(
+            stored_nbytes(spec) for spec in specs if self._plan.placement(spec.name) not in {"mmap", "chunked"}
+        )
+        dtypes = {spec.name: target_dtype(spec, self._dtype) for spec in specs}
+        stacks = allocate_stacks(groups, {spec.name: spec for spec in specs}, self._plan, dtypes)
+        for stack in stacks:
+            self._places.update(stack.parts)
+        tensors = {spec.name: self.open(spec) for spec in specs}
+        return tensors, {stack.names: stack.tensor for stack in stacks}
+
+    def open(self, spec: TensorSpec) -> StoredTensor:
+        """One tensor, in the place that the plan names; errors as :meth:`build`."""
+        placement = self._plan.placement(spec.name)
+        dtype = target_dtype(spec, self._dtype)
+        if placement == "chunked":
+            from jasper_store.formats.hdf5_chunks import ChunkedReader
+
+            return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
+        if placement == "mmap":
+            return MappedTensor(spec, self._map(spec.path), dtype=dtype)
+        # Several ranks that load the same files would evict each other's pages.
+        drop_behind = self._plan.budget.ranks == 1
+        out = self._places.get(spec.name)
+        if placement == "ram":
+            values = load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=self._count)
+            return ResidentTensor(spec, values)
+        loader = self._loader(torch.device(placement))
+        values = loader.load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=self._count)
+        return DeviceTensor(spec, values)
+
+    def _count(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _map(self, path: Path) -> FileMap:
+        """The map of a file; it lives as long as a tensor that reads through it."""
+        if path not in self._maps:
+            self._maps[path] = FileMap(path)
+        return self._maps[path]
+
+    def _loader(self, device: torch.device) -> DeviceLoader:
+        if device not in self._loaders:
+            self._loaders[device] = DeviceLoader(device)
+        return self._loaders[device]

@@ -184,7 +184,9 @@ class JasperLoader(DataLoader[Any]):
             worker_init_fn=self._clock or worker_init_fn,
             **options,
         )
-        batches = BatchSampler(sampler, batch_size, sampler.drop_last, arrays=num_workers > 0, look_ahead=look_ahead)
+        batches = BatchSampler(
+            sampler, batch_size, sampler.drop_last, arrays=num_workers > 0, partial_lists=True, look_ahead=look_ahead
+        )
         # PyTorch refuses a batch sampler together with a sampler, and trainers look at `loader.sampler`.
         object.__setattr__(self, "batch_sampler", batches)
         self.dataset_obj = dataset
@@ -194,6 +196,8 @@ class JasperLoader(DataLoader[Any]):
         self._adopt_order = adopt_order
         self._why_order = why_order
         self._ranks = ranks or Ranks(sampler.rank, sampler.num_replicas, "from the sampler")
+        # What Accelerate's prepare() looks for: it would give each rank a share of this rank's share.
+        self._is_accelerate_prepared = sampler.num_replicas > 1
         self._progress: _Progress | None = None
         self._warned = False
 
@@ -203,7 +207,15 @@ class JasperLoader(DataLoader[Any]):
         return self.sampler_obj.order.kind
 
     def __iter__(self) -> Any:
-        """Serve this rank's batches of the epoch, from the resume point if a state was loaded."""
+        """Serve this rank's batches of the epoch, from the resume point if a state was loaded.
+
+        The pass begins with its first batch: what is set until then, an epoch or a state, still counts. Trainers
+        make an iterator early and set the epoch later.
+        """
+        return _Pass(self)
+
+    def begin_pass(self) -> tuple[Iterator[Any], _Progress, Stopwatch]:
+        """What :class:`_Pass` needs at its first batch: PyTorch's iterator, and where to write down how it goes."""
         previous, sampler = self._progress, self.sampler_obj
         repeated = previous is not None and previous.delivered > 1 and previous.epoch == sampler.epoch
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
@@ -214,8 +226,9 @@ class JasperLoader(DataLoader[Any]):
             self._look_ahead.stopwatch = self.stopwatch
         gathers_before = Meter() if self._clock is None else self._clock.read()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
-        self._progress = _Progress(sampler.epoch, sampler.start, gathers_before)
-        return _Pass(super().__iter__(), self._progress, self.stopwatch, self)
+        batches = sampler.batches(self.batch_size or 1, sampler.start)
+        self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
+        return super().__iter__(), self._progress, self.stopwatch
 
     def forget_workers(self) -> None:
         """Do not use persistent workers again: one of them has died, and the others were stopped."""
@@ -230,7 +243,8 @@ class JasperLoader(DataLoader[Any]):
             return sampler.state(sampler.start).to_dict()
         # Full batches are counted even where the last is shorter here than on another rank: all states agree.
         step = (self.batch_size or 1) * sampler.num_replicas
-        return sampler.state(sampler.samples if now.finished else now.start + now.delivered * step).to_dict()
+        finished = now.finished or now.delivered >= now.batches
+        return sampler.state(sampler.samples if finished else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration serve the rest of an epoch, of which another run was given a part.
@@ -296,13 +310,15 @@ class _Progress:
     Attributes:
         epoch: the epoch that it serves.
         start: samples that were consumed before it, over all ranks.
+        batches: how many it has, on the rank that has the most.
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
-        finished: whether there are no more.
+        finished: whether somebody asked for one more than there are; trainers that count do not.
     """
 
     epoch: int
     start: int
+    batches: int
     gathers_before: Meter
     delivered: int = 0
     finished: bool = False
@@ -311,20 +327,25 @@ class _Progress:
 class _Pass:
     """One iteration over a loader: counts what the trainer was given, and measures what it waited for."""
 
-    def __init__(self, batches: Any, progress: _Progress, watch: Stopwatch, loader: JasperLoader) -> None:
-        self._batches = batches
-        self._progress = progress
-        self._watch = watch
-        # Weak: an abandoned pass, or loader, must go at once and take its workers with it.
+    def __init__(self, loader: JasperLoader) -> None:
+        self._length = len(loader)
+        self._waiting: JasperLoader | None = loader
+        # Weak from the first batch on: an abandoned pass, or loader, must go at once and take its workers with it.
         self._loader = weakref.ref(loader)
+        self._batches: Any = iter(())
+        self._progress: _Progress
+        self._watch: Stopwatch
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return self._length
 
     def __next__(self) -> Any:
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._batches, self._progress, self._watch = waiting.begin_pass()
         watch = self._watch
         if not watch.began:
             watch.began = perf_counter()

@@ -123,6 +123,13 @@ class EpochSampler(DistributedSampler[int]):
         extra = self.num_replicas - 1 if self.padding == "wrap" else self.num_replicas - 1 - self.rank
         return (left + extra) // self.num_replicas
 
+    def batches(self, batch_size: int, start: int = 0) -> int:
+        """Batches that the rank with the most serves of an epoch, of which the first ``start`` places are consumed."""
+        left = max(self.samples - start, 0)
+        if self.drop_last:
+            return left // self.num_replicas // batch_size
+        return -(-left // (self.num_replicas * batch_size))
+
     def indices(self, start: int, first: int, stop: int) -> torch.Tensor:
         """This rank's indices number ``first`` to ``stop``, counted from the resume point ``start``.
 
@@ -289,6 +296,7 @@ class BatchSampler(TorchBatchSampler):
         drop_last: leave out a last batch that is not full.
         arrays: yield numpy arrays, for loaders with workers: a batch of 256 reaches a worker in 42 us as an array,
             46 us as a list and 229 us as a tensor, which PyTorch sends through a file of its own.
+        partial_lists: yield a last batch that is not full as a list: Accelerate fills it up in place.
         look_ahead: announces the rows of batches before they are asked for; ``None`` draws none ahead.
     """
 
@@ -301,11 +309,13 @@ class BatchSampler(TorchBatchSampler):
         drop_last: bool,
         *,
         arrays: bool = False,
+        partial_lists: bool = False,
         look_ahead: LookAhead | None = None,
     ) -> None:
         require_whole("batch_size", batch_size, at_least=1)
         super().__init__(sampler, batch_size, drop_last)
         self.arrays = arrays
+        self.partial_lists = partial_lists
         self.look_ahead = look_ahead
 
     def __iter__(self) -> Iterator[Any]:
@@ -333,7 +343,7 @@ class _BatchIterator(_StatefulIterator):
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> torch.Tensor | np.ndarray[Any, np.dtype[np.int64]]:
+    def __next__(self) -> Indices:
         if self._source is None:
             look_ahead = self._batches.look_ahead
             draws = self._begun()
@@ -350,6 +360,8 @@ class _BatchIterator(_StatefulIterator):
         batch = next(self._source)
         # Counted in full batches: where ranks get a different number of last samples, all states still agree.
         self._served += self._batches.batch_size
+        if self._batches.partial_lists and len(batch) < self._batches.batch_size:
+            return batch.tolist()
         return batch.cpu().numpy() if self._batches.arrays else batch
 
     def _drawn(self, draws: _Draws) -> Iterator[torch.Tensor]:

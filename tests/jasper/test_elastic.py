@@ -153,6 +153,35 @@ def test_a_state_of_another_dataset_is_refused_before_a_batch(datasets: dict[str
     start(datasets, leg._replace(format="hdf5"), state)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_begins_with_its_first_batch(datasets: dict[str, Path], workers: int) -> None:
+    """Trainers restore a state and make an iterator before they say which epoch it is for."""
+    leg = Leg(1, 16, workers, "npy", True)
+    [loader] = start(datasets, leg, None, epoch=EPOCH + 1)
+    whole = list(loader)
+    for steps in (4, None):
+        _, state = run(start(datasets, leg, None), steps)
+        [loader] = start(datasets, leg, None)
+        iterator = iter(loader)
+        loader.load_state_dict(state)
+        set_epoch(loader, EPOCH + 1)
+        served = [next(iterator), next(iterator)]
+        assert loader.state_dict()["epoch"] == EPOCH + 1
+        assert loader.state_dict()["consumed"] == 32
+        served += iterator
+        assert_same(whole_of(served), whole_of(whole))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_over_with_its_last_batch(datasets: dict[str, Path], workers: int) -> None:
+    """Trainers that count batches never ask for one more than there are."""
+    [loader] = start(datasets, Leg(1, 16, workers, "npy", True), None, drop_last=True)
+    iterator = iter(loader)
+    for left in reversed(range(len(loader))):
+        next(iterator)
+        assert (loader.state_dict()["consumed"] == 182) == (left == 0)
+
+
 # --- 10**9 samples -----------------------------------------------------------------------------------------------
 
 BILLION = """

@@ -46,6 +46,10 @@ __all__ = [
 DATA_START = 4096
 """Offset of the data in every file written here: one page, so that rows of the map begin on page boundaries."""
 
+# The kernel makes its page-cache folios as large as the write. Where memory is fragmented, or a virtual machine has
+# not touched it yet, folios of megabytes cost four times the processor time of these (docs/performance.md).
+_WRITE_NBYTES = 256 << 10
+
 MAX_DIMENSIONS = 64
 _INT64_MAX = 2**63 - 1
 # O_NONBLOCK so that a named pipe opens (and is then refused) where it would otherwise wait for a writer.
@@ -151,7 +155,7 @@ def write_at(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:
     file.seek(offset)
     view = memoryview(data).cast("B")
     while len(view):
-        view = view[file.write(view) :]
+        view = view[file.write(view[:_WRITE_NBYTES]) :]
 
 
 def create_file(path: Path) -> BinaryIO:

@@ -108,7 +108,7 @@ def _read_hdf5(path: Path) -> dict[str, torch.Tensor]:
     def visit(key: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset):
             value = torch.from_numpy(np.array(item[()]))
-            marked = item.attrs.get("torch_dtype") == "bfloat16"
+            marked = item.attrs.get("torch_dtype") in {"bfloat16", b"bfloat16"}
             found[names.get(key, key)] = value.view(torch.bfloat16) if marked else value
 
     with h5py.File(path, "r") as file:

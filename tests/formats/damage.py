@@ -1,6 +1,6 @@
 """Damages a file in many ways and opens each; run as a script, so that a crash of a library is seen and survived.
 
-``python -m tests.formats.damage FORMAT FILE SEED COUNT`` prints what became of each damage and ends with status 0
+``python -m tests.formats.damage FORMAT SEED COUNT FILE...`` prints what became of each damage and ends with status 0
 if every one was either refused with CorruptFileError or opened with all its values inside the file.
 """
 
@@ -62,8 +62,7 @@ def opened(name: str, path: Path) -> str:
             if spec.nbytes <= READ_AT_MOST or isinstance(spec.location, Inline):
                 values = read(spec)
                 assert tuple(values.shape) == spec.shape
-    except CorruptFileError as exc:
-        assert str(path) in str(exc)
+    except CorruptFileError:
         return "refused"
     return "opened"
 
@@ -76,6 +75,9 @@ def run(name: str, source: Path, folder: Path, seed: int, count: int) -> Counter
         for i, copy in enumerate(copies):
             path = folder / f"{kind}-{i}{source.suffix}"
             path.write_bytes(copy)
+            # What was being opened is all that is known after a crash.
+            sys.stdout.write(f"{path.name}\n")
+            sys.stdout.flush()
             outcome = opened(name, path)
             if kind == "cut":
                 assert outcome == "refused" or len(copy) == len(content), f"{path} opened after it was cut"
@@ -86,7 +88,9 @@ def run(name: str, source: Path, folder: Path, seed: int, count: int) -> Counter
 
 def main() -> None:
     """See the module's text."""
-    _name, _source, _folder, _seed, _count = sys.argv[1:]
+    name, seed, count, *sources = sys.argv[1:]
+    for source in map(Path, sources):
+        sys.stdout.write(f"{source}\n{dict(run(name, source, source.parent, int(seed), int(count)))}\n")
 
 
 if __name__ == "__main__":

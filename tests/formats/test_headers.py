@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,13 +23,15 @@ from tests.formats.conformance import read, relaxed, same
 numbers = st.sampled_from(
     [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, -1, -4, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 2**70]
 )
-anything = st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+anything: st.SearchStrategy[Any] = (
+    st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=3) | st.just([]) | st.just({})
+)
 small = st.integers(0, 4)
 
 
 def mostly(good, bad):
     """Sound parts most of the time, so that a header is wrong in one place and not in all."""
-    return st.integers(0, 7).flatmap(lambda i: bad if i == 7 else good)
+    return st.integers(0, 30).flatmap(lambda i: bad if i == 13 else good)
 
 
 entries = st.fixed_dictionaries(
@@ -49,9 +53,10 @@ def laid_out(header):
     for name, entry in header.items():
         if name != "__metadata__" and isinstance(entry, dict) and isinstance(entry.get("data_offsets"), tuple):
             shape, dtype = entry.get("shape"), entry.get("dtype")
-            sound = isinstance(shape, list) and all(type(n) is int and 0 <= n < 100 for n in shape)
-            if sound and isinstance(dtype, str) and dtype in sizes:
-                n = int(np.prod(shape, dtype=int)) * sizes[dtype]
+            if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 100 for n in shape):
+                continue
+            if isinstance(dtype, str) and dtype in sizes:
+                n = math.prod(shape) * sizes[dtype]
                 entry["data_offsets"] = [at, at + n]
                 at += n
     return at

@@ -97,6 +97,8 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         self._control = Control(epoch)
         self._negatives_seen = 0
         self._draw: Draw | None = None
+        # Whether a batch announces its own rows; a loader that looks ahead has done so before.
+        self.announces = True
         self._size = opened.sizes[split]
         self.split: Split = split
         self.seed = seed
@@ -172,7 +174,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         """
         rows = self._rows(indices)
         store = self.store
-        if store.use_mmap:
+        if self.announces and store.use_mmap:
             for name, wanted in rows.by_tensor().items():
                 store[name].announce(wanted)
         return Batch(gather(store, rows), len(rows.pairs))

@@ -193,6 +193,8 @@ class JasperLoader(DataLoader[Any]):
         self.sampler_obj = sampler
         self.stopwatch = Stopwatch()
         self._look_ahead = look_ahead
+        if look_ahead is not None:
+            dataset.announces = False
         self._adopt_order = adopt_order
         self._why_order = why_order
         self._ranks = ranks or Ranks(sampler.rank, sampler.num_replicas, "from the sampler")

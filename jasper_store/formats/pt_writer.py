@@ -54,10 +54,12 @@ _UNTYPED = {torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch
 _PREFIX = "archive/"
 _LIMIT = 0xFFFFFFFF
 _DATE_1980 = 0x21
+# As torch.save aligns every record; only the tensor's own bytes gain from a whole page.
+_SMALL_ALIGNMENT = 64
 
 
 class _Zip:
-    """A zip archive of stored records that grows at its end; each record's bytes begin on a page boundary."""
+    """A zip archive of stored records that grows at its end."""
 
     def __init__(self, path: Path) -> None:
         self.file: BinaryIO = create_file(path)
@@ -66,12 +68,12 @@ class _Zip:
         self._record: tuple[bytes, int, int] | None = None
         self._crc = 0
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, alignment: int) -> None:
         raw = (_PREFIX + name).encode()
         start = self.end
-        # The local header comes when the size is known; its place is kept, padded to the next page.
+        # The local header comes when the size is known; its place is kept, padded to the alignment.
         least = start + 30 + len(raw) + 24
-        self.end = -(-least // DATA_START) * DATA_START
+        self.end = -(-least // alignment) * alignment
         self._record = (raw, start, self.end)
         self._crc = 0
 
@@ -102,7 +104,7 @@ class _Zip:
         self._record = None
 
     def add(self, name: str, data: bytes) -> None:
-        self.begin(name)
+        self.begin(name, _SMALL_ALIGNMENT)
         self.write(data)
         self.finish_record()
 
@@ -142,7 +144,7 @@ class PtWriter:
         if dtype not in _STORAGES and dtype not in _UNTYPED:
             raise IncompatibleOptionsError(f".pt: {dtype_name(dtype)} is not known (tensor {name!r}).", tensor=name)
         self._tensor = TensorBeingWritten(name, dtype, row_shape, rows)
-        archive.begin("data/0")
+        archive.begin("data/0", DATA_START)
 
     def append(self, rows: torch.Tensor) -> None:
         """See :class:`jasper_store.formats.base.FileWriter`."""
@@ -224,7 +226,7 @@ def write_ragged(path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tenso
         raise IntegrityError(f"{path}: offsets must be int64, begin with 0 and never descend.", path=path)
     archive = _Zip(path)
     try:
-        archive.begin("data.pkl")
+        archive.begin("data.pkl", _SMALL_ALIGNMENT)
         archive.write(b"\x80\x02](")
         row, done = 0, 0
         rest = np.empty(0, dtype=np.int64)

@@ -216,7 +216,10 @@ def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[st
 
 def _nothing(root: Path, asked: FormatName | None) -> str:
     kinds = Counter(path.suffix.lower() or "(no suffix)" for path in root.iterdir() if path.is_file())
-    there = ", ".join(f"{n} {suffix}" for suffix, n in kinds.most_common(8)) or "no files"
+    there = (
+        ", ".join(f"{n} {suffix}" for suffix, n in sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:8])
+        or "no files"
+    )
     wanted = "tensors in any known format" if asked is None else f"{asked} tensors"
     known = ", ".join(s for name, f in FORMATS.items() if asked in (None, name) for s in f.suffixes)
     return f"{root}: expected {wanted} ({known}), found {there}."

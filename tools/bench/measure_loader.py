@@ -50,11 +50,12 @@ def rate(
     options: dict[str, Any] | None = None,
     cap: dict[str, Any] | None = None,
     cold: bool = False,
+    copies: bool = False,
 ) -> dict[str, Any]:
     """Samples a second of one way to load: ``plain-per-sample``, ``per-sample``, ``dataloader``, ``create_loader``.
 
     Counted from the first batch on, over as many epochs as the time holds, the gaps between epochs included.
-    Where nothing is capped, the machine's copy of the same bytes is measured before and after in this process.
+    ``copies`` also measures the machine's copy of as many bytes, in this process.
     """
     import jasper_store as js
 
@@ -75,7 +76,7 @@ def rate(
     if device and before:
         disk = device.counters().since(before)
         facts |= {"disk_reads_per_sample": disk.reads / done, "disk_bytes_per_sample": disk.nbytes / done}
-    if cap is None:
+    if copies:
         facts |= _copies(nbytes * batch)
     return facts
 
@@ -151,7 +152,7 @@ def _copies(nbytes: float) -> dict[str, float]:
     of scattered rows can reach.
     """
     count = max(int(nbytes) // 4, 1)
-    source = torch.rand(max(SOURCE_NBYTES // 4, 4 * count))
+    source = torch.empty(max(SOURCE_NBYTES // 4, 4 * count)).fill_(0.5)
     half = len(source) // 2
     other = torch.empty(half)
     large = _copy_rate(source[: 2 * half].view(2, half), lambda: other)

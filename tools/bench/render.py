@@ -99,6 +99,7 @@ def written(value: Any, kind: str) -> str:
         "int": lambda v: f"{int(v):,}".replace(",", THIN),
         "rate": lambda v: f"{round(v):,}".replace(",", THIN) if v >= 100 else f"{v:.1f}",
         "ratio": lambda v: f"{v:.2f}" if abs(v) < 100 else f"{v:.0f}",
+        "share": lambda v: f"{v:.4f}",
         "percent": lambda v: f"{v:.0%}",
         "bytes": _bytes,
         "bytes_per_s": lambda v: f"{_bytes(v)}/s",

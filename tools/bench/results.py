@@ -17,8 +17,8 @@ __all__ = ["SCHEMA", "CaseResult", "Column", "Kind", "Table", "Target", "check",
 
 SCHEMA = 1
 
-Kind: TypeAlias = Literal["text", "int", "rate", "ratio", "bytes", "bytes_per_s", "s", "ms", "us", "percent"]
-KINDS: tuple[Kind, ...] = ("text", "int", "rate", "ratio", "bytes", "bytes_per_s", "s", "ms", "us", "percent")
+Kind: TypeAlias = Literal["text", "int", "rate", "ratio", "share", "bytes", "bytes_per_s", "s", "ms", "us", "percent"]
+KINDS: tuple[Kind, ...] = ("text", "int", "rate", "ratio", "share", "bytes", "bytes_per_s", "s", "ms", "us", "percent")
 TARGET_KEYS = {"what", "against", "ratio", "target", "met", "at_most"}
 STATUSES = ("measured", "skipped", "failed")
 

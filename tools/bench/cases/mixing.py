@@ -14,12 +14,12 @@ __all__ = ["NAME", "TITLE", "figures", "run"]
 
 NAME = "mixing"
 TITLE = "How well the two orders mix"
-ROWS = 2_000_000
+ROWS = 500_000
 COLUMNS = (
     Column("label", "order"),
-    Column("displacement", "mean distance from the row's place in the file, over n", "ratio"),
-    Column("displacement_gap", "largest gap to a full shuffle's distribution", "ratio"),
-    Column("neighbours", "mean distance of file neighbours, over n", "ratio"),
+    Column("displacement", "mean distance from the row's place in the file, over n", "share"),
+    Column("displacement_gap", "largest gap to a full shuffle's distribution", "share"),
+    Column("neighbours", "mean distance of file neighbours, over n", "share"),
 )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tools.bench import block_device, render, results
 from tools.bench.assets import Assets
 from tools.bench.measure import CASES, measure
+from tools.bench.readers.registry import READERS
 from tools.bench.settings import Settings, quick
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--repeats", type=int)
     run.add_argument("--max-rows", type=int, help="rows that one reader reads at most")
     run.add_argument("--batches", type=_ints, help="batch sizes of the row readers, e.g. 256,2048")
+    run.add_argument("--readers", type=_words, help=f"row readers beside our own, of {', '.join(READERS)}; default all")
     run.add_argument("--real-dir", type=Path, help="a real JASPER dataset in .pt files, measured beside the generated")
     run.add_argument("--convert-gb", type=_floats, help="sizes whose conversion's memory is measured, e.g. 1,4,16")
     run.add_argument("--sparse-gib", type=int, help="size of the sparse dataset that is opened")
@@ -78,6 +80,10 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(float(part)) for part in text.split(","))
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 def _floats(text: str) -> tuple[float, ...]:
     return tuple(float(part) for part in text.split(","))
 
@@ -98,6 +104,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         "sparse_gib",
         "growth_pairs",
         "disk_budget",
+        "readers",
     )
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if "disk_budget" in given:
@@ -115,10 +122,12 @@ def _all(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     names = [name.strip() for name in arguments.cases.split(",") if name.strip()]
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        print(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}", file=sys.stderr)
-        return 2
+    readers = arguments.readers or ()
+    for kind, asked, known in (("case", names, CASES), ("reader", readers, tuple(READERS))):
+        unknown = [name for name in asked if name not in known]
+        if unknown:
+            print(f"no such {kind}: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+            return 2
     return measure(_settings(arguments), names, arguments.out, quick=arguments.quick)
 
 

@@ -29,8 +29,10 @@ class Drawn:
     title: str
 
 
-def draw(name: str, document: dict[str, Any], folder: Path) -> Drawn | None:
+def draw(name: str, document: dict[str, Any], folder: Path, *, write: bool = True) -> Drawn | None:
     """Draw a case's bar plot under ``folder``; None without matplotlib or without its figures.
+
+    Without ``write`` nothing is drawn, and what would be is returned.
 
     Raises:
         ValueError: there is no plot of that case.
@@ -42,8 +44,9 @@ def draw(name: str, document: dict[str, Any], folder: Path) -> Drawn | None:
         return None
     title = "Cold random rows a second, against the disk's own limit"
     target = folder / FOLDER / f"{name}.svg"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _bar_plot(target, title, bars, _limit(document["cases"][name]))
+    if write:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _bar_plot(target, title, bars, _limit(document["cases"][name]))
     return Drawn(f"{FOLDER}/{name}.svg", title)
 
 

@@ -33,7 +33,7 @@ def update(path: Path, document: dict[str, Any], *, write: bool = True) -> bool:
     before = path.read_text(encoding="utf-8")
 
     def replace(match: re.Match[str]) -> str:
-        body = section(match["what"], document, path)
+        body = section(match["what"], document, path, draw=write)
         return f"{match[1]}{body}\n{match[4]}" if body else match[0]
 
     after = MARKER.sub(replace, before)
@@ -42,7 +42,7 @@ def update(path: Path, document: dict[str, Any], *, write: bool = True) -> bool:
     return after != before
 
 
-def section(what: str, document: dict[str, Any], path: Path) -> str:
+def section(what: str, document: dict[str, Any], path: Path, *, draw: bool = True) -> str:
     """What belongs between the markers of this name; empty if the document does not hold it (the text stays).
 
     Raises:
@@ -56,7 +56,7 @@ def section(what: str, document: dict[str, Any], path: Path) -> str:
     if what == "headline":
         return _headline(cases)
     if what.startswith("plot:"):
-        return _plot(what.removeprefix("plot:"), document, path)
+        return _plot(what.removeprefix("plot:"), document, path, draw=draw)
     if not re.fullmatch(r"[a-z]+", what):
         raise ValueError(f"{path.name}: the marker bench:{what} means nothing to this program")
     return _case(cases[what]) if what in cases else ""
@@ -166,6 +166,6 @@ def _machine(document: dict[str, Any]) -> str:
     return text
 
 
-def _plot(name: str, document: dict[str, Any], path: Path) -> str:
-    drawn = plot.draw(name, document, path.parent)
+def _plot(name: str, document: dict[str, Any], path: Path, *, draw: bool) -> str:
+    drawn = plot.draw(name, document, path.parent, write=draw)
     return f"![{drawn.title}]({drawn.path})" if drawn else ""

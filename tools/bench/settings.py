@@ -35,6 +35,7 @@ class Settings:
         growth_pairs: pairs of the sparse datasets of the case ``growth``.
         convert_gb: sizes of the row files of the memory bound of ``convert``.
         real_dir: a real JASPER dataset in ``.pt`` files to measure beside the generated one, if any.
+        readers: keys of the row readers to measure beside this library's own; all of them if empty.
         fio: whether fio is asked for the disk's limit too where it is installed.
     """
 
@@ -57,6 +58,7 @@ class Settings:
     convert_gb: tuple[float, ...] = (1.0, 4.0)
     real_dir: Path | None = None
     fio: bool = True
+    readers: tuple[str, ...] = ()
 
     @property
     def row_nbytes(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import disk, spawn
-from tools.bench.readers.registry import READERS
+from tools.bench.readers.registry import MAIN as OURS, READERS, chosen
 from tools.bench.results import CaseResult, Column, Table, Target, target
 from tools.bench.stats import median, spread
 
@@ -21,7 +21,6 @@ __all__ = ["NAME", "TITLE", "run"]
 
 NAME = "cold"
 TITLE = "Random rows, cold, memory capped at a third of the data"
-OURS = "ours"
 OWN, FIO = "own probe, random 4 KiB, depth 32", "fio, random 4 KiB, depth 32"
 MAPS = ("torch", "numpy", "safetensors")
 COLUMNS = (
@@ -74,7 +73,7 @@ class _Run:
 def run(context: Context) -> CaseResult:
     """Measure group by group: as many files as the disk budget holds, the readers of a group taking turns."""
     result = CaseResult(NAME, TITLE)
-    readers = [reader for reader in READERS.values() if not reader.missing()]
+    readers = chosen(context.settings.readers)
     runs: dict[tuple[str, int, int], _Run] = defaultdict(_Run)
     probes: Probes = defaultdict(list)
     settings = context.read_ahead_settings(result)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import spawn
-from tools.bench.readers.registry import READERS
+from tools.bench.readers.registry import MAIN as OURS, READERS, chosen
 from tools.bench.results import CaseResult, Column, Table, target
 from tools.bench.stats import median, ratio, spread
 
@@ -17,7 +17,7 @@ __all__ = ["NAME", "TITLE", "run"]
 
 NAME = "warm"
 TITLE = "Random rows, warm"
-OURS, RAM = "ours", "index_select"
+RAM = "index_select"
 RAM_LABEL = "`torch.index_select` on a tensor in RAM"
 COLUMNS = (
     Column("label", "reader"),
@@ -38,7 +38,7 @@ def run(context: Context) -> CaseResult:
     base = READERS[OURS].asset
     runs: dict[tuple[str, int], list[spawn.Result]] = defaultdict(list)
     failed: dict[tuple[str, int], str] = {}
-    readers = [reader for reader in READERS.values() if not reader.missing()]
+    readers = chosen(settings.readers)
     for asset in dict.fromkeys(reader.asset for reader in readers):
         paths = {name: str(context.assets.ensure(name, {base, asset})) for name in (base, asset)}
         group = [reader.key for reader in readers if reader.asset == asset]

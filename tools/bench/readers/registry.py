@@ -15,9 +15,13 @@ from tools.bench.readers.tensorstore_zarr import TensorstoreZarr
 from tools.bench.readers.torch_map import TorchMap
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from tools.bench.readers.base import Reader
 
-__all__ = ["READERS", "peers"]
+__all__ = ["MAIN", "READERS", "chosen", "peers"]
+
+MAIN = OursSafetensors.key
 
 READERS: dict[str, type[Reader]] = {
     reader.key: reader
@@ -36,6 +40,13 @@ READERS: dict[str, type[Reader]] = {
         TensorstoreZarr,
     )
 }
+
+
+def chosen(keys: Collection[str]) -> list[type[Reader]]:
+    """The installed readers of these keys and this library's main one; all installed ones if no key is given."""
+    return [
+        reader for key, reader in READERS.items() if not reader.missing() and (not keys or key in keys or key == MAIN)
+    ]
 
 
 def peers() -> list[type[Reader]]:

@@ -106,14 +106,18 @@ class ConversionReport:
         text.insert(1, "  ".join("-" * width for width in widths))
         written = sum(row.bytes_in for row in self.tensors if not row.skipped)
         compression = f" ({self.compression})" if self.compression else ""
-        rate = f", {format_bytes(int(written / self.seconds))}/s" if self.seconds > 0 else ""
+        rate = f", {format_bytes(int(written / self.seconds))}/s" if written and self.seconds > 0 else ""
         text.append(f"{self.source} ({self.source_format}) -> {self.destination} ({self.format}{compression})")
         text.append(
             f"{format_bytes(self.bytes_in)} in, {format_bytes(self.bytes_out)} out ({self.saving:.1%} saved), "
             f"{self.seconds:.2f} s{rate}"
         )
-        after = ", after narrowing" if any(row.max_error is not None for row in self.tensors) else ""
-        text.append(f"proven: values read back from the {self.proof} have the checksums of the source's{after}")
+        skipped = sum(row.skipped for row in self.tensors)
+        if skipped:
+            text.append(f"{skipped} of {len(self.tensors)} tensors were there already, and were not written again")
+        if skipped < len(self.tensors):
+            after = ", after narrowing" if any(row.max_error is not None for row in self.tensors) else ""
+            text.append(f"proven: values read back from the {self.proof} have the checksums of the source's{after}")
         if self.copied:
             text.append(f"copied along: {', '.join(self.copied)}")
         return "\n".join([*text, *self.notes])

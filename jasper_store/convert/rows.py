@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from jasper_store.convert.writeback import drop_pages
+from jasper_store.convert.writeback import WINDOW_NBYTES, drop_pages
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
 from jasper_store.memory import mapping
@@ -72,7 +72,7 @@ def open_rows(spec: TensorSpec, *, drop: bool = False) -> RowReader:
     if isinstance(location, Inline):
         return _InlineRows(location.values)
     if isinstance(location, Chunked):
-        return _ChunkedRows(spec)
+        return _ChunkedRows(spec, drop=drop)
     if spec.contiguous and spec.row_nbytes > 16 * BLOCK_NBYTES and mapping.mappable(location.offset, spec.dtype):
         return _HugeRows(spec, location)
     return _ExtentRows(spec, location, drop=drop)
@@ -158,17 +158,26 @@ class _ChunkedRows:
 
     needs_buffer = True
 
-    def __init__(self, spec: TensorSpec) -> None:
+    def __init__(self, spec: TensorSpec, *, drop: bool) -> None:
         from jasper_store.formats.hdf5_chunks import ChunkedReader
 
         self._reader = ChunkedReader(spec)
+        self._file = _open(spec.path) if drop else None
+        self._read = 0
 
     def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
         self._reader.read_block(start, stop, out)
+        self._read += out.nbytes
+        if self._file is not None and self._read >= WINDOW_NBYTES:
+            # Where a chunk lies in the file is known to the reader alone, so all pages of the file are dropped.
+            drop_pages(self._file.fileno())
+            self._read = 0
         return out
 
     def close(self) -> None:
         self._reader.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class _ExtentRows:

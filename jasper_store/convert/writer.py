@@ -15,6 +15,7 @@ from jasper_store.convert.atomic import (
     clean_stale,
     recover_directory,
     remove,
+    require_space,
     swap_directory,
     sync_directory,
     sync_file,
@@ -308,7 +309,10 @@ class DatasetWriter:
             entries[part.path.name] = FileEntry(Stamp.of(part.path), {name: tensor})
         if spooled:
             specs = [FORMATS[_SPOOL].locate(self._parts[name].path, self._options.schema)[0] for name in spooled]
-            for task in make_tasks(specs, self._staging, None, self._fmt):
+            tasks = make_tasks(specs, self._staging, None, self._fmt)
+            needed = sum(task.needed(None) for task in tasks)
+            require_space(self._staging, needed, what=f"building {self._fmt.name} files beside the spooled tensors")
+            for task in tasks:
                 entries[task.target.name] = self._build(task)
             remove(self._spool)
         return entries

@@ -60,6 +60,18 @@ def test_a_flipped_byte_anywhere_in_the_values_is_found(dataset, seed):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_file_cut_anywhere_is_found(dataset, seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(10):
+        files = sorted(path for path in dataset.iterdir() if path.suffix != ".json")
+        path = files[rng.integers(len(files))]
+        before = path.read_bytes()
+        path.write_bytes(before[: rng.integers(len(before))])
+        assert not verify_files(dataset, schema=SCHEMA).ok
+        path.write_bytes(before)
+
+
 def test_a_flipped_value_names_its_tensor(datasets, tmp_path):
     data = shutil.copytree(datasets["safetensors"], tmp_path / "data")
     path = data / "double.safetensors"

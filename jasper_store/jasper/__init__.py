@@ -1,0 +1,1 @@
+"""The JASPER dataset and its loaders: the only layer that knows a JASPER name."""

@@ -125,7 +125,7 @@ def warm_up(
     """
     if isinstance(store_or_path, TensorStore):
         return warm(store_or_path, tensors=tensors, budget=budget, progress=progress)
-    with open(store_or_path, use_mmap=True) as store:
+    with _quietly_opened(Path(store_or_path)) as store:
         return warm(store, tensors=tensors, budget=budget, progress=progress)
 
 
@@ -207,7 +207,7 @@ def _meaning(path: Path) -> list[Finding]:
     """Findings about what the tensors say of each other, read as a dataset reads them."""
     try:
         config = read_config(path)
-        with _quietly_opened(path, config.n_neg) as store:
+        with _quietly_opened(path) as store:
             there = [split for split in SPLITS if split_tensor(split) in store]
             sizes = check_structure(store, config, there)
             found = list(relations(store, sizes))
@@ -221,11 +221,11 @@ def _meaning(path: Path) -> list[Finding]:
         return [Finding("error", exc.tensor or "dataset", "structure", str(exc), None)]
 
 
-def _quietly_opened(path: Path, n_neg: int) -> TensorStore:
-    """The dataset as it would be served; what a user would be warned of is not verify's business."""
+def _quietly_opened(path: Path) -> TensorStore:
+    """A store that loads nothing, for looking at it; what a trainer would be warned of does not matter here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
-        return open_store(path, use_mmap=True, schema=schema_for(n_neg))
+        return open_store(path, use_mmap=True, schema=_schema_at(path))
 
 
 class DatasetWriter(writer.DatasetWriter):

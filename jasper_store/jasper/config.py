@@ -97,7 +97,7 @@ def _split_sizes(sizes: object, path: Path) -> dict[str, int]:
         raise IntegrityError(
             f"{path}: split_sizes should map {', '.join(SPLITS)} to numbers, found {sizes!r}", path=path
         )
-    known: dict[str, int] = {split: sizes[split] for split in SPLITS if split in sizes}
+    known: dict[str, Any] = {split: sizes[split] for split in SPLITS if split in sizes}
     for split, size in known.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise IntegrityError(

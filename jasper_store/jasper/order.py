@@ -2,8 +2,8 @@
 
 An order is a function from a place in the epoch to an index of the dataset. It is never materialised, so an
 epoch of 10**9 samples costs as much memory as one of 10, resuming anywhere costs nothing, and any process
-computes any part of it from (n, seed, epoch) alone. All arithmetic is on int64 tensors, so an order may be
-asked with a tensor on any device and answers on that device.
+computes any part of it from (n, seed, epoch) alone. An order may be asked with a tensor on any device and answers
+on that device.
 
 Two shuffles are offered. :func:`order` mixes everything with everything. :func:`block_order` shuffles blocks of
 consecutive rows and mixes rows inside a window of blocks, so that a disk reads runs instead of single rows;
@@ -16,7 +16,7 @@ import hashlib
 import operator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, SupportsIndex, cast, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast, overload
 
 import numpy as np
 import torch
@@ -32,10 +32,15 @@ __all__ = ["BlockOrder", "GlobalOrder", "Mixing", "Order", "SequentialOrder", "b
 BLOCK, WINDOW = 256, 128
 #: Below this a sorted table of hashes is exact, better mixed than a Feistel network of a few bits, and still small.
 TABLE_LIMIT = 4096
+#: Places that are computed at a time on the host: their intermediate results stay in the cache.
+CHUNK = 8192
 #: Four rounds make a Feistel network pseudo-random; two more leave nothing for a statistical test to find.
 ROUNDS = 6
 #: Above this the two halves of a position no longer fit the 31-bit arithmetic of :meth:`_Feistel.apply`.
 MAX_LENGTH = 1 << 60
+#: int64 numbers: a numpy array on the host, where it costs half of what a tensor costs and never waits for other
+#: threads; a tensor on a device. All arithmetic below means the same on both.
+_Numbers: TypeAlias = Any
 _MASK31 = (1 << 31) - 1
 # Odd multipliers of well-tested mixers (golden ratio, PCG), as signed 64-bit numbers; int64 tensors wrap around.
 _SPREAD, _MIX = 0x9E3779B1, 0x5851F42D4C957F2D
@@ -62,32 +67,40 @@ class _Feistel:
         self.bits = (n - 1).bit_length() // 2
         self.right = -(-n >> self.bits)
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: _Numbers) -> _Numbers:
         """Images of int64 values in [0, n); the argument is kept."""
         out = self._rounds(x)
         if self.right << self.bits == self.n:
             return out
-        walking = (out >= self.n).nonzero().squeeze(1)
-        while walking.numel():
+        walking = _where(out >= self.n)
+        while len(walking):
             moved = self._rounds(out[walking])
             out[walking] = moved
             walking = walking[moved >= self.n]
         return out
 
-    def _rounds(self, x: torch.Tensor) -> torch.Tensor:
+    def _rounds(self, x: _Numbers) -> _Numbers:
         mask, b = (1 << self.bits) - 1, self.right
         left, right = x & mask, x >> self.bits
         for number, key in enumerate(self.keys):
-            source = left if number % 2 else right
-            mixed = torch.mul(source, _SPREAD).add_(key)
-            mixed.bitwise_xor_(mixed >> 29).mul_(_MIX).bitwise_right_shift_(33)
+            mixed = (left if number % 2 else right) * _SPREAD
+            mixed += key
+            mixed ^= mixed >> 29
+            mixed *= _MIX
+            mixed >>= 33
             if number % 2:
                 # The upper bits scaled to [0, b) without a division; the addition may pass b once.
-                right.add_(mixed.bitwise_and_(_MASK31).mul_(b).bitwise_right_shift_(31))
-                right.sub_(torch.ge(right, b).mul(b))
+                mixed &= _MASK31
+                mixed *= b
+                mixed >>= 31
+                right += mixed
+                right -= (right >= b) * b
             else:
-                left.bitwise_xor_(mixed.bitwise_and_(mask))
-        return right.bitwise_left_shift_(self.bits).bitwise_or_(left)
+                mixed &= mask
+                left ^= mixed
+        right <<= self.bits
+        right |= left
+        return right
 
 
 class _Table:
@@ -95,17 +108,26 @@ class _Table:
 
     def __init__(self, n: int, keys: Sequence[int]) -> None:
         # Every step below is a bijection of 64-bit numbers, so no two hashes are equal and the ranking is exact.
-        hashes = torch.arange(n, dtype=torch.int64)
+        hashes = np.arange(n, dtype=np.int64)
         for key in keys[:3]:
-            hashes.add_(key).mul_(_MIX)
-            hashes.bitwise_xor_((hashes >> 31) & ((1 << 33) - 1))
-        self.table = torch.argsort(hashes)
+            hashes += key
+            hashes *= _MIX
+            hashes ^= (hashes >> 31) & ((1 << 33) - 1)
+        self.table = np.argsort(hashes)
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: _Numbers) -> _Numbers:
         """Images of int64 values in [0, n)."""
-        if x.device != self.table.device:
-            return self.table.to(x.device)[x]
-        return self.table[x]
+        return _beside(self.table, x)[x]
+
+
+def _where(mask: _Numbers) -> _Numbers:
+    """Indices at which a mask is set."""
+    return mask.nonzero().squeeze(1) if isinstance(mask, torch.Tensor) else np.flatnonzero(mask)
+
+
+def _beside(table: np.ndarray[Any, Any], numbers: _Numbers) -> _Numbers:
+    """A table as what the numbers are that index it: an array, or a tensor on their device."""
+    return torch.from_numpy(table).to(numbers.device) if isinstance(numbers, torch.Tensor) else table
 
 
 def _bijection(n: int, *parts: int | str) -> _Feistel | _Table:
@@ -181,7 +203,18 @@ class Order:
 
     def at(self, places: torch.Tensor) -> torch.Tensor:
         """Indices at int64 ``places`` [k] known to be in [0, n): the unchecked form that samplers use."""
-        return places
+        if places.device.type == "cpu":
+            asked = places.numpy()
+            found = np.empty_like(asked)
+            for start in range(0, len(asked), CHUNK):
+                found[start : start + CHUNK] = self._at(asked[start : start + CHUNK])
+            return torch.from_numpy(found)
+        computed: torch.Tensor = self._at(places)
+        return computed
+
+    def _at(self, places: _Numbers) -> _Numbers:
+        """Indices at places, as an array or a tensor of their own."""
+        return places + 0
 
 
 class SequentialOrder(Order):
@@ -197,8 +230,7 @@ class GlobalOrder(Order):
     def _shuffle(self) -> _Feistel | _Table:
         return _bijection(self.n, "rows", self.seed, self.epoch)
 
-    def at(self, places: torch.Tensor) -> torch.Tensor:
-        """Indices at int64 ``places`` [k] known to be in [0, n)."""
+    def _at(self, places: _Numbers) -> _Numbers:
         return self._shuffle.apply(places) if self.n else places
 
 
@@ -266,40 +298,42 @@ class BlockOrder(Order):
 
     def blocks_of(self, number: int) -> torch.Tensor:
         """Blocks of the dataset [<= window] that window ``number`` mixes, in the order of its slots."""
-        slots = torch.arange(number * self.window, min((number + 1) * self.window, self._slots))
-        others = slots - (slots > self._ragged_slot).to(torch.int64)
-        ragged = slots == self._ragged_slot
-        # Whatever the ragged slot itself is mapped to is replaced; it only has to be within bounds.
-        blocks = self._shuffle.apply(others.clamp_(max=max(self._slots - 2, 0))) if self._slots > 1 else slots
-        return torch.where(ragged, self._slots - 1, blocks)
+        return torch.from_numpy(self._blocks_of(number))
 
-    def at(self, places: torch.Tensor) -> torch.Tensor:
-        """Indices at int64 ``places`` [k] known to be in [0, n)."""
-        if not places.numel():
+    def _blocks_of(self, number: int) -> np.ndarray[Any, Any]:
+        slots = np.arange(number * self.window, min((number + 1) * self.window, self._slots))
+        # Whatever the ragged slot itself is mapped to is replaced; it only has to be within bounds.
+        others = np.minimum(slots - (slots > self._ragged_slot), max(self._slots - 2, 0))
+        blocks = self._shuffle.apply(others) if self._slots > 1 else slots
+        found: np.ndarray[Any, Any] = np.where(slots == self._ragged_slot, self._slots - 1, blocks)
+        return found
+
+    def _at(self, places: _Numbers) -> _Numbers:
+        if not len(places):
             return places
-        low, high = (int(bound) for bound in torch.aminmax(places))
-        first, last = self.window_of(low), self.window_of(high)
+        first, last = self.window_of(int(places.min())), self.window_of(int(places.max()))
         if first == last:
             return self._in_window(first, places)
-        out = torch.empty_like(places)
+        out = places + 0
         for number in range(first, last + 1):
             start, stop = self.window_bounds(number)
-            inside = ((places >= start) & (places < stop)).nonzero().squeeze(1)
-            if inside.numel():
+            inside = _where((places >= start) & (places < stop))
+            if len(inside):
                 out[inside] = self._in_window(number, places[inside])
         return out
 
-    def _in_window(self, number: int, places: torch.Tensor) -> torch.Tensor:
+    def _in_window(self, number: int, places: _Numbers) -> _Numbers:
         start, stop = self.window_bounds(number)
         mix = _bijection(stop - start, "window", number, self.n, self.block, self.seed, self.epoch)
         inner = mix.apply(places - start)
         slot = self._ragged_slot - number * self.window
         if self._missing and 0 <= slot < self.window:
             # Behind the ragged block every row lies as if that block were full.
-            inner += (inner >= slot * self.block + self.block - self._missing).to(torch.int64) * self._missing
-        blocks = self.blocks_of(number).to(places.device)
-        within = torch.div(inner, self.block, rounding_mode="floor")
-        return blocks[within].sub_(within).mul_(self.block).add_(inner)
+            inner += (inner >= slot * self.block + self.block - self._missing) * self._missing
+        within = inner // self.block
+        inner -= within * self.block
+        inner += _beside(self._blocks_of(number) * self.block, places)[within]
+        return inner
 
 
 def order(n: int, seed: int, epoch: int) -> GlobalOrder:

@@ -152,7 +152,7 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
 
 def _noise(normal: torch.Tensor, length: float) -> torch.Tensor:
     """Gaussian noise of about this length, whatever the dimension."""
-    return normal * (length / normal.shape[-1] ** 0.5)
+    return normal.mul(length / normal.shape[-1] ** 0.5)
 
 
 def _block(world: _World, block: int) -> Iterator[tuple[str, torch.Tensor]]:

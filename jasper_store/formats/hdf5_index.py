@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from array import array
 from dataclasses import dataclass
-from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,56 +76,63 @@ def read_index(spec: TensorSpec) -> ChunkIndex:
         filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
         places = None
         if plist.get_layout() == h5py.h5d.CHUNKED and hasattr(dataset.id, "chunk_iter"):
-            check = _Check(chunk, grid, filters, dataset.dtype.itemsize, size)
+            # Checked even where the library will read them: it trusts what it is told, and crashes if that is wrong.
+            where, found = _chunks(dataset, size, grid, filters)
             if filters in _DIRECT and math.prod(grid) <= _MAX_CHUNKS and hasattr(os, "preadv"):
-                places = _places(dataset, grid, check)
-            else:
-                # The library trusts what it is told of a chunk's size, and crashes where that is wrong.
-                dataset.id.chunk_iter(lambda info: check(info) and None)
+                places = _places(where, found, grid)
         fill = np.asarray(dataset.fillvalue).reshape(1).view(np.uint8)
         return ChunkIndex(identity_of(os.fstat(file.id.get_vfd_handle())), chunk, grid, filters, fill, places)
 
 
-@dataclass(frozen=True)
-class _Check:
-    """Checks one chunk, and says where in the grid it is."""
+def _chunks(
+    dataset: Any, file_size: int, grid: tuple[int, ...], filters: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places in the grid [n, dimensions] of all chunks, and their offsets, sizes and filter masks [n, 3], checked.
 
-    chunk: tuple[int, ...]
-    grid: tuple[int, ...]
-    filters: tuple[int, ...]
-    itemsize: int
-    file_size: int
-
-    def __call__(self, info: Any) -> list[int]:
-        where = [at // c for at, c in zip(info.chunk_offset, self.chunk, strict=True)]
-        if any(i >= n for i, n in zip(where, self.grid, strict=True)):
-            raise ValueError(f"a chunk at {info.chunk_offset} lies outside of the dataset")
-        if info.size <= 0 or info.byte_offset <= 0 or info.byte_offset + info.size > self.file_size:
-            raise ValueError(
-                f"the chunk at {info.chunk_offset} should have {info.size} bytes at {info.byte_offset} "
-                f"in a file of {self.file_size} (was it truncated?)"
-            )
-        applied = [code for i, code in enumerate(self.filters) if not info.filter_mask >> i & 1]
-        if not set(applied) - {SHUFFLE, FLETCHER32}:
-            plain = math.prod(self.chunk) * self.itemsize + 4 * applied.count(FLETCHER32)
-            if info.size != plain:
-                raise ValueError(f"the chunk at {info.chunk_offset} should have {plain} bytes, found {info.size}")
-        return where
-
-
-def _places(
-    dataset: Any, grid: tuple[int, ...], check: _Check
-) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
-    n = math.prod(grid)
-    offsets, sizes, masks = np.zeros(n, np.int64), np.zeros(n, np.uint32), np.zeros(n, np.uint8)
-    steps = contiguous_strides(grid)
+    Raises:
+        ValueError: a chunk outside of the grid or the file, or of a size that it cannot have.
+    """
+    numbers = array("q")
+    add = numbers.extend
 
     def remember(info: Any) -> None:
-        flat = sum(map(mul, check(info), steps))
-        offsets[flat], sizes[flat], masks[flat] = info.byte_offset, info.size, info.filter_mask & 0xFF
+        offset, mask, at, size = info
+        add(offset)
+        add((at, size, mask))
 
     # Asking for one chunk's place takes the library time in proportion to their number; all at once is linear.
     dataset.id.chunk_iter(remember)
+    table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, dataset.ndim + 3)
+    where = table[:, : dataset.ndim] // np.array(dataset.chunks)
+    found = table[:, dataset.ndim :]
+    at, sizes, masks = found.T
+    inside = (where >= 0).all(axis=1) & (where < np.array(grid)).all(axis=1)
+    inside &= (at > 0) & (sizes > 0) & (at <= file_size - sizes)
+    if not inside.all():
+        at_fault = table[np.flatnonzero(~inside)[0]].tolist()
+        raise ValueError(f"the chunk {at_fault} lies outside of the dataset, or the file of {file_size} (truncated?)")
+    # Without a filter that compresses, a chunk has all its bytes.
+    plain = np.ones(len(masks), dtype=bool)
+    expected = np.full(len(masks), math.prod(dataset.chunks) * dataset.dtype.itemsize)
+    for i, code in enumerate(filters):
+        applied = masks >> i & 1 == 0
+        if code == FLETCHER32:
+            expected += 4 * applied
+        elif code != SHUFFLE:
+            plain &= ~applied
+    wrong = np.flatnonzero(plain & (sizes != expected))
+    if len(wrong):
+        raise ValueError(f"a chunk should have {expected[wrong[0]]} bytes, found {sizes[wrong[0]]}")
+    return where, found
+
+
+def _places(
+    where: NDArray[np.int64], found: NDArray[np.int64], grid: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
+    n = math.prod(grid)
+    offsets, sizes, masks = np.zeros(n, np.int64), np.zeros(n, np.uint32), np.zeros(n, np.uint8)
+    flat = where @ np.array(contiguous_strides(grid))
+    offsets[flat], sizes[flat], masks[flat] = found[:, 0], found[:, 1], found[:, 2] & 0xFF
     return offsets, sizes, masks
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.jasper.mixing import mixing
 from jasper_store.jasper.order import (
     MAX_LENGTH,
     TABLE_LIMIT,
@@ -20,7 +21,6 @@ from jasper_store.jasper.order import (
     Order,
     SequentialOrder,
     block_order,
-    mixing,
     order,
 )
 
@@ -241,6 +241,13 @@ def test_mixing_tells_orders_apart() -> None:
     assert "full shuffle" in str(block)
     with pytest.raises(IncompatibleOptionsError, match="at least 2"):
         mixing(order(1, 0, 0))
+
+
+@pytest.mark.parametrize("permutation", [order(100_003, 1, 2), order(2000, 1, 2), block_order(100_003, 1, 2)])
+def test_tensors_and_arrays_compute_the_same(permutation: Order) -> None:
+    """What runs on a device, run on the host."""
+    places = torch.arange(len(permutation))
+    assert torch.equal(permutation._at(places), permutation.at(places))
 
 
 @pytest.mark.cuda

@@ -15,9 +15,7 @@ import contextlib
 import filecmp
 import os
 import shutil
-import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jasper_store.convert.atomic import (
@@ -31,32 +29,23 @@ from jasper_store.convert.atomic import (
     temporary_name,
     translated,
 )
+from jasper_store.convert.ledger import Ledger
 from jasper_store.convert.report import ConversionReport, TensorReport
 from jasper_store.convert.transfer import Stream, matched, stored_nbytes, write_file
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Chunked
-from jasper_store.store.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    Source,
-    Stamp,
-    TensorEntry,
-    dtype_name,
-    read,
-    update,
-)
+from jasper_store.store.manifest import MANIFEST_NAME, Manifest, dtype_name, read
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from jasper_store.convert.plan import FileTask, SourceFacts, Sources
-    from jasper_store.convert.transfer import Options, Written
+    from jasper_store.convert.transfer import Options
     from jasper_store.formats.base import TensorSpec
+    from jasper_store.store.manifest import FileEntry
 
 __all__ = ["Run", "finish_interrupted"]
-
-_NOTE_SECONDS = 1.0  # between two writes of the manifest during a conversion
 
 
 def finish_interrupted(directory: Path) -> list[Path]:
@@ -112,9 +101,7 @@ class Run:
         self.copied: list[str] = []
         self._done = 0
         self._total = sum(spec.nbytes for task in tasks for spec in task.specs)
-        self._stamps: dict[Path, Stamp] = {}
-        self._entries: dict[str, FileEntry] = {}  # published or adopted, not yet in the manifest
-        self._noted = time.monotonic()
+        self._ledger = Ledger(directory)
         self._committed = False
 
     def do(self) -> None:
@@ -140,9 +127,9 @@ class Run:
         except BaseException:
             # What is published already is noted for the next run; the first error is the one to be seen.
             with contextlib.suppress(OSError, CorruptFileError):
-                self._note()
+                self._ledger.write()
             raise
-        self._note()
+        self._ledger.write()
 
     # ---- what need not be written
 
@@ -205,7 +192,7 @@ class Run:
             if found != sums[spec.name]:
                 return False
         self.facts.check(spec.path for spec in task.specs)
-        self._entries[task.target.name] = self._entry(task, task.target, sums)
+        self._ledger.add(task.target, self._ledger.entry(task, task.target, sums, self.options.dtype))
         for spec in task.specs:
             self._skipped(task, spec, targets[spec.name], sums[spec.name])
         return True
@@ -251,35 +238,34 @@ class Run:
             with self._written(task) as (temporary, entry):
                 if task.target.name in manifest.files:
                     # Its old entry would refuse the new file in the moment between the rename and the new entry.
-                    self._forget(task.target.name)
+                    self._ledger.forget(task.target)
                 publish(temporary, task.target)
-            self._entries[task.target.name] = entry
-            if time.monotonic() - self._noted > _NOTE_SECONDS:
-                self._note()
+            self._ledger.add(task.target, entry)
+            self._ledger.write_now_and_then()
         for path in side_files:
             with self._copied(path) as temporary:
                 publish(temporary, self.directory / path.name)
 
     def _replace_all(self, todo: Sequence[FileTask], side_files: Sequence[Path]) -> None:
         """Files of an older dataset are there: prepare all new ones, commit, then rename."""
-        entries: dict[str, FileEntry] = {}
-        ready: list[tuple[Path, Path]] = []
+        ready: list[tuple[Path, Path, FileEntry | None]] = []
         with contextlib.ExitStack() as stack:
             for task in todo:
                 temporary, entry = stack.enter_context(self._written(task))
                 sync_file(temporary)
-                ready.append((temporary, task.target))
-                entries[task.target.name] = entry
+                ready.append((temporary, task.target, entry))
             for path in side_files:
                 temporary = stack.enter_context(self._copied(path))
                 sync_file(temporary)
-                ready.append((temporary, self.directory / path.name))
+                ready.append((temporary, self.directory / path.name, None))
             sync_directory(self.directory)
-            self._entries.update(entries)
-            self._note()
+            for _, target, known in ready:
+                if known is not None:
+                    self._ledger.add(target, known)
+            self._ledger.write()
             self._committed = True
             with translated(self.directory):
-                for temporary, target in ready:
+                for temporary, target, _ in ready:
                     temporary.replace(target)
                 sync_directory(self.directory)
 
@@ -297,9 +283,10 @@ class Run:
                     self.facts.check(sources)  # a source that was cut meanwhile is not corrupt, it changed
                     raise
                 self.facts.check(sources)
-                entry = self._entry(task, temporary, {item.spec.name: item.checksum for item in written})
+                sums = {item.spec.name: item.checksum for item in written}
+                entry = self._ledger.entry(task, temporary, sums, self.options.dtype)
                 for item in written:
-                    self._report_written(task, item)
+                    self._add_row(task, item.spec, item.target, item.checksum, item.seconds, item.max_error)
                 yield temporary, entry
         finally:
             self._leave(temporary)
@@ -337,52 +324,12 @@ class Run:
         else:
             remove(temporary)
 
-    # ---- what is remembered
-
-    def _entry(self, task: FileTask, path: Path, sums: Mapping[str, str]) -> FileEntry:
-        paths = dict.fromkeys(spec.path for spec in task.specs)
-        sources = tuple(Source(self._relative(source), self._stamp(source)) for source in paths)
-        entries = {
-            spec.name: TensorEntry(dtype_name(dtype), spec.shape, sums[spec.name])
-            for spec, dtype in task.written(self.options.dtype)
-        }
-        return FileEntry(Stamp.of(path), entries, sources)
-
-    def _stamp(self, path: Path) -> Stamp:
-        if path not in self._stamps:
-            self._stamps[path] = Stamp.of(path)
-        return self._stamps[path]
-
-    def _relative(self, path: Path) -> str:
-        try:
-            return Path(os.path.relpath(path, self.directory)).as_posix()
-        except ValueError:  # another drive
-            return path.resolve().as_posix()
-
-    def _note(self) -> None:
-        """Write the entries of what was published into the manifest."""
-        if self._entries:
-            entries, self._entries = self._entries, {}
-            with translated(self.directory / MANIFEST_NAME):
-                update(self.directory, lambda old: replace(old, files={**old.files, **entries}))
-        self._noted = time.monotonic()
-
-    def _forget(self, name: str) -> None:
-        def without(old: Manifest) -> Manifest:
-            return replace(old, files={key: entry for key, entry in old.files.items() if key != name})
-
-        with translated(self.directory / MANIFEST_NAME):
-            update(self.directory, without)
-
     def _advance(self, name: str, nbytes: int) -> None:
         self._done += nbytes
         if self.progress is not None:
             self.progress(name, self._done, self._total)
 
     # ---- what is reported
-
-    def _report_written(self, task: FileTask, item: Written) -> None:
-        self._add_row(task, item.spec, item.target, item.checksum, item.seconds, item.max_error)
 
     def _add_row(
         self,

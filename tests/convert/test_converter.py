@@ -384,6 +384,17 @@ def test_the_manifest_says_what_was_written_from_what(source, tmp_path):
     assert entry.made_from[0].stamp.matches(source / "embs.pt")
 
 
+def test_a_destination_behind_a_link_is_recognised_again(source, tmp_path):
+    (tmp_path / "deep" / "down").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "down")
+    convert(source, tmp_path / "link")
+    assert all(row.skipped for row in convert(source, tmp_path / "link").tensors)
+    assert all(row.skipped for row in convert(source, tmp_path / "deep" / "down").tensors)
+    found = manifest.read(tmp_path / "link")
+    assert found is not None
+    assert found.check(locate(tmp_path / "link", "auto", SCHEMA).specs) == []
+
+
 def test_the_report_is_data_and_a_table(source, tmp_path):
     report = convert(source, tmp_path / "out", "hdf5", "gzip", schema=SCHEMA)
     data = json.loads(json.dumps(report.to_dict()))

@@ -98,7 +98,14 @@ def _translated(path: Path) -> Iterator[None]:
         _corrupt(path, f"its zip archive is damaged or truncated: {exc}.", cause=exc)
     except CorruptFileError:
         raise
-    except (ValueError, KeyError, OverflowError, struct.error, RuntimeError) as exc:  # zipfile on odd directories
+    except (
+        ValueError,
+        KeyError,
+        OverflowError,
+        struct.error,
+        RuntimeError,
+        OSError,
+    ) as exc:  # zipfile on odd directories
         _corrupt(path, f"its zip directory is damaged: {type(exc).__name__}: {exc!s:.100}.", cause=exc)
 
 
@@ -156,6 +163,9 @@ class _Archive:
         """Offset of a record's bytes, after its local header was compared with the directory."""
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             _corrupt(self.path, f"record {info.filename!r:.100} is compressed or encrypted; torch.save stores plainly.")
+        # Python's zipfile takes a directory in the wrong place for a prefix before the archive, and subtracts it.
+        if info.header_offset < 0:
+            _corrupt(self.path, f"record {info.filename!r:.100} lies before the file begins.")
         header = read_at(self.file, info.header_offset, _LOCAL_HEADER.size)
         if len(header) != _LOCAL_HEADER.size:
             _corrupt(self.path, f"record {info.filename!r:.100} lies beyond the end of the file (was it truncated?).")

@@ -11,11 +11,15 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jasper_store.errors import CorruptFileError, JasperStoreWarning
 from jasper_store.formats.base import Extent, Inline, Schema
 from jasper_store.formats.registry import FORMATS
 from tests.formats.conformance import read
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # Values this large can only come from a damaged shape; reading them would measure patience, not safety.
 READ_AT_MOST = 1 << 26
@@ -67,7 +71,9 @@ def opened(name: str, path: Path) -> str:
     return "opened"
 
 
-def run(name: str, source: Path, folder: Path, seed: int, count: int) -> Counter[str]:
+def run(
+    name: str, source: Path, folder: Path, seed: int, count: int, progress: Callable[[str], object] = str
+) -> Counter[str]:
     """Open every damaged copy of a file, each under a name of its own."""
     content = source.read_bytes()
     outcomes: Counter[str] = Counter()
@@ -75,9 +81,7 @@ def run(name: str, source: Path, folder: Path, seed: int, count: int) -> Counter
         for i, copy in enumerate(copies):
             path = folder / f"{kind}-{i}{source.suffix}"
             path.write_bytes(copy)
-            # What was being opened is all that is known after a crash.
-            sys.stdout.write(f"{path.name}\n")
-            sys.stdout.flush()
+            progress(path.name)
             outcome = opened(name, path)
             if kind == "cut":
                 assert outcome == "refused" or len(copy) == len(content), f"{path} opened after it was cut"
@@ -90,7 +94,13 @@ def main() -> None:
     """See the module's text."""
     name, seed, count, *sources = sys.argv[1:]
     for source in map(Path, sources):
-        sys.stdout.write(f"{source}\n{dict(run(name, source, source.parent, int(seed), int(count)))}\n")
+        sys.stdout.write(f"{dict(run(name, source, source.parent, int(seed), int(count), say))}\n")
+
+
+def say(name: str) -> None:
+    """What was being opened is all that is known after a crash."""
+    sys.stdout.write(f"{name}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

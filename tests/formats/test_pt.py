@@ -4,14 +4,18 @@ import itertools
 import os
 import pickle
 import zipfile
+import zlib
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from isal import isal_zlib
 
 from jasper_store.errors import CorruptFileError, IntegrityError
+from jasper_store.formats import pt_writer
 from jasper_store.formats.base import Extent, Inline, Schema, SupportsRagged
+from jasper_store.formats.files import write_at
 from jasper_store.formats.registry import FORMATS
 from tests.formats.conformance import DTYPES, FormatSuite, read, relaxed, same, values
 
@@ -387,3 +391,34 @@ class TestHostilePickles:
         except CorruptFileError:
             return
         assert all(isinstance(spec.location, Inline) for spec in specs)
+
+
+def test_files_larger_than_four_gigabytes(tmp_path, monkeypatch):
+    """Sizes beyond 32 bits need the zip64 fields; the file is sparse, so it takes no room."""
+    rows, row = 70, 1 << 26
+    monkeypatch.setattr(pt_writer, "write_at", sparsely)
+    # The checksum of four gigabytes is not what is tested.
+    monkeypatch.setattr(isal_zlib, "crc32", lambda data, crc=0: zlib.crc32(data, crc) if len(data) < row else crc)
+    writer = FORMATS["pt"].writer(tmp_path / "x.pt", Schema())
+    writer.begin("x", torch.uint8, (row,), None)
+    block = torch.zeros(1, row, dtype=torch.uint8)
+    for _ in range(rows):
+        writer.append(block)
+    writer.end()
+    writer.close()
+    assert (tmp_path / "x.pt").stat().st_size > 2**32
+    (spec,) = FORMATS["pt"].locate(tmp_path / "x.pt", Schema())
+    assert spec.shape == (rows, row)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        assert archive.getinfo("archive/data/0").file_size == rows * row
+    loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=True)
+    assert loaded.shape == (rows, row)
+    assert loaded[-1, -1] == 0
+
+
+def sparsely(file, offset, data):
+    """Write only what is not zeros."""
+    if len(data) >= 1 << 26:
+        file.truncate(offset + len(data))
+    else:
+        write_at(file, offset, data)

@@ -129,7 +129,7 @@ class LookAhead:
                 found = self._by_window(found, _Windows(order, first, step, ranks), by_window)
         elif pairwise or split in mapped:
             found = self._by_stages(found, pairwise)
-        return self._stage(found, lambda batch: self._announce_embeddings(batch, by_batch)) if by_batch else found
+        return self._stage(found, self._embeddings(by_batch)) if by_batch else found
 
     def _by_stages(self, batches: Iterator[_Indices], names: list[str]) -> Iterator[_Indices]:
         """Announce the split's list, and some batches later what stands in the pair rows that it lists."""
@@ -172,13 +172,21 @@ class LookAhead:
                 for name in names:
                     self.dataset.store[name].drop_rows(start, stop + 1)
 
-    def _announce_embeddings(self, batch: Any, wanted: set[str]) -> None:
+    def _embeddings(self, wanted: set[str]) -> Callable[[Any], None]:
+        """A function that announces the rows of these tensors that a batch reads."""
         store = self.dataset.store
-        if self.rely_on_faults and not any(store[name].announcing for name in wanted):
-            return
-        for name, rows in self.dataset.rows_of(batch).items():
-            if name in wanted:
-                store[name].announce(rows)
+        read = wanted  # Not the variants that the curriculum does not draw: of those nothing is ever known.
+
+        def announce(batch: Any) -> None:
+            nonlocal read
+            if self.rely_on_faults and not any(store[name].announcing for name in read):
+                return
+            found = self.dataset.rows_of(batch)
+            for name in wanted:
+                store[name].announce(found[name])
+            read = {name for name in wanted if len(found[name])}
+
+        return announce
 
     def _stage(self, batches: Iterator[_Indices], announce: Callable[[Any], None]) -> Iterator[_Indices]:
         """Hold batches back until ``depth`` later ones are announced; small ones are announced together."""

@@ -8,12 +8,14 @@ import typer
 from typer.core import TyperGroup
 
 import jasper_store as js
+from jasper_store.cli.bench import bench
 from jasper_store.cli.console import results
 from jasper_store.cli.convert import convert
 from jasper_store.cli.demo import demo
 from jasper_store.cli.errors import EXIT_CODES, reported
 from jasper_store.cli.inspect import inspect
 from jasper_store.cli.plan import plan
+from jasper_store.cli.synth import synth
 from jasper_store.cli.train import train
 from jasper_store.cli.verify import verify
 from jasper_store.cli.warm import warm
@@ -40,7 +42,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (demo, inspect, plan, convert, warm, verify, train):
+for _command in (demo, inspect, plan, convert, warm, verify, train, synth, bench):
     app.command(epilog=EXIT_CODES)(_command)
 
 

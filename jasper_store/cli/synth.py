@@ -1,0 +1,82 @@
+"""``jasper-store synth``: a synthetic dataset of any size."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import jasper_store as js
+from jasper_store.cli.console import print_json, progress, results
+from jasper_store.cli.counts import parse_count
+from jasper_store.cli.options import Json, Seed
+from jasper_store.jasper.synth import SynthOptions, synthesize
+from jasper_store.memory.budget import format_bytes
+
+__all__ = ["synth"]
+
+_DEFAULTS = SynthOptions(pairs=1000)
+
+
+def synth(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Directory to make.")],
+    pairs: Annotated[
+        int, typer.Option(parser=parse_count, metavar="COUNT", help="Pairs of question and source, e.g. 200k or 10M.")
+    ],
+    dim: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Embedding dimension.")] = _DEFAULTS.dim,
+    n_neg: Annotated[int, typer.Option("--n-neg", min=1, help="Hard negatives per pair.")] = _DEFAULTS.n_neg,
+    clusters: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Clusters.")] = _DEFAULTS.clusters,
+    to: Annotated[
+        str, typer.Option("--format", "--to", metavar="FORMAT", help="safetensors, npy, hdf5 or pt.")
+    ] = "safetensors",
+    seed: Seed = _DEFAULTS.seed,
+    *,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there.")] = False,
+    json: Json = False,
+) -> None:
+    """Make a synthetic dataset: clustered embeddings, with steering, tiers and negatives computed from them.
+
+    Made block by block: memory does not grow with the number of pairs. A model that trains on it learns.
+    The same options give the same values.
+
+    Examples:
+      jasper-store synth data/ --pairs 200k
+      jasper-store synth big/ --pairs 10M --dim 384 --n-neg 5 --clusters 1k --format hdf5
+    """
+    options = SynthOptions(pairs=pairs, dim=dim, n_neg=n_neg, clusters=clusters, seed=seed)
+    began = time.perf_counter()
+    with progress() as bars:
+        task = bars.add_task("making pairs", total=pairs)
+        made = synthesize(
+            path,
+            options,
+            format=to,
+            overwrite=overwrite,
+            progress=lambda done, total: bars.update(task, completed=done, total=total),
+        )
+    seconds = time.perf_counter() - began
+    nbytes = js.plan(made, format=to).nbytes
+    if json:
+        print_json(
+            {
+                "path": str(made),
+                "format": to,
+                "pairs": pairs,
+                "dim": dim,
+                "n_neg": n_neg,
+                "clusters": clusters,
+                "seed": seed,
+                "nbytes": nbytes,
+                "seconds": seconds,
+            }
+        )
+        return
+    results().print(
+        f"{made}: {pairs:,} pairs of {dim} dimensions in {clusters:,} clusters, {n_neg} negatives each, "
+        f"{format_bytes(nbytes)} as {to}, in {seconds:.1f} s\n"
+        f"Next: jasper-store report {made}, jasper-store bench {made}, jasper-store train {made}",
+        markup=False,
+        soft_wrap=True,
+    )

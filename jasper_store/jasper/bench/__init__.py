@@ -1,0 +1,1 @@
+"""How fast a dataset is served on this machine: rows, batches, and what the disk itself can do."""

@@ -37,6 +37,8 @@ GROUP_SAMPLES: Final = 256
 """Samples that are announced together: asking which rows they read costs 50 us, be it for 16 or for 256."""
 MAX_NBYTES: Final = 256 << 20
 """Bytes announced and not yet read, at most: more only pushes other pages out."""
+_UNREAD: Final = 16
+"""Calls without a row of a tensor, after which it has no say in whether to announce."""
 _SPARSE: Final = 8
 """Rows of the file per row of a split's block, beyond which a block is not a run."""
 
@@ -136,14 +138,15 @@ class LookAhead:
         store = self.dataset.store
         listed = store[split_tensor(self.dataset.split)]
         if listed.placement == "mmap":
-            batches = self._stage(batches, listed.announce)
+            batches = self._stage(batches, lambda batch: listed.announce(batch) if self._asked([listed.name]) else None)
         if not names:
             return batches
 
         def announce(batch: Any) -> None:
-            pairs = listed.take(batch)
-            for name in names:
-                store[name].announce(pairs)
+            if self._asked(names):
+                pairs = listed.take(batch)
+                for name in names:
+                    store[name].announce(pairs)
 
         return self._stage(batches, announce)
 
@@ -175,18 +178,23 @@ class LookAhead:
     def _embeddings(self, wanted: set[str]) -> Callable[[Any], None]:
         """A function that announces the rows of these tensors that a batch reads."""
         store = self.dataset.store
-        read = wanted  # Not the variants that the curriculum does not draw: of those nothing is ever known.
+        unread = dict.fromkeys(wanted, 0)  # calls since it was last read
 
         def announce(batch: Any) -> None:
-            nonlocal read
-            if self.rely_on_faults and not any(store[name].announcing for name in read):
+            # A variant that the curriculum does not draw never announces, so nothing is ever known of its pages.
+            if not self._asked(name for name in wanted if unread[name] < _UNREAD):
                 return
             found = self.dataset.rows_of(batch)
             for name in wanted:
-                store[name].announce(found[name])
-            read = {name for name in wanted if len(found[name])}
+                rows = found[name]
+                unread[name] = 0 if len(rows) else unread[name] + 1
+                store[name].announce(rows)
 
         return announce
+
+    def _asked(self, names: Iterable[str]) -> bool:
+        """Whether any of these tensors has a use for announcements now, as far as can be known here."""
+        return not self.rely_on_faults or any(self.dataset.store[name].announcing for name in names)
 
     def _stage(self, batches: Iterator[_Indices], announce: Callable[[Any], None]) -> Iterator[_Indices]:
         """Hold batches back until ``depth`` later ones are announced; small ones are announced together."""

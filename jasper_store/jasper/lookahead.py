@@ -101,6 +101,7 @@ class LookAhead:
         self.rely_on_faults = rely_on_faults
         self.drop_behind = drop_behind
         self.stopwatch = stopwatch
+        self._unread: dict[str, int] = {}
         self._group = max(1, min(GROUP_SAMPLES // batch_size, depth))
 
     def over(
@@ -178,7 +179,9 @@ class LookAhead:
     def _embeddings(self, wanted: set[str]) -> Callable[[Any], None]:
         """A function that announces the rows of these tensors that a batch reads."""
         store = self.dataset.store
-        unread = dict.fromkeys(wanted, 0)  # calls since it was last read
+        # Calls since it was last read; what was given up in an earlier epoch gets another chance in this one.
+        unread = self._unread
+        unread.update({name: min(unread.get(name, 0), _UNREAD - 2) for name in wanted})
 
         def announce(batch: Any) -> None:
             # A variant that the curriculum does not draw never announces, so nothing is ever known of its pages.

@@ -108,7 +108,7 @@ class Stopwatch:
     """
 
     wait: Meter = field(default_factory=Meter)
-    announce: float = 0.0
+    announce: Meter = field(default_factory=Meter)
     transfer: float = 0.0
     began: float = 0.0
     ended: float = 0.0
@@ -137,8 +137,11 @@ def _costs(watch: Stopwatch, gathers: Meter, workers: int) -> _Costs:
     batches = max(watch.wait.batches, 1)
     done = max(gathers.batches, 1)
     wait, interval = watch.wait.wall / batches, watch.wall / batches
-    gather = gathers.wall / done - (0.0 if workers else watch.announce / batches)
-    pages = max(gathers.wall - gathers.cpu, 0.0) / done if gathers.faults else 0.0
+    # Without workers, rows are announced while the trainer waits for a batch.
+    announced = Meter() if workers else watch.announce
+    gather = (gathers.wall - announced.wall) / done
+    blocked = gather - (gathers.cpu - announced.cpu) / done
+    pages = max(blocked, 0.0) if gathers.faults else 0.0
     # A worker that is never idle spends on handing over whatever it does not spend on gathering.
     busy = workers * interval - gather
     hand_over = max(busy, 0.0) if workers and wait > _NEGLIGIBLE * interval else 0.0
@@ -148,7 +151,7 @@ def _costs(watch: Stopwatch, gathers: Meter, workers: int) -> _Costs:
         pages=1e3 * pages,
         gather=1e3 * max(gather - pages, 0.0),
         hand_over=1e3 * hand_over,
-        announce=1e3 * watch.announce / batches,
+        announce=1e3 * watch.announce.wall / batches,
         transfer=1e3 * watch.transfer / batches,
         faults=gathers.faults / done,
     )

@@ -10,8 +10,8 @@ nothing to close; an iterator that is abandoned leaves a few index tensors to th
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from contextlib import nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -22,6 +22,7 @@ from jasper_store.jasper.schema import STEERING_TENSORS, TENSORS, split_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from jasper_store.jasper.advisor import Stopwatch
 
@@ -210,8 +211,8 @@ class LookAhead:
                 yield waiting.popleft()
         yield from waiting
 
-    def _timed(self) -> _Timed:
-        return _Timed(self.stopwatch)
+    def _timed(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stopwatch is None else self.stopwatch.announce
 
 
 class _Windows:
@@ -238,20 +239,3 @@ class _Windows:
             first = self.order.blocks_of(self._done) * self.order.block
             self._done += 1
             yield first, (first + self.order.block - 1).clamp_(max=self.order.n - 1)
-
-
-class _Timed:
-    """Adds the time of a ``with`` block to a stopwatch, if there is one."""
-
-    __slots__ = ("_began", "_stopwatch")
-
-    def __init__(self, stopwatch: Stopwatch | None) -> None:
-        self._stopwatch = stopwatch
-        self._began = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        if self._stopwatch is not None:
-            self._stopwatch.announce += time.perf_counter() - self._began

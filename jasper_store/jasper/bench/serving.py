@@ -154,7 +154,7 @@ def row_rate(tensor: StoredTensor, *, seconds: float, cold: bool, seed: int = 0)
         rows = torch.randperm(count, generator=generator)
     else:
         rows = torch.randint(tensor.n_rows, (count,), generator=generator)
-    batches = rows.split(_ROWS)
+    batches = torch.split(rows, _ROWS)
     if not cold:
         began = time.perf_counter()
         for reached, batch in enumerate(batches, 1):

@@ -37,6 +37,7 @@ def run(context: Context) -> CaseResult:
 def figures(rows: int, seed: int) -> dict[str, Any]:
     """Runs in a child."""
     from jasper_store.jasper import order
+    from jasper_store.jasper.mixing import mixing
 
     orders = {
         "file order": order.SequentialOrder(rows),
@@ -45,4 +46,4 @@ def figures(rows: int, seed: int) -> dict[str, Any]:
         "block, 256 rows x 32": order.block_order(rows, seed, 0, window=32),
         "block, 16 rows x 128": order.block_order(rows, seed, 0, block=16),
     }
-    return {"rows": [{"key": name, "label": name, **vars(order.mixing(each))} for name, each in orders.items()]}
+    return {"rows": [{"key": name, "label": name, **vars(mixing(each))} for name, each in orders.items()]}

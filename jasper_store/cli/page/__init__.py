@@ -1,0 +1,1 @@
+"""The report as one HTML page: SVG drawn here, styles inside, nothing fetched from anywhere."""

@@ -1,0 +1,65 @@
+"""``jasper-store report``: one page with pictures of a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jasper_store.cli.console import print_json, progress, results
+from jasper_store.cli.errors import FINDINGS
+from jasper_store.cli.options import FormatOption, Json
+from jasper_store.cli.page.document import page
+from jasper_store.convert.atomic import write_bytes
+from jasper_store.errors import ConversionError
+from jasper_store.jasper.report.gather import make_report
+
+__all__ = ["report"]
+
+
+def report(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A JASPER dataset directory.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Page to write.")] = Path("report.html"),
+    storage_format: FormatOption = "auto",
+    *,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Read all data once for its checksums and values.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Draw a dataset: placement, curriculum, negatives, clusters, distributions, embeddings, speed, findings.
+
+    One HTML page that holds everything it shows and fetches nothing; for a browser, also a phone's.
+    With --json its values go to stdout, and no page is written.
+    Exits with 4 if verification found errors; the page is written all the same, and shows them.
+
+    Examples:
+      jasper-store report data/
+      jasper-store report data/ --out report.html --no-verify
+    """
+    if not json:
+        _require_writable(out)
+    with progress() as bars:
+        task = bars.add_task("looking", total=None)
+        found = make_report(
+            path,
+            storage_format=storage_format,
+            verify=verify,
+            step=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
+        )
+    if json:
+        print_json(found.to_dict())
+    else:
+        write_bytes(out, page(found).encode("utf-8", "replace"))
+        results().print(f"{out}: open it in a browser", markup=False, soft_wrap=True)
+    if found.verification is not None and not found.verification.ok:
+        raise typer.Exit(FINDINGS)
+
+
+def _require_writable(out: Path) -> None:
+    """Say so before minutes of reading, not after."""
+    if out.is_dir():
+        raise ConversionError(f"{out} is a directory; pass the name of a file with --out", path=out)
+    if not out.absolute().parent.is_dir():
+        raise ConversionError(f"{out}: there is no directory {out.absolute().parent}; make it first", path=out)

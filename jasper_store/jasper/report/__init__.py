@@ -1,0 +1,1 @@
+"""What there is to see in a dataset, as plain values; drawing them is somebody else's business."""

@@ -1,0 +1,272 @@
+"""``jasper-store report``: a page that is whole, says what it should, and fetches nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import zlib
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jasper_store.cli.page.document import SECTIONS
+from jasper_store.cli.page.svg import ticks
+from jasper_store.jasper.report import figures as figures_module
+from jasper_store.jasper.report.figures import histogram, project, spread
+from jasper_store.jasper.report.gather import curriculum_by_epoch
+from jasper_store.jasper.steering import LinearCurriculum, default_curriculum
+from tests.cli.conftest import Run
+
+VOID = {"meta", "br"}
+CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
+
+
+class _Page(HTMLParser):
+    """Fails on tags that do not nest; collects what is there."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        found = dict(attrs)
+        self.ids += [value for key, value in attrs if key == "id" and value]
+        self.links += [str(found[key]) for key in ("src", "href", "xlink:href", "action") if key in found]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def made(run: Run, tmp_path: Path) -> Callable[[Path], str]:
+    def make(data: Path, *more: str, code: int = 0) -> str:
+        out = tmp_path / "report.html"
+        result = run("report", data, "--out", out, *more)
+        assert result.exit_code == code, result.output
+        assert str(out) in result.stdout
+        return out.read_text(encoding="utf-8")
+
+    return make
+
+
+def test_all_parts_are_there_and_nothing_is_fetched(made: Callable[..., str], data: Path) -> None:
+    text = made(data)
+    page = _Page(text)
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "url(" not in text
+    assert "@import" not in text
+    assert page.links == []
+    assert not page.tags & {"script", "link", "iframe", "img", "object"}
+    assert "nan" not in re.findall(r'="([^"]*)"', text)
+    assert text.count("<svg") == len(SECTIONS) - 1  # one each, but for verify's list
+
+
+def test_it_says_what_the_dataset_is(made: Callable[..., str], data: Path) -> None:
+    page = _Page(made(data))
+    for words in (
+        "source_embs",
+        "preloaded",
+        "keyword_weighted 10% to 40%",
+        "tier 0",
+        "verified",
+        "mapped, batches of 32",
+    ):
+        assert words in page.text
+
+
+def test_names_are_escaped(made: Callable[..., str], data: Path) -> None:
+    config = json.loads((data / "config.json").read_text())
+    config["dataset_name"] = '<script>alert("x")</script>'
+    (data / "config.json").write_text(json.dumps(config))
+    text = made(data, "--no-verify")
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_without_verification(made: Callable[..., str], data: Path) -> None:
+    assert "not verified" in _Page(made(data, "--no-verify")).text
+
+
+def test_data_that_contradicts_itself_still_has_a_page(made: Callable[..., str], data: Path) -> None:
+    pairs = torch.load(data / "pair_index.pt", weights_only=True)
+    pairs[3, 0] = 999
+    torch.save(pairs, data / "pair_index.pt")
+    page = _Page(made(data, code=4))
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert "999" in page.text
+    assert "contradict" in page.text
+
+
+def test_not_a_number_is_left_out_of_the_pictures(made: Callable[..., str], data: Path) -> None:
+    for name in ("source_embs", "pair_relevance"):
+        values = torch.load(data / f"{name}.pt", weights_only=True)
+        values[:5] = float("nan")
+        torch.save(values, data / f"{name}.pt")
+    text = made(data, code=4)
+    assert not re.search(r'(points|cx|cy|x|y|height|width)="[^"]*nan', text)
+
+
+def test_in_json(run_json: Callable[..., Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run_json("report", data)
+    assert found["figures"]["sizes"]["pairs"] == 50
+    assert sum(found["figures"]["clusters"]) == 50
+    assert sum(tier["share"] for tier in found["figures"]["tiers"]) == pytest.approx(1)
+    assert sum(found["figures"]["relevance"]["counts"]) == 50
+    assert len(found["figures"]["projection"]["points"]) == 50
+    assert found["curriculum"][0] == [0.7, 0.2, 0.1, 0.0]
+    assert found["verification"]["ok"] is True
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
+    assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(3, "report", tmp_path / "empty")
+    assert "parquet" in refused(2, "report", data, "--format", "parquet")
+    assert "is a directory" in refused(6, "report", data, "--out", tmp_path)
+    assert "no directory" in refused(6, "report", data, "--out", tmp_path / "no" / "where.html")
+    (data / "source_embs.pt").write_bytes(b"PK")
+    assert "source_embs" in refused(4, "report", data, "--out", tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+# ---- the computing part
+
+
+def test_a_histogram_counts_what_is_finite() -> None:
+    found = histogram(torch.tensor([0.0, 0.5, 1.0, float("nan"), float("inf")]), 5)
+    assert (sum(found.counts), found.rows, found.low, found.high, found.median) == (3, 3, 0.0, 1.0, 0.5)
+    assert sum(histogram(torch.full((7,), 0.25), 7).counts) == 7
+    assert histogram(torch.tensor([]), 0).rows == 0
+
+
+def test_large_tensors_are_sampled_in_runs(data: Path) -> None:
+    import jasper_store as js
+
+    with js.open(data) as store:
+        tensor = store["pair_relevance"]
+        assert torch.equal(spread(tensor), tensor.tensor())
+        assert len(spread(tensor, at_most=12, runs=3)) == 12
+
+
+def test_bounded_samples_give_the_same_page(
+    made: Callable[..., str], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures_module, "_PAIRS", 5)
+    monkeypatch.setattr(figures_module, "_POINTS", 5)
+    monkeypatch.setattr(figures_module.spread, "__defaults__", (16, 4))
+    text = _Page(made(data, "--no-verify")).text
+    assert "Counted among 16 of 50 pairs" in text
+
+
+def test_the_projection_shows_the_axes_of_most_variance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(300, 6, generator=generator) * torch.tensor([0.1, 5.0, 0.1, 2.0, 0.1, 0.1])
+    before = torch.random.get_rng_state()
+    found = project(values, torch.zeros(300).long(), values[:1], torch.tensor([0]), 300)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert found is not None
+    xs = np.array([point.x for point in found.points])
+    assert abs(np.corrcoef(xs, values[:, 1].numpy())[0, 1]) > 0.99
+    assert found.explained[0] > found.explained[1] > 0
+    assert sum(found.explained) <= 1.0001
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1)])
+def test_no_plane_no_projection(shape: tuple[int, int]) -> None:
+    values = torch.randn(shape)
+    assert project(values, torch.zeros(shape[0]).long(), values[:1], torch.tensor([0]), shape[0]) is None
+    assert project(torch.ones(4, 4), torch.zeros(4).long(), torch.ones(1, 4), torch.tensor([0]), 4) is None
+
+
+def test_the_curriculum_is_followed_to_its_last_change() -> None:
+    stages = curriculum_by_epoch(default_curriculum())
+    assert len(stages) == 50
+    assert stages[-1] == (0.0, 0.2, 0.4, 0.4)
+    linear = curriculum_by_epoch(LinearCurriculum(0.5, 0.1, 100, (0.2, 0.3, 0.5)))
+    assert len(linear) == 110
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0, 50, [0, 10, 20, 30, 40, 50]),
+        (3, 3, [3]),
+        (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, found: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(found)
+
+
+# ---- in a browser
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian's package of that name)")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_chromium_renders_it(made: Callable[..., str], data: Path, tmp_path: Path, width: int) -> None:
+    made(data)
+    shot = tmp_path / "shot.png"
+    subprocess.run(
+        [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            "--no-first-run",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"--window-size={width},2400",
+            f"--screenshot={shot}",
+            (tmp_path / "report.html").as_uri(),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    pixels = _pixels(shot.read_bytes())
+    assert pixels.shape[1] == max(width, 390)
+    # The cards, the text and the charts are many colours; a page that failed is one.
+    assert len(np.unique(pixels[::4, ::4].reshape(-1, pixels.shape[2]), axis=0)) > 100
+
+
+def _pixels(png: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of an 8-bit PNG's pixels, [height, width, channels], as its filters left them.
+
+    Whatever relates a pixel to its neighbours: a page that is one colour stays a few values.
+    """
+    width, height = int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+    channels = {2: 3, 6: 4}[png[25]]
+    data, at = b"", 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] == b"IDAT":
+            data += png[at + 8 : at + 8 + length]
+        at += length + 12
+    lines = np.frombuffer(zlib.decompress(data), dtype=np.uint8).reshape(height, 1 + width * channels)
+    return lines[:, 1:].reshape(height, width, channels)

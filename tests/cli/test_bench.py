@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,14 @@ def test_the_probe_of_a_file_that_is_too_small(tmp_path: Path) -> None:
 def test_a_file_system_that_refuses_direct_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(1 << 16))
-    opened = disk.os.open
+    opened = os.open
 
     def no_direct(path: Any, flags: int, *more: Any) -> int:
-        if flags & disk.os.O_DIRECT:
+        if flags & os.O_DIRECT:
             raise OSError(22, "Invalid argument")
         return opened(path, flags, *more)
 
-    monkeypatch.setattr(disk.os, "open", no_direct)
+    monkeypatch.setattr(os, "open", no_direct)
     rate = disk.probe(file, random=True, seconds=0.02)
     assert rate is not None
     assert not rate.direct

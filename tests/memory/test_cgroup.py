@@ -14,7 +14,7 @@ from jasper_store.memory.mounts import read_mountinfo
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 
-CAP = 256 << 20
+CAP = 384 << 20
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_the_budget_sees_the_limit(cgroup):
 
 
 def test_a_cap_smaller_than_a_batch_still_makes_progress(cgroup, tmp_path):
-    # 160 MiB of rows announced at once, under what is left of the cap once torch is loaded.
-    rows = np.arange(160 << 8, dtype=np.int64).reshape(-1, 1).repeat(512, axis=1)
+    # 320 MiB of rows announced at once, under what is left of the cap once torch is loaded.
+    rows = np.arange(320 << 8, dtype=np.int64).reshape(-1, 1).repeat(512, axis=1)
     rows.tofile(tmp_path / "data")
     os.sync()
     out = run_inside(
@@ -79,10 +79,10 @@ def test_a_cap_smaller_than_a_batch_still_makes_progress(cgroup, tmp_path):
         "import sys, numpy as np, torch\n"
         "from jasper_store.memory import mapping, paging\n"
         "fmap = mapping.FileMap(sys.argv[1])\n"
-        "values = mapping.view(fmap, 0, torch.int64, (160 << 8, 512))\n"
+        "values = mapping.view(fmap, 0, torch.int64, (320 << 8, 512))\n"
         "paging.drop(fmap.address, fmap.nbytes, fmap.fileno())\n"
         "paging.advise(fmap.address, fmap.nbytes, 'random')\n"
-        "rows = np.random.default_rng(0).permutation(160 << 8)\n"
+        "rows = np.random.default_rng(0).permutation(320 << 8)\n"
         "paging.announcer().announce(paging.row_ranges(fmap.address, 4096, 4096, rows))\n"
         "total = sum(int(values[torch.from_numpy(part)].sum()) for part in np.array_split(rows, 50))\n"
         "print(total)",

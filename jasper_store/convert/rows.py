@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["BLOCK_NBYTES", "RowReader", "block_rows", "open_rows", "read_blocks"]
 
-# Large enough that a block costs more than the hand-over between threads, small enough that the few in flight
-# stay inside the processor's last cache level on common machines: measured best between 2 and 8 MiB.
-BLOCK_NBYTES = 4 << 20
-SCRATCH_NBYTES = 2 * BLOCK_NBYTES  # the widest span of a strided block that is read as one piece
-_AHEAD = 3  # blocks in flight: one being read, one waiting, one being written
+# Measured with blocks of 512 KiB to 16 MiB, cached and not: small enough that the blocks in flight stay in the
+# processor's caches and the disk is asked ahead while one is written, large enough that the hand-over costs nothing.
+BLOCK_NBYTES = 1 << 20
+CHUNKED_NBYTES = 8 << 20  # compressed chunks are read by several threads, each of which wants a few
+SCRATCH_NBYTES = 8 << 20  # the widest span of a strided block that is read as one piece
+_AHEAD = 4  # blocks in flight: one being read, two waiting, one being written
 
 
 class RowReader(Protocol):
@@ -49,8 +50,10 @@ class RowReader(Protocol):
         """Release handles."""
 
 
-def block_rows(spec: TensorSpec, nbytes: int = BLOCK_NBYTES) -> int:
-    """Rows in a block of about ``nbytes``; at least one."""
+def block_rows(spec: TensorSpec, nbytes: int | None = None) -> int:
+    """Rows in a block of about ``nbytes``, or of what suits where the tensor lies; at least one."""
+    if nbytes is None:
+        nbytes = CHUNKED_NBYTES if isinstance(spec.location, Chunked) else BLOCK_NBYTES
     if isinstance(spec.location, Chunked) and spec.location.chunk_shape:
         # Whole chunks: a chunk cut by a block's end is read and decompressed twice.
         chunk = max(spec.location.chunk_shape[0], 1)
@@ -79,7 +82,7 @@ def open_rows(spec: TensorSpec, *, drop: bool = False) -> RowReader:
 
 
 def read_blocks(
-    spec: TensorSpec, nbytes: int = BLOCK_NBYTES, *, drop: bool = False
+    spec: TensorSpec, nbytes: int | None = None, *, drop: bool = False
 ) -> Generator[torch.Tensor, None, None]:
     """Yield the tensor's values as blocks [n, ...] in order (a scalar: one block of shape []), read ahead by a thread.
 

@@ -107,13 +107,14 @@ def create_loader(
     if use_mmap is None and (pin_memory or str(device) == "auto"):
         # What the plan would map or put on a device decides; refuse before it is carried out.
         plan = plan_store(dataset_dir, format=storage_format, device=device, memory_limit=memory_limit, schema=SCHEMA)
-        check_options(device=plan.device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=plan.any_mapped)
+        check_options(device=plan.device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=plan.reads_maps)
     dataset = JASPERSteeringDataset(
         dataset_dir, split, epoch, device, storage_format, use_mmap, seed=seed, memory_limit=memory_limit
     )
     try:
         on_device = None if dataset.device.type == "cpu" else str(dataset.device)
-        check_options(device=on_device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=dataset.use_mmap)
+        reads_maps = dataset.store.plan.reads_maps
+        check_options(device=on_device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=reads_maps)
         kind, why = _choose_order(dataset, order)
         sampler = EpochSampler(
             dataset,
@@ -139,7 +140,7 @@ def create_loader(
             ranks=ranks,
             num_workers=num_workers,
             pin_memory=resolve_pin_memory(
-                pin_memory, any_mapped=dataset.use_mmap, device=on_device, cuda_available=torch.cuda.is_available()
+                pin_memory, any_mapped=reads_maps, device=on_device, cuda_available=torch.cuda.is_available()
             ),
             **dataloader_options,
         )

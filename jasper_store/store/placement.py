@@ -139,6 +139,11 @@ class Plan:
         """Whether any tensor is mapped."""
         return any(entry.placement == MMAP for entry in self.entries)
 
+    @property
+    def reads_maps(self) -> bool:
+        """Whether anything that a sample reads is mapped; what nobody reads may be, on any device."""
+        return any(entry.placement == MMAP and entry.reads_per_sample > 0 for entry in self.entries)
+
     def __str__(self) -> str:
         lines = _table(self.entries)
         totals = [f"{len(self.entries)} tensors, {format_bytes(self.nbytes)}"]

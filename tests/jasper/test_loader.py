@@ -338,3 +338,17 @@ def test_a_loader_of_ones_own_dataset() -> None:
     loader = JasperLoader(dataset, 4, sampler=EpochSampler(dataset, 1, 0), collate_fn=as_is)
     assert np.concatenate([batch.numpy() for batch in loader]).tolist() == order(10, 0, 0)[:].tolist()
     assert len(loader) == 3
+
+
+def test_what_no_sample_reads_may_be_mapped_beside_pinned_batches(tmp_path):
+    """Keyword embeddings that do not fit stay mapped; no batch touches them."""
+    directory = build_pt_dataset(tmp_path / "data", n_keywords=5000)
+    with pytest.raises(IncompatibleOptionsError, match="pin_memory"):
+        create_loader(directory, "train", 8, use_mmap=True, pin_memory=True)
+    loader = create_loader(directory, "train", 8, memory_limit=150_000)
+    plan = loader.dataset_obj.store.plan
+    assert {entry.name for entry in plan.entries if entry.placement == "mmap"} <= {"keyword_embs", "centroid_embs"}
+    assert plan.placement("keyword_embs") == "mmap"
+    assert plan.any_mapped
+    assert not plan.reads_maps
+    loader.dataset_obj.close()

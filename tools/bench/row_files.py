@@ -94,11 +94,13 @@ def write_pt(path: Path, source: RowSource) -> None:
     config = import_module("torch.utils.serialization").config
     raw = path.with_name(f"{path.name}.raw")
     write_raw(raw, source)
+    before = config.save.storage_alignment
     try:
         mapped = torch.from_file(str(raw), shared=True, size=source.rows * source.dim, dtype=torch.float32)
         config.save.storage_alignment = ALIGNMENT
         torch.save(mapped.view(source.rows, source.dim), path)
     finally:
+        config.save.storage_alignment = before
         raw.unlink()
 
 

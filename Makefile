@@ -12,10 +12,10 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint format types layers check bench docs wheel clean
+.PHONY: help install demo test test-slow test-integrations lint format types layers check bench docs wheel clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (once; about a minute)"
@@ -34,6 +34,10 @@ test: $(STAMP) ## every test but the slow ones
 
 test-slow: $(STAMP) ## every test
 	@$(BIN)/python -m pytest --slow $(PYTEST_ARGS)
+
+test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning, Accelerate and Ray
+	@$(PIP) --no-build-isolation --editable '.[dev,integrations]'
+	@$(BIN)/python -m pytest --slow tests/integrations $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check $(SOURCES)

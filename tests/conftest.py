@@ -33,14 +33,21 @@ def _skips(config: pytest.Config) -> dict[str, str]:
         reasons["root"] = "needs root: cgroups and the page cache cannot be changed otherwise"
     if not torch.cuda.is_available():
         reasons["cuda"] = "needs a CUDA device: torch.cuda.is_available() is false here"
-    missing = [name for name in TRAINERS if importlib.util.find_spec(name) is None]
-    if missing:
-        reasons["integrations"] = f"needs {', '.join(missing)}: pip install 'jasper-store[integrations]'"
     return reasons
 
 
+def _missing(mark: pytest.Mark) -> list[str]:
+    """Which of the trainers that a test names are not installed."""
+    return [name for name in mark.args or TRAINERS if importlib.util.find_spec(name) is None]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for mark, reason in _skips(config).items():
-        for item in items:
-            if mark in item.keywords:
+    reasons = _skips(config)
+    for item in items:
+        # Marks and not keywords: the name of a directory is a keyword too.
+        for mark in list(item.iter_markers()):
+            if mark.name in reasons:
+                item.add_marker(pytest.mark.skip(reason=reasons[mark.name]))
+            elif mark.name == "integrations" and (missing := _missing(mark)):
+                reason = f"needs {', '.join(missing)}: pip install 'jasper-store[integrations]'"
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -15,6 +15,7 @@ __all__ = ["DEATH_SIGNS", "WorkerDiedError", "raise_if_worker_died"]
 DEATH_SIGNS: Final = (RuntimeError, OSError, EOFError)
 #: A connection may break some moments before the process is gone.
 _PATIENCE: Final = 0.5
+_TOLD: Final = "DataLoader worker (pid"
 
 
 class WorkerDiedError(JasperStoreError, RuntimeError):
@@ -33,11 +34,17 @@ def raise_if_worker_died(error: BaseException, batches: Any) -> None:
     """
     workers = list(getattr(batches, "_workers", ()))
     dead = _dead(workers)
-    told = str(error).startswith("DataLoader worker (pid")
+    told = str(error).startswith(_TOLD)
     if workers and not dead and not isinstance(error, RuntimeError):
         deadline = time.monotonic() + _PATIENCE
         while not dead and time.monotonic() < deadline:
-            time.sleep(_PATIENCE / 20)
+            try:
+                time.sleep(_PATIENCE / 20)
+            except RuntimeError as exc:  # PyTorch's handler of SIGCHLD, which notices the death meanwhile
+                told = str(exc).startswith(_TOLD)
+                if not told:
+                    raise
+                error = exc
             dead = _dead(workers)
     if not (told or (dead and not isinstance(error, RuntimeError))):
         return

@@ -214,3 +214,21 @@ def test_without_shared_memory_nothing_is_told(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(shutil, "disk_usage", absent)
     warn_of_small_shared_memory(1 << 60, 4, {})
+
+
+def test_a_death_that_is_noticed_while_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection breaks first, and PyTorch's signal handler speaks up in the middle of our waiting."""
+    from types import SimpleNamespace
+
+    from jasper_store.jasper import workers as module
+
+    process = SimpleNamespace(pid=7, exitcode=None)
+    batches = SimpleNamespace(_workers=[process], _shutdown_workers=lambda: None)
+
+    def handler(_: float) -> None:
+        process.exitcode = 3
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 3.")
+
+    monkeypatch.setattr(module.time, "sleep", handler)
+    with pytest.raises(WorkerDiedError, match=r"worker 0 \(pid 7\) exited with status 3"):
+        module.raise_if_worker_died(ConnectionResetError(), batches)

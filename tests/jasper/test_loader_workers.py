@@ -229,6 +229,6 @@ def test_a_death_that_is_noticed_while_waiting_for_it(monkeypatch: pytest.Monkey
         process.exitcode = 3
         raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 3.")
 
-    monkeypatch.setattr(module.time, "sleep", handler)
+    monkeypatch.setattr("time.sleep", handler)
     with pytest.raises(WorkerDiedError, match=r"worker 0 \(pid 7\) exited with status 3"):
         module.raise_if_worker_died(ConnectionResetError(), batches)

@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-integrations lint format types layers check bench docs wheel clean
+.PHONY: help install demo test test-slow test-integrations lint format types layers check bench docs screenshot wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,11 @@ bench: $(STAMP) ## measure on this machine: JSON first, plots after
 docs: $(STAMP) ## build the documentation site into site/
 	@$(PIP) --no-build-isolation --editable '.[docs]'
 	@$(BIN)/mkdocs build --strict
+
+screenshot: $(STAMP) ## the picture of a report in docs/, made anew from DATA=a dataset directory (needs chromium)
+	@test -n "$(DATA)" || { echo "pass a dataset: make screenshot DATA=path/to/a/dataset"; exit 2; }
+	@$(PIP) --no-build-isolation --editable '.[docs]'
+	@$(BIN)/python tools/screenshot.py $(DATA)
 
 wheel: $(STAMP) ## build the wheel into dist/
 	@rm -rf dist

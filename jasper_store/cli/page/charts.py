@@ -12,6 +12,7 @@ from jasper_store.jasper.steering import VARIANTS
 
 __all__ = [
     "COLOURED",
+    "by_size",
     "cluster_sizes",
     "curriculum",
     "distribution",
@@ -50,7 +51,7 @@ def curriculum(stages: Sequence[Sequence[float]]) -> str:
     epochs = len(stages)
     stride = -(-epochs // _MOST_EPOCHS)
     shown = range(0, epochs, stride)
-    frame = Frame(250, (0, epochs), (0, 1))
+    frame = Frame(282, (0, epochs), (0, 1))
     base = [0.0] * len(shown)
     areas = []
     for variant, name in enumerate(VARIANTS):
@@ -95,7 +96,7 @@ def distribution(found: Histogram, label: str, colour: str) -> str:
         bars.append(tag("rect", title, x=left, y=top, width=wide, height=frame.bottom - top, class_=colour))
     middle = frame.x(found.median)
     median = tag("line", x1=middle, x2=middle, y1=frame.top, y2=frame.bottom, class_="median")
-    grid = frame.grid(label, _counts(most), [(value, f"{value:g}") for value in ticks(found.low, found.high)])
+    grid = frame.grid(label, _counts(most), [(value, f"{value:g}") for value in ticks(found.low, found.high, 6)])
     return picture(frame.height, f"Distribution of {label}, median {found.median:.3f}", grid, *bars, median)
 
 
@@ -140,7 +141,7 @@ def negatives(found: Figures) -> str:
     counted = [row[2] for row in rows if row[2].rows]
     low = min((row.low for row in counted), default=0.0)
     high = max((row.high for row in counted), default=1.0)
-    row_height = 62
+    row_height = 68
     height = 8 + row_height * len(rows) + 36
     axis = Axis(low, high, 12, WIDTH - 12)
     bottom = 8 + row_height * len(rows)
@@ -151,7 +152,7 @@ def negatives(found: Figures) -> str:
         parts.append(text(x, bottom + 16, f"{value:g}", text_anchor="middle"))
     parts.append(text(WIDTH / 2, height - 4, "cosine with the pair's positive", text_anchor="middle", class_="name"))
     for index, (name, share, histogram, colour) in enumerate(rows):
-        parts.append(_ridge(axis, 8 + row_height * (index + 1), row_height - 22, histogram, colour))
+        parts.append(_ridge(axis, 8 + row_height * (index + 1), row_height - 26, histogram, colour))
         median = f"median {histogram.median:.2f}" if histogram.rows else "none"
         parts.append(text(14, 8 + row_height * index + 15, name, class_="strong"))
         parts.append(text(WIDTH - 14, 8 + row_height * index + 15, f"{share}, {median}", text_anchor="end"))
@@ -173,25 +174,28 @@ def _ridge(axis: Axis, base: float, height: float, found: Histogram, colour: str
     return line + polygon(places, title, class_=colour) + mark
 
 
+def by_size(found: Projection) -> dict[int, list[Point]]:
+    """The points of each cluster, those with most points first; the first ``COLOURED`` have a colour each."""
+    clusters: dict[int, list[Point]] = {}
+    for point in found.points:
+        clusters.setdefault(point.cluster, []).append(point)
+    return dict(sorted(clusters.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
 def projection(found: Projection) -> str:
     """Embeddings as dots; the clusters with most dots have a colour each, and a ring where their centroid lies."""
-    size, margin = 400.0, 14.0
-    everything = (*found.points, *found.centroids)
-    xs, ys = [point.x for point in everything], [point.y for point in everything]
-    wide, high = max(xs) - min(xs) or 1.0, max(ys) - min(ys) or 1.0
-    middle_x, middle_y = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    scale = min((WIDTH - 2 * margin) / wide, (size - 2 * margin) / high)
-    height = high * scale + 2 * margin
+    by_cluster = by_size(found)
+    ordered = list(by_cluster)
+    colours = {cluster: f"k{rank}" for rank, cluster in enumerate(ordered[:COLOURED])}
+    drawn = (*found.points, *(point for point in found.centroids if point.cluster in colours))
+    margin, size = 10.0, 440.0
+    x = Axis(min(point.x for point in drawn), max(point.x for point in drawn), margin, WIDTH - margin)
+    y = Axis(min(point.y for point in drawn), max(point.y for point in drawn), size - margin, margin)
 
     def place(point: Point) -> tuple[float, float]:
-        return WIDTH / 2 + (point.x - middle_x) * scale, height / 2 - (point.y - middle_y) * scale
+        return x(point.x), y(point.y)
 
-    by_cluster: dict[int, list[Point]] = {}
-    for point in found.points:
-        by_cluster.setdefault(point.cluster, []).append(point)
-    ordered = sorted(by_cluster, key=lambda cluster: (-len(by_cluster[cluster]), cluster))
-    colours = {cluster: f"k{rank}" for rank, cluster in enumerate(ordered[:COLOURED])}
-    groups = []
+    groups = [tag("rect", x=0.5, y=0.5, width=WIDTH - 1, height=size - 1, rx=6, class_="frame")]
     for cluster in reversed(ordered):  # colours over grey
         dots = joined(_dot(*place(point)) for point in by_cluster[cluster])
         title = tag("title", f"cluster {cluster}: {len(by_cluster[cluster])} of these points")
@@ -202,11 +206,10 @@ def projection(found: Projection) -> str:
         if (colour := colours.get(point.cluster))
         for x, y in (place(point),)
     ]
-    axes = (
-        text(WIDTH / 2, height + 18, f"first axis: {found.explained[0]:.0%} of the variance", text_anchor="middle"),
-        text(WIDTH / 2, height + 34, f"second axis: {found.explained[1]:.0%}", text_anchor="middle"),
-    )
-    return picture(height + 40, "Source embeddings in two dimensions, coloured by cluster", *groups, *rings, *axes)
+    first, second = found.explained
+    words = f"across: {first:.0%} of the variance; up: {second:.0%}"
+    axes = text(WIDTH / 2, size + 18, words, text_anchor="middle")
+    return picture(size + 24, "Source embeddings in two dimensions, coloured by cluster", *groups, *rings, axes)
 
 
 def _dot(x: float, y: float) -> str:
@@ -220,11 +223,11 @@ def speed(rates: Sequence[LoaderRate]) -> str:
     row = 44
     parts = []
     for index, rate in enumerate(rates):
-        top = index * row
+        top = 8 + index * row
         value = f"{rate.samples_per_second:,.0f}/s"
         parts.append(text(0, top + 14, f"{rate.placement}, batches of {rate.batch_size}"))
         end = max(axis(rate.samples_per_second), 2.0)
         colour = "p-mmap" if rate.placement == "mapped" else "p-ram"
         parts.append(tag("rect", tag("title", value), x=0, y=top + 20, width=end, height=15, rx=2, class_=colour))
         parts.append(text(end + 7, top + 32, value, class_="strong"))
-    return picture(row * len(rates), "Samples per second of the loader", *parts)
+    return picture(8 + row * len(rates), "Samples per second of the loader", *parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from jasper_store.cli.page import charts
 from jasper_store.cli.page.svg import joined
 from jasper_store.convert.verify import Finding
 from jasper_store.jasper.report.model import DatasetReport, Figures, Histogram, TensorRow
+from jasper_store.jasper.schema import SPLITS
 from jasper_store.jasper.steering import VARIANTS
 from jasper_store.memory.budget import format_bytes
 
@@ -93,16 +94,28 @@ def _badge(report: DatasetReport) -> str:
     elif found.ok:
         kind, words = "ok", "verified"
     else:
-        kind, words = "bad", f"{len(found.errors)} error{'s' * (len(found.errors) != 1)}"
+        kind, words = "bad", _count(found.errors, "error")
     return f'<span class="badge {kind}">{words}</span>'
 
 
 def _tiles(report: DatasetReport) -> list[str]:
-    tiles = {"format": report.format, "size": format_bytes(report.nbytes), "files": f"{report.files:,}"}
-    if report.figures is not None:
-        tiles.update({name: f"{size:,}" for name, size in report.figures.sizes.items()})
+    sizes = dict(report.figures.sizes) if report.figures is not None else {}
+    splits = {split: sizes.pop(split) for split in SPLITS if split in sizes}
+    order = {name: rank for rank, name in enumerate(("pairs", "questions", "sources", "keywords", "clusters"))}
+    tiles = {name: f"{sizes[name]:,}" for name in sorted(sizes, key=lambda name: (order.get(name, len(order)), name))}
     tiles |= {"dimensions": f"{report.dim:,}", "negatives each": f"{report.n_neg:,}"}
-    return [f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles.items()]
+    tiles |= {"format": report.format, "size": format_bytes(report.nbytes), "files": f"{report.files:,}"}
+    plain = [_tile(name, value) for name, value in tiles.items()]
+    return [*plain, *([_tile(" / ".join(splits), _numbers(splits.values()), double=True)] if splits else [])]
+
+
+def _tile(name: str, value: str, *, double: bool = False) -> str:
+    kind = ' class="double"' if double else ""
+    return f"<div{kind}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " / ".join(f"{value:,}" for value in values)
 
 
 def _foot(report: DatasetReport) -> str:
@@ -121,7 +134,8 @@ def _placement(report: DatasetReport) -> str:
     words = {place: f"{_place(place)}: {format_bytes(size)}, {size / total:.0%}" for place, size in by_place.items()}
     rows = joined(_tensor(row) for row in sorted(report.tensors, key=lambda row: (-row.nbytes, row.name)))
     head = (
-        '<tr><th>tensor</th><th class="right">size</th><th>place</th><th>in the page cache</th>'
+        '<tr><th>tensor</th><th class="right">size</th><th><span class="wide-only">place</span></th>'
+        '<th><span class="wide-only">in the page </span>cache<span class="narrow-only">d</span></th>'
         '<th class="right wide-only">rows a sample</th><th class="wide-only">shape</th><th class="wide-only">why</th></tr>'
     )
     note = (
@@ -151,11 +165,12 @@ def _place_class(placement: str) -> str:
 def _tensor(row: TensorRow) -> str:
     shape = " x ".join(f"{size:,}" for size in row.shape) or "scalar"
     return (
-        f'<tr><td>{escape(row.name)}</td><td class="right">{format_bytes(row.nbytes)}</td>'
-        f'<td class="place"><i class="{escape(_place_class(row.placement))}"></i>{escape(_place(row.placement))}</td>'
-        f"<td>{_residency(row)}</td>"
+        f'<tr><td class="tensor">{escape(row.name)}</td><td class="right">{format_bytes(row.nbytes)}</td>'
+        f'<td class="place"><i class="{escape(_place_class(row.placement))}"></i>'
+        f'<span class="wide-only">{escape(_place(row.placement))}</span></td>'
+        f'<td class="cached">{_residency(row)}</td>'
         f'<td class="right wide-only">{row.reads_per_sample:.3g}</td>'
-        f'<td class="wide-only soft">{escape(row.dtype)} {shape}</td>'
+        f'<td class="wide-only soft shape">{escape(row.dtype)} {shape}</td>'
         f'<td class="wide-only soft">{escape(row.reason)}</td></tr>'
     )
 
@@ -233,11 +248,17 @@ def _projection(found: Figures) -> str:
     shown = found.projection
     if shown is None:
         return _section("projection", title, "Not drawn: there are not two dimensions in which the embeddings differ.")
-    clusters = len({point.cluster for point in shown.points})
-    coloured = min(clusters, charts.COLOURED)
-    rest = "" if clusters <= coloured else f" The {coloured} clusters with most points are coloured, the others grey."
-    note = f"Sources of {len(shown.points):,} of {shown.of:,} pairs on their two principal axes; rings are centroids.{rest}"
-    return _section("projection", title, note, charts.projection(shown))
+    clusters = charts.by_size(shown)
+    coloured = list(clusters)[: charts.COLOURED]
+    legend = [(f"k{rank}", f"{cluster} ({len(clusters[cluster]):,})") for rank, cluster in enumerate(coloured)]
+    if len(clusters) > len(coloured):
+        rest = sum(len(points) for points in clusters.values()) - sum(len(clusters[cluster]) for cluster in coloured)
+        legend.append(("k-other", f"{len(clusters) - len(coloured):,} more ({rest:,})"))
+    note = (
+        f"Sources of {len(shown.points):,} of {shown.of:,} pairs on their two principal axes, each with a scale of its "
+        "own. Rings are centroids. Below: cluster (points)."
+    )
+    return _section("projection", title, note, charts.projection(shown), _legend(legend))
 
 
 def _clusters(found: Figures) -> str:
@@ -264,7 +285,17 @@ def _speed(report: DatasetReport) -> str:
         "Samples per second of create_loader in one process, data in the page cache; a short measurement, beside "
         "whatever else ran. jasper-store bench measures more, cold too."
     )
-    return _section("speed", title, note, charts.speed(report.speed))
+    return _section("speed", title, note, charts.speed(report.speed), _epoch_takes(report))
+
+
+def _epoch_takes(report: DatasetReport) -> str:
+    """What the best rate means for an epoch; nothing where the epoch's length is not known."""
+    samples = (report.figures.sizes if report.figures is not None else {}).get("train", 0)
+    fastest = max(rate.samples_per_second for rate in report.speed)
+    if not samples or not fastest > 0:
+        return ""
+    words = f"At the best of these, serving the {samples:,} samples of an epoch takes {samples / fastest:.2g} s."
+    return f'<p class="note under">{escape(words)}</p>'
 
 
 def _verification(report: DatasetReport) -> str:
@@ -272,9 +303,13 @@ def _verification(report: DatasetReport) -> str:
     if found is None:
         return _section("verify", title, "Not run for this report. jasper-store verify reads all data once.")
     groups: Mapping[str, list[Finding]] = {"error": found.errors, "warning": found.warnings, "fact": found.facts}
-    counts = f"{len(found.errors)} errors, {len(found.warnings)} warnings; every tensor was read."
+    counts = f"{_count(found.errors, 'error')}, {_count(found.warnings, 'warning')}; every tensor was read."
     items = joined(_finding(kind, finding) for kind, findings in groups.items() for finding in findings)
     return _section("verify", title, counts, f'<ul class="findings">{items}</ul>', wide=True)
+
+
+def _count(findings: Sequence[Finding], word: str) -> str:
+    return f"{len(findings)} {word}{'s' * (len(findings) != 1)}"
 
 
 def _finding(kind: str, found: Finding) -> str:

@@ -14,18 +14,25 @@ why; converters that can be trusted; and :class:`JASPERSteeringDataset` with its
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import jasper_store.convert  # noqa: F401  # the room first, so that it cannot take the function's place later
 from jasper_store import errors
-from jasper_store.convert.report import ConversionReport
-from jasper_store.convert.verify import VerifyReport
-from jasper_store.jasper.api import DatasetWriter, convert, open, plan, verify, warm_up  # noqa: A004
-from jasper_store.jasper.dataset import JASPERSteeringDataset
-from jasper_store.jasper.device import to_device
-from jasper_store.jasper.loader import create_loader, set_epoch, validate_first_batch
-from jasper_store.memory.report import MemoryReport, memory_report
-from jasper_store.store.placement import Plan
-from jasper_store.store.store import TensorStore
-from jasper_store.store.tensors import StoredTensor
-from jasper_store.store.warmup import WarmupReport
+from jasper_store.jasper.converting import convert
+
+if TYPE_CHECKING:
+    from jasper_store.convert.report import ConversionReport
+    from jasper_store.convert.verify import VerifyReport
+    from jasper_store.jasper.api import DatasetWriter, open, plan, verify, warm_up  # noqa: A004
+    from jasper_store.jasper.dataset import JASPERSteeringDataset
+    from jasper_store.jasper.device import to_device
+    from jasper_store.jasper.loader import create_loader, set_epoch, validate_first_batch
+    from jasper_store.memory.report import MemoryReport, memory_report
+    from jasper_store.store.placement import Plan
+    from jasper_store.store.store import TensorStore
+    from jasper_store.store.tensors import StoredTensor
+    from jasper_store.store.warmup import WarmupReport
 
 __version__ = "0.1.0"
 
@@ -51,3 +58,41 @@ __all__ = [
     "verify",
     "warm_up",
 ]
+
+# Where the names above live. Each is imported when it is first used: a program that asks for one pays for that one,
+# and a program that only looks at the version pays for nothing. Type checkers see the imports at the top.
+_HOMES = {
+    "ConversionReport": "convert.report",
+    "DatasetWriter": "jasper.api",
+    "JASPERSteeringDataset": "jasper.dataset",
+    "MemoryReport": "memory.report",
+    "Plan": "store.placement",
+    "StoredTensor": "store.tensors",
+    "TensorStore": "store.store",
+    "VerifyReport": "convert.verify",
+    "WarmupReport": "store.warmup",
+    "create_loader": "jasper.loader",
+    "memory_report": "memory.report",
+    "open": "jasper.api",
+    "plan": "jasper.api",
+    "set_epoch": "jasper.loader",
+    "to_device": "jasper.device",
+    "validate_first_batch": "jasper.loader",
+    "verify": "jasper.api",
+    "warm_up": "jasper.api",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """A public name, at its first use."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    """Public names too, though they may not be here yet."""
+    return sorted({*globals(), *__all__})

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from jasper_store.convert import converter, writer
-from jasper_store.convert.report import ConversionReport
+from jasper_store.convert import writer
 from jasper_store.convert.verify import Finding, VerifyReport, verify_files
 from jasper_store.errors import JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Schema
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import CONFIG_NAME, read_config
+from jasper_store.jasper.converting import convert
 from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.schema import SCHEMA, SPLITS, TENSORS, schema_for, split_tensor
 from jasper_store.store.placement import Plan
@@ -72,7 +72,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
         use_mmap=use_mmap,
         device=device,
         memory_limit=memory_limit,
-        schema=_schema_at(Path(path)),
+        schema=schema_at(Path(path)),
         dtype=dtype,
         progress=progress,
     )
@@ -97,7 +97,7 @@ def plan(
         use_mmap=use_mmap,
         device=device,
         memory_limit=memory_limit,
-        schema=_schema_at(Path(path)),
+        schema=schema_at(Path(path)),
         dtype=dtype,
     )
 
@@ -129,55 +129,6 @@ def warm_up(
         return warm(store, tensors=tensors, budget=budget, progress=progress)
 
 
-def convert(
-    src: str | PathLike[str],
-    dst: str | PathLike[str] | None = None,
-    format: str = "safetensors",  # noqa: A002
-    compression: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    overwrite: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-    *,
-    tensors: Collection[str] | None = None,
-    source_format: str = "auto",
-) -> ConversionReport:
-    """Write a dataset, or one file, in another format: bounded memory, published whole, proven by checksums.
-
-    Args:
-        src: a dataset directory, or one file.
-        dst: directory to write to; the source's own by default. For HDF5 also a file name.
-        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
-        compression: HDF5 only: ``None``, ``"gzip"``, ``"lzf"``, or a filter of hdf5plugin.
-        dtype: narrow floating tensors to this dtype; the largest error is reported.
-        overwrite: replace targets that hold something else.
-        progress: called as ``progress(tensor, done_bytes, total_bytes)`` after each block.
-        tensors: names of the tensors to convert; all by default.
-        source_format: format to read where the source has its tensors in several.
-
-    Returns:
-        A report with sizes, seconds and checksums per tensor; ``str(report)`` is a table.
-
-    Raises:
-        ConversionError: no room, read-only, another conversion at work, a target that holds other values, a source
-            that changed meanwhile, or values that read back differently.
-        IncompatibleOptionsError, UnknownNameError: options.
-        IntegrityError: ``dtype`` would make a finite value infinite.
-        DatasetNotFoundError, CorruptFileError: the source.
-    """
-    return converter.convert(
-        src,
-        dst,
-        format=format,
-        compression=compression,
-        dtype=dtype,
-        overwrite=overwrite,
-        progress=progress,
-        tensors=tensors,
-        source_format=source_format,
-        schema=_schema_at(Path(src)),
-    )
-
-
 def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], None] | None = None) -> VerifyReport:
     """Check a dataset: that the files hold what was written, and that the values mean what they should.
 
@@ -197,7 +148,7 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
     """
     path = Path(path)
     jasper = _is_jasper(path)
-    report = verify_files(path, schema=_schema_at(path), visitor=visitor if jasper else None, progress=progress)
+    report = verify_files(path, schema=schema_at(path), visitor=visitor if jasper else None, progress=progress)
     if jasper:
         report.add(_meaning(path))
     return report
@@ -225,7 +176,7 @@ def _quietly_opened(path: Path) -> TensorStore:
     """A store that loads nothing, for looking at it; what a trainer would be warned of does not matter here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
-        return open_store(path, use_mmap=True, schema=_schema_at(path))
+        return open_store(path, use_mmap=True, schema=schema_at(path))
 
 
 class DatasetWriter(writer.DatasetWriter):
@@ -275,7 +226,7 @@ def _is_jasper(path: Path) -> bool:
     return True
 
 
-def _schema_at(path: Path) -> Schema:
+def schema_at(path: Path) -> Schema:
     """What is known of the tensors at a path: nothing, unless it is a JASPER dataset or an HDF5 file with its paths."""
     if not path.is_dir():
         return Schema(hdf5_paths=SCHEMA.hdf5_paths, hdf5_aliases=SCHEMA.hdf5_aliases)

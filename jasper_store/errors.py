@@ -12,6 +12,7 @@
         ├── BatchError                  also AssertionError and ValueError; a batch that failed a check
         ├── ClosedError                 also ValueError; use after close()
         ├── ConversionError             also OSError; a conversion that could not be finished
+        ├── WorkerDiedError             also RuntimeError; a worker process of a loader ended by itself
         └── InsufficientMemoryError     also MemoryError; it would not fit, with the numbers
 
     UserWarning
@@ -45,6 +46,7 @@ __all__ = [
     "PerformanceWarning",
     "StaleDataWarning",
     "UnknownNameError",
+    "WorkerDiedError",
 ]
 
 
@@ -102,6 +104,10 @@ class ClosedError(JasperStoreError, ValueError):
 
 class ConversionError(JasperStoreError, OSError):
     """A conversion or a write could not be finished: no space, read-only, source changed, target busy."""
+
+
+class WorkerDiedError(JasperStoreError, RuntimeError):
+    """A worker process of a loader ended by itself; the message names it and says how. The others were stopped."""
 
 
 class InsufficientMemoryError(JasperStoreError, MemoryError):

@@ -6,7 +6,7 @@ import signal
 import time
 from typing import Any, Final
 
-from jasper_store.errors import JasperStoreError
+from jasper_store.errors import WorkerDiedError
 
 __all__ = ["DEATH_SIGNS", "WorkerDiedError", "raise_if_worker_died"]
 
@@ -16,10 +16,6 @@ DEATH_SIGNS: Final = (RuntimeError, OSError, EOFError)
 #: A connection may break some moments before the process is gone.
 _PATIENCE: Final = 0.5
 _TOLD: Final = "DataLoader worker (pid"
-
-
-class WorkerDiedError(JasperStoreError, RuntimeError):
-    """A worker process of a loader ended by itself; the message names it and says how."""
 
 
 def raise_if_worker_died(error: BaseException, batches: Any) -> None:

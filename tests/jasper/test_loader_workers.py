@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import signal
 import warnings
@@ -15,11 +16,11 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from jasper_store.errors import PerformanceWarning
+from jasper_store import errors
+from jasper_store.errors import JasperStoreError, PerformanceWarning, WorkerDiedError
 from jasper_store.jasper.loader import create_loader, set_epoch
 from jasper_store.jasper.options import warn_of_small_shared_memory
 from jasper_store.jasper.samplers import EpochSampler
-from jasper_store.jasper.workers import WorkerDiedError
 from tests.builders import build_pt_dataset
 from tests.jasper.fakes import Numbers, as_is
 
@@ -40,7 +41,8 @@ def samples(loader: Any) -> list[tuple[float, int]]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_epochs_and_steering_reach_persistent_workers(data: Path, method: str) -> None:
+def test_epochs_steering_and_negatives_reach_persistent_workers(data: Path, tmp_path: Path, method: str) -> None:
+    data = Path(shutil.copytree(data, tmp_path / "data"))
     # An interpreter that imports PyTorch takes seconds: one will do where fork is not used.
     count = 2 if method == "fork" else 1
     alone = create_loader(data, "train", 5)
@@ -55,6 +57,17 @@ def test_epochs_and_steering_reach_persistent_workers(data: Path, method: str) -
     set_epoch(loader, 8)
     loader.dataset_obj.force_steering("residual")
     assert {variant for _, variant in samples(loader)} == {3}
+    mined = torch.load(data / "hard_negatives.pt", weights_only=True).roll(1, dims=0)
+    torch.save(mined, tmp_path / "mined.pt")
+    (tmp_path / "mined.pt").replace(data / "hard_negatives.pt")
+    loader.dataset_obj.reload_negatives()
+    set_epoch(loader, 9)
+    set_epoch(alone, 9)
+    before, after = ([batch["negative_embs"] for batch in one] for one in (alone, loader))
+    assert not torch.equal(torch.cat(before), torch.cat(after))
+    fresh = create_loader(data, "train", 5, epoch=9)
+    assert torch.equal(torch.cat([batch["negative_embs"] for batch in fresh]), torch.cat(after))
+    assert pids == {tuple(worker.pid for worker in loader._iterator._workers)}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("prefetch", [1, 4])
@@ -129,6 +142,17 @@ def test_workers_are_measured(data: Path) -> None:
     assert "in 1 worker," in text
 
 
+def test_a_loader_reaches_a_new_process_small(tmp_path: Path) -> None:
+    """What spawn and forkserver send to a worker, whatever the size of the data."""
+    sizes = []
+    for pairs in (60, 6000):
+        loader = create_loader(build_pt_dataset(tmp_path / str(pairs), n_pairs=pairs), "train", 16, use_mmap=False)
+        next(iter(loader))
+        sizes.append(len(pickle.dumps((loader.dataset_obj, loader.collate_fn))))
+    assert max(sizes) < 64 << 10
+    assert abs(sizes[1] - sizes[0]) < 1 << 10
+
+
 # --- workers that die --------------------------------------------------------------------------------------------
 
 
@@ -152,9 +176,24 @@ class Deadly(Numbers):
         return super().__getitems__(indices)
 
 
-@pytest.mark.parametrize(("how", "said"), [("kill", "was ended by SIGKILL"), ("exit", "exited with status 3")])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_a_worker_that_dies_is_named_and_leaves_nothing(how: str, said: str, persistent: bool) -> None:
+def shared(pids: set[int]) -> list[str]:
+    """Names of shared memory that these processes have left behind; PyTorch puts the process into the name."""
+    return [path.name for path in Path("/dev/shm").glob("*") if any(f"_{pid}_" in path.name for pid in pids)]
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "method", "persistent"),
+    [
+        ("kill", "was ended by SIGKILL", "fork", False),
+        ("kill", "was ended by SIGKILL", "fork", True),
+        ("exit", "exited with status 3", "fork", False),
+        ("exit", "exited with status 3", "fork", True),
+        ("exit", "exited with status 3", "spawn", False),
+        # The server that started the worker passes on how it ended as a number from 0 to 255.
+        ("kill", r"exited with status \d+|was ended by SIGKILL", "forkserver", True),
+    ],
+)
+def test_a_worker_that_dies_is_named_and_leaves_nothing(how: str, said: str, method: str, persistent: bool) -> None:
     from jasper_store.jasper.loader import JasperLoader
 
     before = workers()
@@ -166,14 +205,23 @@ def test_a_worker_that_dies_is_named_and_leaves_nothing(how: str, said: str, per
         num_workers=2,
         persistent_workers=persistent,
         collate_fn=as_is,
+        multiprocessing_context=method,
     )
-    with pytest.raises(WorkerDiedError, match=rf"worker 1 \(pid \d+\) {said}.*num_workers=0") as caught:
-        list(loader)
+    batches = iter(loader)
+    next(batches)
+    pids = {worker.pid for worker in batches._batches._workers}
+    assert len(pids) == 2
+    with pytest.raises(WorkerDiedError, match=rf"worker 1 \(pid \d+\) ({said}).*num_workers=0") as caught:
+        list(batches)
+    assert isinstance(caught.value, JasperStoreError)
     assert isinstance(caught.value, RuntimeError)
     assert caught.value.__cause__ is not None
     # Its traceback would hold this frame, and so the loader, until the collector comes by and stops its workers slowly.
-    del caught
-    assert workers() <= before
+    del caught, batches
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not shared(pids)
+    if method == "fork":  # the others leave a server, or a tracker, that serves the whole process
+        assert workers() <= before
     # The loader can be used again.
     dataset.n = 13
     loader.sampler_obj.__init__(dataset, 1, 0, shuffle=False)  # type: ignore[misc]
@@ -208,12 +256,28 @@ def test_small_shared_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         warn_of_small_shared_memory(10 << 20, 4, {"prefetch_factor": 1})
 
 
+def test_a_loader_with_workers_looks_at_shared_memory(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    with pytest.warns(PerformanceWarning, match=r"/dev/shm has 1\.00 KiB free.*--shm-size=8g.*or num_workers=0"):
+        create_loader(data, "train", 16, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        create_loader(data, "train", 16)
+
+
 def test_without_shared_memory_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(_: str) -> Any:
         raise FileNotFoundError
 
     monkeypatch.setattr(shutil, "disk_usage", absent)
     warn_of_small_shared_memory(1 << 60, 4, {})
+
+
+def test_the_error_survives_a_trip_to_another_process() -> None:
+    error = pickle.loads(pickle.dumps(WorkerDiedError("worker 1 (pid 7) exited with status 3")))
+    assert type(error) is WorkerDiedError is errors.WorkerDiedError
+    assert str(error) == "worker 1 (pid 7) exited with status 3"
+    assert "WorkerDiedError" in errors.__all__
 
 
 def test_a_death_that_is_noticed_while_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +19,8 @@ from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.jasper.loader import JasperLoader
 from jasper_store.jasper.samplers import BatchSampler, EpochSampler, order
 from jasper_store.jasper.state import LoaderState
+from tests.builders import build_pt_dataset
+from tests.integrations.launch import ROOT, program
 from tests.jasper.fakes import Numbers, as_is
 
 
@@ -230,6 +236,44 @@ def test_torchdata_resumes_it(how: str, workers: int) -> None:
         resumed = make()
         resumed.load_state_dict(state)
         assert first + [batch.tolist() for batch in resumed] == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_torchdata_resumes_it_on_other_ranks_with_another_batch_size() -> None:
+    stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def make(batch: int, ranks: int, rank: int) -> Any:
+        dataset = Numbers(100)
+        batches = BatchSampler(EpochSampler(dataset, ranks, rank, seed=5, padding="none"), batch, False)
+        return stateful.StatefulDataLoader(dataset, batch_sampler=batches, collate_fn=as_is)
+
+    pair = [make(8, 2, rank) for rank in range(2)]
+    iterators = [iter(loader) for loader in pair]
+    first = [next(iterator) for _ in range(3) for iterator in iterators]
+    state = pair[0].state_dict()
+    rest = []
+    for rank in range(3):
+        resumed = make(5, 3, rank)
+        resumed.load_state_dict(state)
+        rest += list(resumed)
+    assert len(torch.cat(first)) == 48
+    assert sorted(torch.cat([*first, *(torch.as_tensor(batch) for batch in rest)]).tolist()) == list(range(100))
+
+
+def test_the_program_of_the_documentation_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("torchdata")
+    data, script = build_pt_dataset(tmp_path / "data", n_pairs=600, dim=8), program("stateful.py", tmp_path)
+    printed = [
+        subprocess.run(
+            [sys.executable, script, data, tmp_path / "state.pt"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert printed == ["saved after 5 of 13 batches\n", "the rest: 8 batches\n"]
 
 
 def test_a_second_pass_with_the_same_epoch_warns_once() -> None:

@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-integrations lint format types layers check bench docs screenshot wheel clean
+.PHONY: help install demo test test-slow test-min test-integrations lint format types layers check bench docs screenshot wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,19 @@ test: $(STAMP) ## every test but the slow ones
 
 test-slow: $(STAMP) ## every test
 	@$(BIN)/python -m pytest --slow $(PYTEST_ARGS)
+
+# The lowest bounds of pyproject.toml in an environment of their own. TORCH stays at the pin of constraints.txt unless it is
+# given, because that one is a CPU build: PyPI's builds of other releases bring gigabytes of CUDA.
+MIN_VENV ?= .venv-min
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+test-min: ## the tests with the oldest allowed dependencies (torch at its pin, or TORCH=x.y.z; any PYTHON=)
+	@mkdir -p build
+	@$(PYTHON) tools/minimum.py --torch $(TORCH) > build/minimum.txt
+	@test -x $(MIN_VENV)/bin/python || $(PYTHON) -m venv $(MIN_VENV)
+	@$(MIN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint build/minimum.txt --editable '.[hdf5plugin,state,test]'
+	@$(MIN_VENV)/bin/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning, Accelerate and Ray
 	@$(PIP) --no-build-isolation --editable '.[dev,integrations]'
@@ -73,4 +86,4 @@ wheel: $(STAMP) ## build the wheel into dist/
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(MIN_VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -64,6 +64,8 @@ def bar(share: float, width: int = 10) -> str:
 def progress(*more: ProgressColumn) -> Iterator[Progress]:
     """Progress bars on stderr, gone when done; none at all where stderr is not a terminal."""
     console = errors()
+    if not console.is_terminal:
+        console = Console(quiet=True)  # rich before 14.2 ends even bars that were never shown with a line
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -71,5 +73,5 @@ def progress(*more: ProgressColumn) -> Iterator[Progress]:
         *more,
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet) as bars:
         yield bars

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import xxhash
 
 from jasper_store.convert.rows import read_blocks
+from jasper_store.formats.files import tensor_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from jasper_store.formats.base import TensorSpec
 
@@ -32,7 +34,7 @@ class Hasher:
 
     def update(self, block: torch.Tensor) -> None:
         """Add a block's values (host memory, any layout)."""
-        self._digest.update(block.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._digest.update(tensor_bytes(block).data)
 
     def hexdigest(self) -> str:
         """32 hex digits."""

@@ -13,6 +13,7 @@ import torch
 
 from jasper_store.convert.checksum import checksum
 from jasper_store.formats.base import Schema
+from jasper_store.formats.files import tensor_bytes
 from jasper_store.formats.registry import FORMATS, locate
 
 FORMAT_NAMES = tuple(FORMATS)
@@ -75,7 +76,7 @@ def checksums(directory: Path, fmt: str = "auto", schema: Schema = SCHEMA) -> di
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+    return bool((tensor_bytes(one) == tensor_bytes(other)).all())
 
 
 def read_by_others(directory: Path, fmt: str) -> dict[str, torch.Tensor]:

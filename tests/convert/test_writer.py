@@ -264,3 +264,14 @@ def test_values_that_changed_in_the_hidden_directory_are_noticed(tmp_path):
     with pytest.raises(ConversionError, match="faulty"):
         writer.close()
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_one_value_may_have_any_strides(tmp_path, fmt):
+    # A view of one row and one column keeps the strides of the whole, and still counts as contiguous.
+    odd = torch.arange(6.0).reshape(2, 3)[:, :1].t()[:, :1]
+    assert odd.is_contiguous()
+    assert odd.stride() == (1, 3)
+    with DatasetWriter(tmp_path / "set", fmt) as writer:
+        writer.append("a", odd)
+    assert torch.equal(read_by_others(tmp_path / "set", fmt)["a"], torch.zeros(1, 1))

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 
@@ -52,6 +53,8 @@ def test_every_golden_file_is_read():
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_golden(name):
+    if name == "h5py-latest.h5" and h5py.version.hdf5_version_tuple < (2, 0):
+        pytest.skip("written with the newest layout of HDF5 2.0, which this HDF5 cannot read")
     path = GOLDEN / name
     fmt = format_for(path)
     assert fmt is not None

@@ -13,7 +13,9 @@ class TestNpy(FormatSuite):
     name = "npy"
 
     def peer(self, path, name, dtype):
-        arrays = [np.load(path), np.array(np.load(path, mmap_mode="r"))]
+        arrays = [np.load(path)]
+        if arrays[0].size:  # numpy before 2.0 cannot map what is empty
+            arrays.append(np.array(np.load(path, mmap_mode="r")))
         if dtype == torch.bfloat16:
             arrays = [array["bfloat16"] for array in arrays]
         # numpy.asarray, because a structured scalar's field is no array any more.

@@ -20,7 +20,7 @@ from jasper_store.convert.report import ConversionReport
 from jasper_store.errors import ClosedError, UnknownNameError
 from jasper_store.jasper.batch import Batch, Sample
 from jasper_store.jasper.control import Control
-from jasper_store.jasper.gather import Draw, Rows, gather, rows_of
+from jasper_store.jasper.gather import Draw, Rows, gather, rows_of, steering_rows
 from jasper_store.jasper.negatives import reopened_negatives, warn_kept
 from jasper_store.jasper.opened import OpenedDataset, open_dataset
 from jasper_store.jasper.schema import SCHEMA, SPLITS, Split, check_split, split_tensor
@@ -192,6 +192,20 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             Tensor name to int64 rows; of the steering tensors only the rows whose variant will be drawn.
         """
         return self._rows(indices, epoch).by_tensor()
+
+    def steering_rows(self, pairs: torch.Tensor, epoch: int | None = None) -> dict[str, torch.Tensor]:
+        """Rows of each steering tensor that pair rows will read; nothing is read to know them.
+
+        Args:
+            pairs: pair rows, int64 [B], on the dataset's device.
+            epoch: epoch of the draw; the dataset's own by default.
+
+        Returns:
+            Tensor name to int64 rows: of the pairs that draw its variant.
+        """
+        current, forced, _ = self._control.read()
+        draw = self._draw_of(self._open(), current if epoch is None else epoch, forced)
+        return steering_rows(pairs, draw.variants(pairs))
 
     def _rows(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], epoch: int | None = None) -> Rows:
         current, forced, generation = self._control.read()

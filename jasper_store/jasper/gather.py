@@ -14,7 +14,7 @@ from jasper_store.jasper.schema import STEERING_TENSORS, Split, split_tensor
 from jasper_store.jasper.steering import Probabilities, draw_variants
 from jasper_store.store.store import TensorStore
 
-__all__ = ["Draw", "Rows", "gather", "rows_of"]
+__all__ = ["Draw", "Rows", "gather", "rows_of", "steering_rows"]
 
 
 _TABLE_PAIRS = 1 << 20
@@ -71,10 +71,13 @@ class Rows:
 
     def by_tensor(self) -> dict[str, torch.Tensor]:
         """Rows of each large tensor that a batch reads; of the steering tensors only the variant drawn."""
-        rows = {"question_embs": self.questions, "source_embs": self.sources}
-        for variant, name in enumerate(STEERING_TENSORS, start=1):
-            rows[name] = self.pairs[self.variants == variant]
-        return rows
+        steering = steering_rows(self.pairs, self.variants)
+        return {"question_embs": self.questions, "source_embs": self.sources, **steering}
+
+
+def steering_rows(pairs: torch.Tensor, variants: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Rows of each steering tensor that pairs [B] read if they draw ``variants`` [B]."""
+    return {name: pairs[variants == variant] for variant, name in enumerate(STEERING_TENSORS, start=1)}
 
 
 def rows_of(store: TensorStore, split: Split, positions: torch.Tensor, draw: Draw) -> Rows:

@@ -4,16 +4,21 @@ A page fault asks the disk for one page and waits; a batch announced beforehand 
 The rows of the large tensors stand in the small ones, so announcing has stages, each a few batches further ahead
 than the next: the split's list of pair rows, then what stands in those rows, then the embeddings they name.
 
-All of it happens in the trainer's process, also with workers: the page cache is shared. There is no thread and
-nothing to close; an iterator that is abandoned leaves a few index tensors to the garbage collector.
+All of it happens in the trainer's process, also with workers: the page cache is shared. What there is to announce
+is announced by one thread per pass, because the kernel takes 5 us a page to submit and waits where the disk's queue
+is full: time that the trainer's thread gathers in (measured in docs/performance.md). Where pages are in memory
+already no thread is started. It ends with the pass, and with an iterator that is abandoned.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from math import ceil
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -22,6 +27,7 @@ from jasper_store.jasper.schema import STEERING_TENSORS, TENSORS, split_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
+    from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
     from jasper_store.jasper.advisor import Stopwatch
@@ -29,13 +35,17 @@ if TYPE_CHECKING:
 __all__ = ["GROUP_SAMPLES", "Announces", "LookAhead", "depth_for"]
 
 _Indices = TypeVar("_Indices")
+# What a stage makes of some batches on the trainer's thread: work for the announcing thread, or none.
+_Job: TypeAlias = "Callable[[], None]"
+_Stage: TypeAlias = "Callable[[Any], _Job | None]"
 
 MIN_BATCHES: Final = 4
 """Batches that are drawn ahead at least: DESIGN's prototype reached the disk's limit with four."""
 MIN_SAMPLES: Final = 1024
 """Samples that are drawn ahead at least: small batches alone would not fill the disk's queue."""
-GROUP_SAMPLES: Final = 256
-"""Samples that are announced together: asking which rows they read costs 50 us, be it for 16 or for 256."""
+GROUP_SAMPLES: Final = 1024
+"""Samples that are announced together: asking which rows they read and where these lie costs 0.2 ms, be it for 16
+or for 256."""
 MAX_NBYTES: Final = 256 << 20
 """Bytes announced and not yet read, at most: more only pushes other pages out."""
 _UNREAD: Final = 16
@@ -55,6 +65,9 @@ class Announces(Protocol):
 
     def rows_of(self, indices: Any, epoch: int | None = None) -> Mapping[str, torch.Tensor]:
         """Rows of the embedding tensors that a batch reads; reads the small tensors."""
+
+    def steering_rows(self, pairs: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Rows of the steering tensors that pair rows draw; reads nothing."""
 
 
 def depth_for(batch_size: int, sample_nbytes: int, memory: int | None = None) -> int:
@@ -84,7 +97,7 @@ class LookAhead:
             again by itself; with workers, rows are named to the store also while it asks for none.
         drop_behind: give back the pages of each window of a block order that is done with, for data that the page
             cache cannot hold.
-        stopwatch: where the time that announcing takes is written down.
+        stopwatch: where the time is written down that batches wait for being announced.
     """
 
     def __init__(
@@ -124,75 +137,130 @@ class LookAhead:
             for name, rule in TENSORS.items()
             if name in mapped and rule.shape[0] == "pairs" and rule.reads not in (0.0, "probability")
         ]
-        by_batch = mapped & {"question_embs", "source_embs", *STEERING_TENSORS}
+        steering = mapped & set(STEERING_TENSORS)
         found: Iterator[_Indices] = iter(batches)
-        if isinstance(order, BlockOrder) and step:
-            by_window = [*pairwise, *sorted(mapped & set(STEERING_TENSORS))]
-            by_batch -= set(STEERING_TENSORS)
-            if by_window or split in mapped:
-                found = self._by_window(found, _Windows(order, first, step, ranks), by_window)
-        elif pairwise or split in mapped:
-            found = self._by_stages(found, pairwise)
-        return self._stage(found, self._embeddings(by_batch)) if by_batch else found
+        if isinstance(order, BlockOrder) and step and (pairwise or steering or split in mapped):
+            windows = _Windows(order, first, ranks)
+            stages = [self._windows(windows, step, pairwise, steering)]
+            steering = set()
+        else:
+            stages = self._listed(pairwise)
+        by_batch = steering | mapped & {"question_embs", "source_embs"}
+        if by_batch:
+            stages.append(self._embeddings(by_batch))
+        return self._ahead(found, stages) if stages else found
 
-    def _by_stages(self, batches: Iterator[_Indices], names: list[str]) -> Iterator[_Indices]:
+    def _ahead(self, batches: Iterator[_Indices], stages: list[_Stage]) -> Iterator[_Indices]:
+        """The batches, through one stage of announcing after the other; the stages share a thread."""
+        thread = ThreadPoolExecutor(1, "jasper-announce")
+        try:
+            for announce in stages:
+                batches = self._stage(batches, announce, thread)
+            yield from batches
+        finally:
+            thread.shutdown(cancel_futures=True)
+
+    def _stage(self, batches: Iterator[_Indices], announce: _Stage, thread: ThreadPoolExecutor) -> Iterator[_Indices]:
+        """Hold batches back until ``depth`` later ones are announced; small ones are announced together."""
+        waiting: deque[tuple[_Indices, Future[None] | None]] = deque()
+        while group := list(islice(batches, self._group)):
+            whole = group[0] if len(group) == 1 else torch.cat([torch.as_tensor(batch) for batch in group])
+            job = announce(whole)
+            done = None if job is None else thread.submit(job)
+            waiting.extend((batch, done) for batch in group)
+            while len(waiting) > self.depth:
+                yield self._announced(*waiting.popleft())
+        while waiting:
+            yield self._announced(*waiting.popleft())
+
+    def _announced(self, batch: _Indices, done: Future[None] | None) -> _Indices:
+        if done is not None:
+            with self._timed():
+                done.result()
+        return batch
+
+    def _listed(self, names: list[str]) -> list[_Stage]:
         """Announce the split's list, and some batches later what stands in the pair rows that it lists."""
         store = self.dataset.store
         listed = store[split_tensor(self.dataset.split)]
-        if listed.placement == "mmap":
-            batches = self._stage(batches, lambda batch: listed.announce(batch) if self._asked([listed.name]) else None)
-        if not names:
-            return batches
 
-        def announce(batch: Any) -> None:
-            if self._asked(names):
-                pairs = listed.take(batch)
-                for name in names:
-                    store[name].announce(pairs)
+        def announce_list(batch: Any) -> _Job | None:
+            return partial(listed.announce, batch) if self._asked([listed.name]) else None
 
-        return self._stage(batches, announce)
+        def announce_pairs(batch: Any) -> _Job | None:
+            return partial(self._announce_pairs, batch, names, ()) if self._asked(names) else None
 
-    def _by_window(self, batches: Iterator[_Indices], windows: _Windows, names: list[str]) -> Iterator[_Indices]:
-        """Announce the pair-wise tensors a window of the block order ahead: their rows lie in runs there."""
+        stages: list[_Stage] = [announce_list] if listed.placement == "mmap" else []
+        return [*stages, announce_pairs] if names else stages
+
+    def _announce_pairs(self, positions: Any, names: Iterable[str], steering: Iterable[str]) -> None:
+        """Announce the rows of tensors that have one row for each pair; of the steering only what is drawn."""
+        store = self.dataset.store
+        pairs = store[split_tensor(self.dataset.split)].take(positions).to(torch.int64)
+        for name in names:
+            store[name].announce(pairs)
+        drawn = self.dataset.steering_rows(pairs) if steering else {}
+        for name in steering:
+            store[name].announce(drawn[name])
+
+    def _windows(self, windows: _Windows, step: int, names: list[str], steering: set[str]) -> _Stage:
+        """Announce tensors with a row for each pair a window of the block order ahead: their rows lie in runs there.
+
+        The next window is announced bit by bit while the present one is served, and the one before is dropped in
+        the same way, so that the disk is never idle and its queue never full.
+        """
         store = self.dataset.store
         listed = store[split_tensor(self.dataset.split)]
+        everything = [*names, *steering]
         # Batches leave here this many before the trainer has them, the one it works on included.
-        in_flight = 2 * self.depth + 2
-        for number, batch in enumerate(batches):
-            with self._timed():
-                for positions in windows.due(number + self.depth):
-                    listed.announce(positions)
-                    pairs = listed.take(positions)
-                    for name in names:
-                        store[name].announce(pairs)
-                if self.drop_behind:
-                    for first_rows, last_rows in windows.done(number - in_flight):
-                        self._drop(names, listed.take(first_rows), listed.take(last_rows), windows.order.block)
-            yield batch
+        in_flight = (2 * (self.depth + self._group) + 2) * step
+        place = windows.first
 
-    def _drop(self, names: list[str], first: torch.Tensor, last: torch.Tensor, block: int) -> None:
+        def page(due: list[torch.Tensor], done: list[torch.Tensor]) -> None:
+            for positions in due:
+                listed.announce(positions)
+                self._announce_pairs(positions, names, steering)
+            for blocks in done:
+                self._drop(everything, blocks, windows.order)
+
+        def announce(batch: Any) -> _Job | None:
+            nonlocal place
+            place += len(batch) * windows.ranks
+            due = windows.due(place)
+            done = windows.done(place - in_flight) if self.drop_behind else []
+            wanted = (due and self._asked([listed.name, *everything])) or done
+            return partial(page, due, done) if wanted else None
+
+        return announce
+
+    def _drop(self, names: list[str], blocks: torch.Tensor, order: BlockOrder) -> None:
         """Drop the pair rows of blocks, where a block's rows are a run in the file."""
-        for start, stop in zip(first.tolist(), last.tolist(), strict=True):
-            if 0 <= stop - start < _SPARSE * block:
-                for name in names:
-                    self.dataset.store[name].drop_rows(start, stop + 1)
+        listed = self.dataset.store[split_tensor(self.dataset.split)]
+        ends = torch.stack([blocks * order.block, ((blocks + 1) * order.block - 1).clamp_(max=order.n - 1)]).view(-1)
+        listed.announce(ends)
+        starts, stops = (listed.take(ends).view(2, -1) + torch.tensor([[0], [1]])).numpy()
+        runs = (starts < stops) & (stops - starts < _SPARSE * order.block)
+        for name in names:
+            self.dataset.store[name].drop_runs(starts[runs], stops[runs])
 
-    def _embeddings(self, wanted: set[str]) -> Callable[[Any], None]:
-        """A function that announces the rows of these tensors that a batch reads."""
+    def _embeddings(self, wanted: set[str]) -> _Stage:
+        """Announce the rows of these tensors that a batch reads."""
         store = self.dataset.store
         # Calls since it was last read; what was given up in an earlier epoch gets another chance in this one.
         unread = self._unread
         unread.update({name: min(unread.get(name, 0), _UNREAD - 2) for name in wanted})
 
-        def announce(batch: Any) -> None:
-            # A variant that the curriculum does not draw never announces, so nothing is ever known of its pages.
-            if not self._asked(name for name in wanted if unread[name] < _UNREAD):
-                return
+        def announce_rows(batch: Any) -> None:
             found = self.dataset.rows_of(batch)
             for name in wanted:
                 rows = found[name]
                 unread[name] = 0 if len(rows) else unread[name] + 1
                 store[name].announce(rows)
+
+        def announce(batch: Any) -> _Job | None:
+            # A variant that the curriculum does not draw never announces, so nothing is ever known of its pages.
+            asked = self._asked(name for name in wanted if unread[name] < _UNREAD)
+            return partial(announce_rows, batch) if asked else None
 
         return announce
 
@@ -200,42 +268,62 @@ class LookAhead:
         """Whether any of these tensors has a use for announcements now, as far as can be known here."""
         return not self.rely_on_faults or any(self.dataset.store[name].announcing for name in names)
 
-    def _stage(self, batches: Iterator[_Indices], announce: Callable[[Any], None]) -> Iterator[_Indices]:
-        """Hold batches back until ``depth`` later ones are announced; small ones are announced together."""
-        waiting: deque[_Indices] = deque()
-        while group := list(islice(batches, self._group)):
-            with self._timed():
-                announce(group[0] if len(group) == 1 else torch.cat([torch.as_tensor(batch) for batch in group]))
-            waiting.extend(group)
-            while len(waiting) > self.depth:
-                yield waiting.popleft()
-        yield from waiting
-
     def _timed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stopwatch is None else self.stopwatch.announce
 
 
 class _Windows:
-    """Which windows of a block order are due to be announced or dropped, and this rank's positions in them."""
+    """What of a block order's windows is due to be announced or dropped, for the places that one rank takes."""
 
-    def __init__(self, order: BlockOrder, first: int, step: int, ranks: int) -> None:
-        self.order, self.first, self.step, self.ranks = order, first, step, ranks
-        self._due = self._done = order.window_of(first) if first < order.n else order.n_windows
+    def __init__(self, order: BlockOrder, first: int, ranks: int) -> None:
+        self.order, self.first, self.ranks = order, first, ranks
+        begin = order.window_of(first) if first < order.n else order.n_windows
+        self._announced = _Cursor(self._positions, begin, order.n_windows)
+        self._dropped = _Cursor(order.blocks_of, begin, order.n_windows)
 
-    def due(self, number: int) -> Iterator[torch.Tensor]:
-        """Positions of this rank in each window not yet given, up to the one after batch ``number``'s."""
-        place = min(self.first + number * self.step, self.order.n - 1)
-        while self._due <= min(self.order.window_of(place) + 1, self.order.n_windows - 1):
-            start, stop = self.order.window_bounds(self._due)
-            start = max(start + (self.first - start) % self.ranks, self.first)
-            self._due += 1
-            if start < stop:
-                yield self.order.at(torch.arange(start, stop, self.ranks))
+    def due(self, place: int) -> list[torch.Tensor]:
+        """Positions not given yet, in the order of the file: up to as far into the next window as ``place`` is in its own."""
+        return self._announced.until(self._when(place) + 1)
 
-    def done(self, number: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """First and last positions of the blocks of each window not yet given that lies before batch ``number``."""
-        place = self.first + number * self.step
-        while self._done < self.order.n_windows and self.order.window_bounds(self._done)[1] <= place:
-            first = self.order.blocks_of(self._done) * self.order.block
-            self._done += 1
-            yield first, (first + self.order.block - 1).clamp_(max=self.order.n - 1)
+    def done(self, place: int) -> list[torch.Tensor]:
+        """Blocks not given yet: up to as far into the window before as ``place`` is in its own."""
+        return self._dropped.until(self._when(place) - 1)
+
+    def _when(self, place: int) -> float:
+        """A place as a number of windows."""
+        if place >= self.order.n:
+            return float(self.order.n_windows)
+        number = self.order.window_of(max(place, 0))
+        start, stop = self.order.window_bounds(number)
+        return number + max(place - start, 0) / (stop - start)
+
+    def _positions(self, number: int) -> torch.Tensor:
+        """This rank's positions in a window, in the order of the file."""
+        start, stop = self.order.window_bounds(number)
+        start = max(start + (self.first - start) % self.ranks, self.first)
+        return self.order.at(torch.arange(start, max(start, stop), self.ranks)).sort().values
+
+
+class _Cursor:
+    """Moves through the windows and hands over what it passes, in portions."""
+
+    def __init__(self, items: Callable[[int], torch.Tensor], window: int, windows: int) -> None:
+        self._items, self._window, self._windows = items, window, windows
+        self._present: torch.Tensor | None = None
+        self._given = 0
+
+    def until(self, when: float) -> list[torch.Tensor]:
+        """The items between where it was and ``when``, a number of windows."""
+        found: list[torch.Tensor] = []
+        while self._window < min(when, self._windows):
+            if self._present is None:
+                self._present, self._given = self._items(self._window), 0
+            share = min(when - self._window, 1.0)
+            upto = ceil(share * len(self._present))
+            if upto > self._given:
+                found.append(self._present[self._given : upto])
+                self._given = upto
+            if share < 1:
+                break
+            self._window, self._present = self._window + 1, None
+        return found

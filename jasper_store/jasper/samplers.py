@@ -355,7 +355,7 @@ class _BatchIterator(_StatefulIterator):
         if self._source is None:
             look_ahead = self._batches.look_ahead
             draws = self._begun()
-            self._source = drawn = self._drawn(draws)
+            self._source = drawn = _cut(draws, self._batches.batch_size, drop_last=self._batches.drop_last)
             if look_ahead is not None:
                 ranks = self._sampler.num_replicas
                 self._source = look_ahead.over(
@@ -372,14 +372,15 @@ class _BatchIterator(_StatefulIterator):
             return batch.tolist()
         return batch.cpu().numpy() if self._batches.arrays else batch
 
-    def _drawn(self, draws: _Draws) -> Iterator[torch.Tensor]:
-        size, drop_last = self._batches.batch_size, self._batches.drop_last
-        while True:
-            batch = draws.take(size)
-            if len(batch) == 0 or (drop_last and len(batch) < size):
-                return
-            yield batch
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._source = None
+
+
+def _cut(draws: _Draws, size: int, *, drop_last: bool) -> Iterator[torch.Tensor]:
+    """Batches of indices. Not a method: a generator that knew its iterator would outlive it until the next collection."""
+    while True:
+        batch = draws.take(size)
+        if len(batch) == 0 or (drop_last and len(batch) < size):
+            return
+        yield batch

@@ -28,7 +28,7 @@ class LoaderState:
         epoch: the epoch that is being served.
         consumed: samples of the epoch that the trainers of all ranks together have been given.
         samples: samples in an epoch, over all ranks.
-        order: the order in words: ``"sequential"``, ``"global"`` or ``"block 256 x 128"``.
+        order: the order in words: ``"sequential"``, ``"global"`` or ``"block 64 x 128"``.
         fingerprint: digest of the dataset; empty where a dataset has none.
         version: :data:`STATE_VERSION`.
     """

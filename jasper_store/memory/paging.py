@@ -29,6 +29,7 @@ __all__ = [
     "announcer",
     "drop",
     "drop_cache",
+    "drop_ranges",
     "populate",
     "residency",
     "row_ranges",
@@ -101,6 +102,21 @@ def drop(address: int, nbytes: int, file: FileOrFd | None = None, offset: int = 
     if file is not None:
         taken |= drop_cache(file, offset + start - address, length)
     return taken
+
+
+def drop_ranges(ranges: np.ndarray) -> bool:
+    """Let go of the memory behind many ranges in as few system calls as there may be; see :func:`drop`.
+
+    Pages that this process never touched stay in the page cache: they are known to the file alone.
+
+    Args:
+        ranges: int64 [k, 2] of (page-aligned address, bytes in whole pages), as :func:`row_ranges` gives it.
+
+    Returns:
+        Whether the system has any such advice; False on Windows and macOS.
+    """
+    taken = _ANNOUNCER.advise(ranges, _PAGEOUT)
+    return _ANNOUNCER.advise(ranges, _COLD) or taken
 
 
 def residency(address: int, nbytes: int, file: FileOrFd | None = None, offset: int = 0) -> int:
@@ -208,29 +224,45 @@ class Announcer:
             ranges: int64 [k, 2] of (page-aligned address, bytes), as :func:`row_ranges` gives it; several
                 tensors' ranges may be concatenated. A range that is not mapped is passed over.
         """
-        if len(ranges) == 0 or self.backend == "none":
-            return
-        array = _pieces(np.ascontiguousarray(ranges, dtype=np.int64))
-        if self._backend == "process_madvise":
-            array = self._announce_many(array)
-        for address, nbytes in array.tolist():
-            syscalls.madvise(address, nbytes, _WILLNEED)
+        if len(ranges) and self.backend != "none":
+            self.advise(_pieces(np.ascontiguousarray(ranges, dtype=np.int64)), _WILLNEED)
 
-    def _announce_many(self, array: np.ndarray) -> np.ndarray:
-        """Announce by process_madvise; returns the ranges left over because the call is refused from now on."""
-        refused = 0
+    def advise(self, ranges: np.ndarray, advice: int) -> bool:
+        """Give one piece of advice on many ranges; see madvise(2).
+
+        Args:
+            ranges: int64 [k, 2] of (page-aligned address, bytes). A range that is not mapped is passed over.
+            advice: number of the advice.
+
+        Returns:
+            Whether the system took it for any range.
+        """
+        if len(ranges) == 0 or self.backend == "none":
+            return False
+        array = np.ascontiguousarray(ranges, dtype=np.int64)
+        taken = False
+        if self._backend == "process_madvise":
+            array, taken = self._advise_many(array, advice)
+        for address, nbytes in array.tolist():
+            taken |= syscalls.madvise(address, nbytes, advice) == 0
+        return taken
+
+    def _advise_many(self, array: np.ndarray, advice: int) -> tuple[np.ndarray, bool]:
+        """Advise by process_madvise; returns the ranges left over because the call is refused from now on."""
+        refused, taken = 0, False
         while len(array) and refused <= _MAX_REFUSED:
             group = array[:_MAX_RANGES]
             address = int(group.__array_interface__["data"][0])
-            advised, error = syscalls.process_madvise(self._pidfd, address, len(group), _WILLNEED)
+            advised, error = syscalls.process_madvise(self._pidfd, address, len(group), advice)
             if error in {errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.ESRCH, errno.EBADF} and self._withdrawn():
-                return array
+                return array, taken
             if error or advised == 0:
                 refused += 1  # The first range is not mapped, or has no file behind it.
                 array = array[1:]
             else:
+                taken = True
                 array = _after(array, len(group), advised)
-        return array[:0]
+        return array[:0], taken
 
     def _withdrawn(self) -> bool:
         """Whether the call itself is refused, and not the range it was given; if so, madvise takes over."""

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError
@@ -18,8 +19,6 @@ from jasper_store.store.rows import as_rows
 from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from jasper_store.formats.base import TensorSpec
     from jasper_store.memory.mapping import FileMap
     from jasper_store.memory.paging import Access
@@ -213,6 +212,25 @@ class MappedTensor(HostTensor):
         """
         fmap = self._open_map()
         paging.drop(self._address, self._span, fmap.fileno(), self._offset)
+
+    def drop_runs(self, starts: np.ndarray, stops: np.ndarray) -> None:
+        """Let the system have the pages of many runs of rows again, in as few calls as there may be.
+
+        Pages shared with rows outside of a run stay, and so do pages that were announced and never read.
+
+        Raises:
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        starts, stops = np.clip(starts, 0, self.n_rows), np.clip(stops, 0, self.n_rows)
+        wanted = starts < stops
+        if not self._runs or not wanted.any():
+            return
+        page = paging.PAGE
+        begin = -(-(self._address + starts[wanted] * self._row_stride) // page) * page
+        end = (self._address + (stops[wanted] - 1) * self._row_stride + self._row_nbytes) // page * page
+        whole = begin < end
+        paging.drop_ranges(np.stack([begin[whole], (end - begin)[whole]], axis=1))
 
     @property
     def advice(self) -> Access:

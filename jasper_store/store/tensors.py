@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import numpy as np
+
     from jasper_store.formats.base import TensorSpec
     from jasper_store.store.rows import Rows
 
@@ -240,18 +242,17 @@ class StoredTensor(ABC):
         """Whether :meth:`announce` would ask for anything now: the data is mapped, and lately was not in memory."""
         return False
 
-    def drop_rows(self, start: int, stop: int) -> None:
-        """Let the system have the pages of rows start to stop again, as far as they are in the range of rows.
+    def drop_runs(self, starts: np.ndarray, stops: np.ndarray) -> None:  # noqa: ARG002 - as announce
+        """Let the system have the pages of many runs of rows again; they are read anew when needed.
 
-        They are read again when needed; only mapped data has any.
+        Args:
+            starts: first row of each run, integers [k]; as far as they are in the range of rows.
+            stops: row after the last of each run [k].
 
         Raises:
             ClosedError: the store was closed.
         """
         self._require_open()
-        start, stop = max(start, 0), min(stop, self.n_rows)
-        if start < stop:
-            self._scan_behind(start, stop)
 
     def residency(self) -> int:
         """Bytes of its file that are in the page cache now; of the whole file where the data is chunked.

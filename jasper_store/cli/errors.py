@@ -49,6 +49,15 @@ def _code(error: BaseException) -> int:
     return next((code for kind, code in _CODES if isinstance(error, kind)), 1)
 
 
+def _briefly(text: str) -> str:
+    """What does not fit, and the remedy in this program's words; the whole table is for Python, and for --debug."""
+    remedies = (
+        "leave out --preload (or pass --mmap), so that what does not fit is mapped; convert with --dtype bfloat16; or "
+        "raise the bound, if it is yours (--memory-limit). jasper-store plan shows the tensors and the bounds"
+    )
+    return f"{text.splitlines()[0]} To go on: {remedies}."
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     errors().print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
 
@@ -76,5 +85,7 @@ def reported(*, debug: bool) -> Iterator[None]:
             if debug:
                 raise
             text = str(exc) or type(exc).__name__
+            if isinstance(exc, InsufficientMemoryError):
+                text = _briefly(text)
             errors().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
             raise typer.Exit(_code(exc)) from exc

@@ -9,6 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from jasper_store.cli.console import bar, print_json, results, table
+from jasper_store.cli.known import manifest_says
 from jasper_store.cli.options import Directory, FormatOption, Json
 from jasper_store.formats.base import Chunked, Extent, TensorSpec
 from jasper_store.formats.registry import Located, locate
@@ -60,6 +61,7 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
     located = locate(path, storage_format, SCHEMA)
     rows = [_Row(spec, _resident(spec)) for spec in located.specs]
     facts = _facts(path)
+    warnings = [*located.warnings, *manifest_says(path, located)]
     if json:
         print_json(
             {
@@ -68,11 +70,11 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
                 "nbytes": sum(row.spec.nbytes for row in rows),
                 "config": facts,
                 "tensors": [row.to_dict() for row in rows],
-                "warnings": list(located.warnings),
+                "warnings": warnings,
             }
         )
         return
-    _show(path, located, rows, facts)
+    _show(path, located, rows, facts, warnings)
 
 
 def _dtype(spec: TensorSpec) -> str:
@@ -98,7 +100,7 @@ def _facts(path: Path) -> dict[str, Any]:
     }
 
 
-def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any]) -> None:
+def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any], warnings: list[str]) -> None:
     out = results()
     files = len({row.spec.path for row in rows})
     size = format_bytes(sum(row.spec.nbytes for row in rows))
@@ -120,7 +122,7 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any])
     known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
     if facts:
         out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
-    for warning in located.warnings:
+    for warning in warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 

@@ -6,7 +6,10 @@ from rich.markup import escape
 
 import jasper_store as js
 from jasper_store.cli.console import print_json, results, table
+from jasper_store.cli.known import manifest_says
 from jasper_store.cli.options import Device, Directory, FormatOption, Json, MemoryLimit, Mmap
+from jasper_store.formats.registry import locate
+from jasper_store.jasper.schema import SCHEMA
 from jasper_store.memory.budget import format_bytes
 from jasper_store.store.placement import Plan
 
@@ -30,10 +33,13 @@ def plan(
       jasper-store plan data/ --device cuda
     """
     made = js.plan(path, format=storage_format, device=device, use_mmap=mmap, memory_limit=memory_limit)
+    warnings = manifest_says(path, locate(path, storage_format, SCHEMA))
     if json:
-        print_json(made.to_dict())
-    else:
-        show_plan(made, str(path))
+        print_json({**made.to_dict(), "manifest": warnings})
+        return
+    show_plan(made, str(path))
+    for warning in warnings:
+        results().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 def show_plan(made: Plan, title: str) -> None:

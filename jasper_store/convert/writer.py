@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,6 +295,8 @@ class DatasetWriter:
                 # Not under the hands of a conversion into the old directory.
                 stack.enter_context(exclusive(self._target / LOCK_NAME, f"replacing {self._target}"))
             self._check_target()
+            if sys.platform == "win32":
+                stack.close()  # a directory that holds an open file cannot be renamed there; the lock beside it stays
             swap_directory(self._staging, self._target)
             self._published = True
 

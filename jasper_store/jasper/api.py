@@ -150,7 +150,8 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
     jasper = _is_jasper(path)
     report = verify_files(path, schema=schema_at(path), visitor=visitor if jasper else None, progress=progress)
     if jasper:
-        report.add(_meaning(path))
+        known = {found.message for found in report.errors}  # a file that cannot be read is one finding, not two
+        report.add([found for found in _meaning(path) if found.message not in known])
     return report
 
 
@@ -169,7 +170,9 @@ def _meaning(path: Path) -> list[Finding]:
             ]
             return found
     except JasperStoreError as exc:
-        return [Finding("error", exc.tensor or "dataset", "structure", str(exc), None)]
+        # The store names files absolutely; findings name them as the caller does.
+        message = str(exc).replace(str(path.absolute()), str(path))
+        return [Finding("error", exc.tensor or "dataset", "structure", message, None)]
 
 
 def _quietly_opened(path: Path) -> TensorStore:

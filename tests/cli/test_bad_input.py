@@ -39,6 +39,7 @@ def test_truncated_file_is_found_by_verify(run: Run, data: Path) -> None:
     result = run("verify", data)
     assert result.exit_code == 4
     assert "source_embs" in result.output
+    assert result.output.count("source_embs.pt") == 1  # one finding, though two checks meet it
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "train"])
@@ -61,8 +62,23 @@ def test_unknown_command_and_option(run: Run, data: Path) -> None:
 def test_preloading_what_does_not_fit(run: Run, data: Path) -> None:
     result = run("plan", data, "--preload", "--memory-limit", "1KiB")
     assert result.exit_code == 5
-    assert result.stderr.startswith("error: ")
-    assert "To open it" in result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "leave out --preload" in line
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_file_that_the_manifest_does_not_know_any_more(run: Run, data: Path, tmp_path: Path, command: str) -> None:
+    target = tmp_path / "npy"
+    assert run("convert", data, target, "--to", "npy").exit_code == 0
+    assert "vouches" not in run(command, target).output
+    with (target / "source_embs.npy").open("r+b") as file:
+        file.seek(5000)
+        file.write(b"x")
+    result = run(command, target)
+    assert result.exit_code == 0
+    assert "source_embs.npy: not the file that jasper_store.json vouches for" in result.stdout
+    assert "vouches" in run(command, target, "--json").stdout
 
 
 def test_maps_and_a_device_do_not_mix(refused: Refused, data: Path) -> None:

@@ -235,6 +235,10 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         """
         self._control.set_epoch(epoch)
 
+    def settings(self) -> tuple[int, int | None, int]:
+        """What may change during an epoch and decides batches from then on: epoch, forced variant, negatives."""
+        return self._control.read()
+
     @property
     def epoch(self) -> int:
         """The current epoch, as every worker sees it."""

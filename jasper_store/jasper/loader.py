@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import UnknownNameError
 from jasper_store.jasper.advisor import Meter, Stopwatch, WorkerClock, advise
+from jasper_store.jasper.assembly import Assembly, batches_at_once
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.distributed import Ranks, find_ranks
 from jasper_store.jasper.epochs import set_epoch, warn_same_epoch
@@ -115,7 +116,7 @@ def create_loader(
         on_device = None if dataset.device.type == "cpu" else str(dataset.device)
         reads_maps = dataset.store.plan.reads_maps
         check_options(device=on_device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=reads_maps)
-        kind, why = _choose_order(dataset, order)
+        kind, why = _choose_order(dataset, order, ranks.world_size)
         sampler = EpochSampler(
             dataset,
             ranks.world_size,
@@ -231,7 +232,20 @@ class JasperLoader(DataLoader[Any]):
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
         batches = sampler.batches(self.batch_size or 1, sampler.start)
         self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
-        return super().__iter__(), self._progress, self.stopwatch
+        return self._serve(), self._progress, self.stopwatch
+
+    def _serve(self) -> Iterator[Any]:
+        """PyTorch's iterator; without workers and with a dataset of ours, one that gathers several batches at once."""
+        dataset: Any = self.dataset
+        ours = getattr(type(dataset), "__getitems__", None) is JASPERSteeringDataset.__getitems__
+        if self.num_workers or not ours:
+            return super().__iter__()
+        # PyTorch's iterators draw a seed for workers, also without any: what a trainer draws must not depend on it.
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        batches: Any = self.batch_sampler
+        at_once = batches_at_once(self.batch_size or 1, _sample_nbytes(dataset))
+        pin = self.pin_memory and torch.cuda.is_available()
+        return Assembly(dataset, iter(batches), self.collate_fn, at_once, pin=pin)
 
     def forget_workers(self) -> None:
         """Do not use persistent workers again: one of them has died, and the others were stopped."""
@@ -397,10 +411,16 @@ def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:
     return mapped, max(plan.budget.nbytes - plan.preloaded_nbytes, 0)
 
 
-def _choose_order(dataset: JASPERSteeringDataset, asked: str) -> tuple[str, str]:
+def _choose_order(dataset: JASPERSteeringDataset, asked: str, ranks: int) -> tuple[str, str]:
     """The order, and why."""
     if asked != "auto":
         return asked, "it was asked for"
+    if ranks > 1:
+        # Ranks that each chose by the memory of their own machine could choose differently, and repeat samples.
+        return (
+            "global",
+            "several ranks share the epoch; pass order='block' to all of them where the data is larger than memory",
+        )
     mapped, left = _mapped_and_left(dataset)
     figures = f"{mapped / 2**20:.1f} MiB that are read per sample are mapped, and the page cache may hold {left / 2**20:.1f} MiB"
     if mapped > left:

@@ -22,10 +22,25 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-__all__ = ["BLOCK", "RangeReader", "default_threads", "empty", "read_converted", "read_into"]
+__all__ = ["BLOCK", "RangeReader", "anonymous", "default_threads", "empty", "read_converted", "read_into"]
 
 _CONVERT_BLOCK = 1 << 20  # Stays in the second-level cache between the read and the conversion.
 _HUGE_PAGE = 2 << 20
+
+
+def anonymous(nbytes: int) -> mmap.mmap:
+    """Memory of this process, zeroed, that asks for huge pages; Linux only.
+
+    Raises:
+        OSError: the system refused it.
+    """
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # EINVAL: a kernel built without huge pages; small ones serve too.
+            raise
+    return memory
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -41,13 +56,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     try:
         if nbytes < _HUGE_PAGE or sys.platform != "linux":
             return torch.empty(tuple(shape), dtype=dtype)
-        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as exc:
-            if exc.errno != errno.EINVAL:  # EINVAL: a kernel built without huge pages; small ones serve too.
-                raise
-        return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+        return torch.frombuffer(anonymous(nbytes), dtype=dtype).view(tuple(shape))
     except (OSError, MemoryError, RuntimeError, OverflowError) as exc:
         msg = (
             f"expected {nbytes:,} bytes of memory for a tensor {dtype} {tuple(shape)}, and the system refused "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jasper_store.memory.buffers import BufferPool
 from jasper_store.store.rows import as_rows, out_of_range, require_in_range
 from jasper_store.store.tensors import StoredTensor
 
@@ -17,6 +18,11 @@ __all__ = ["DeviceTensor", "HostTensor", "ResidentTensor"]
 
 # torch gathers these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+# Rows taken together that come to this many bytes are put into memory that is used again.
+_SMALL_TAKE = 512 << 10
+_BUFFERS = BufferPool()
 
 
 class HostTensor(StoredTensor):
@@ -66,7 +72,9 @@ class HostTensor(StoredTensor):
                 got = self._restore(torch.index_select(source, 0, rows))
                 return got if out is None else out.copy_(got)
             if out is None:
-                return torch.index_select(source, 0, rows)
+                if len(rows) * self.row_nbytes < _SMALL_TAKE:
+                    return torch.index_select(source, 0, rows)
+                out = _BUFFERS.empty((len(rows), *self.row_shape), self.dtype)
             return torch.index_select(source, 0, rows, out=out)
         except (IndexError, RuntimeError) as exc:
             error = out_of_range(rows, self.n_rows, self.name)

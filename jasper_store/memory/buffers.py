@@ -1,0 +1,69 @@
+"""Memory for tensors that are made, used and dropped again and again, as batches are.
+
+The C library gives a block of some megabytes back to the kernel as soon as it is freed, and the next one is paid
+for again: a page fault and a page of zeros for each 4 KiB, more than the gather that fills it (measured in
+docs/performance.md). Here the block is kept and handed out again, once nothing refers to it any more: neither the
+tensor, nor a view of it, nor a NumPy array made of it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+import weakref
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from jasper_store.memory.preload import anonymous
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["BufferPool"]
+
+_UNIT: Final = 256 << 10
+_LEAST: Final = 512 << 10
+"""Below this the C library is quicker."""
+_MOST: Final = 256 << 20
+"""Above this memory is worth more than the time to get it again."""
+_KEPT: Final = 2
+"""Free blocks of a size that are kept, and sizes: a loader fills one batch while the trainer has another."""
+
+
+class BufferPool:
+    """Hands out tensors over memory that is used again. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        # Free blocks by size; the sizes asked for last are at the end. Every change is one step of the interpreter.
+        self._free: dict[int, list[mmap.mmap]] = {}
+        self._lent: dict[int, weakref.ref[memoryview]] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised host tensor, as ``torch.empty`` gives it; its memory may have served before."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if not _LEAST <= nbytes <= _MOST or sys.platform != "linux":
+            return torch.empty(tuple(shape), dtype=dtype)
+        size = -(-nbytes // _UNIT) * _UNIT
+        try:
+            block = self._free[size].pop()
+        except (KeyError, IndexError):
+            try:
+                block = anonymous(size)
+            except OSError:
+                return torch.empty(tuple(shape), dtype=dtype)  # its error, or what it finds elsewhere
+        # A storage keeps the object that it was made over. Nobody else has this one, so it goes when the storage does.
+        window = memoryview(block)[:nbytes]
+        key = id(window)
+        self._lent[key] = weakref.ref(window, lambda _: self._take_back(key, block))
+        return torch.frombuffer(window, dtype=dtype).view(tuple(shape))
+
+    def _take_back(self, key: int, block: mmap.mmap) -> None:
+        self._lent.pop(key, None)
+        free = self._free.pop(len(block), [])
+        if len(free) < _KEPT:
+            free.append(block)
+        self._free[len(block)] = free
+        while len(self._free) > 2 * _KEPT:
+            self._free.pop(next(iter(self._free)), None)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jasper_store.errors import InsufficientMemoryError
+from jasper_store.memory.huge import HUGE_PAGE, HugePages
 from jasper_store.memory.mapping import memory_limits
 from jasper_store.memory.reader import BLOCK, RangeReader, as_bytes, default_threads
 
@@ -25,26 +26,28 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "RangeReader", "anonymous", "default_threads", "empty", "read_converted", "read_into"]
 
 _CONVERT_BLOCK = 1 << 20  # Stays in the second-level cache between the read and the conversion.
-_HUGE_PAGE = 2 << 20
+_LARGE = 64 << 20  # Less than this is little time, whatever its pages are.
+_HUGE_PAGES = HugePages()
 
 
 def anonymous(nbytes: int) -> mmap.mmap:
-    """Memory of this process, zeroed, that asks for huge pages; Linux only.
+    """Memory of this process, zeroed, in huge pages if that is quick; Linux only.
 
     Raises:
         OSError: the system refused it.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:  # EINVAL: a kernel built without huge pages; small ones serve too.
-            raise
+    if nbytes < _LARGE:  # what is larger is backed as it is filled, see read_into
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # EINVAL: a kernel built without huge pages; small ones serve too.
+                raise
     return memory
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised host tensor whose memory is page-aligned and asks for huge pages.
+    """An uninitialised host tensor whose memory is page-aligned, and in huge pages where they can be had quickly.
 
     Forked children share its pages until they write to them. Small tensors, and all of them where the system
     has no such advice, are ordinary ``torch.empty``.
@@ -54,7 +57,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """
     nbytes = math.prod(shape) * dtype.itemsize
     try:
-        if nbytes < _HUGE_PAGE or sys.platform != "linux":
+        if nbytes < HUGE_PAGE or sys.platform != "linux":
             return torch.empty(tuple(shape), dtype=dtype)
         return torch.frombuffer(anonymous(nbytes), dtype=dtype).view(tuple(shape))
     except (OSError, MemoryError, RuntimeError, OverflowError) as exc:
@@ -91,9 +94,16 @@ def read_into(
         DatasetNotFoundError: there is no such file, or it cannot be read.
         IncompatibleOptionsError: ``out`` is not a contiguous host tensor.
     """
-    nbytes = out.numel() * out.element_size()
-    with RangeReader(path, offset, nbytes, threads=threads, drop_behind=drop_behind) as reader:
-        reader.read(0, out, on_bytes)
+    view = as_bytes(out)
+    large, address = len(view) >= _LARGE, out.data_ptr()
+
+    def fill(first: int, last: int) -> None:
+        if large:
+            _HUGE_PAGES.back(address, len(view), first, last)
+        reader.read_block(first, view[first:last])
+
+    with RangeReader(path, offset, len(view), threads=threads, drop_behind=drop_behind) as reader:
+        reader.run(0, len(view), fill, BLOCK, on_bytes)
 
 
 def read_converted(

@@ -43,17 +43,22 @@ def _state(files: list[Path], *, cold: bool) -> None:
         pagecache.warm(files)
 
 
+def _tensors(path: Path) -> list[Path]:
+    """Every file but the configuration."""
+    return [file for file in pagecache.files_under(path) if file.suffix != ".json"]
+
+
 def _dense(path: Path) -> list[Path]:
-    """The tensors: ragged lists are a pickle in one format and two tensors in others, so nobody is timed on them."""
-    return [file for file in pagecache.files_under(path) if "keyword_ids" not in file.name and file.suffix != ".json"]
+    """Those without the ragged lists, which h5py cannot write in one call."""
+    return [file for file in _tensors(path) if "keyword_ids" not in file.name]
 
 
 def preload(path: str, *, cold: bool) -> dict[str, Any]:
-    """Open with everything in memory."""
+    """Open with everything in memory, ragged lists of keyword ids included."""
     import jasper_store as js
 
-    files = _dense(Path(path))
-    _state(pagecache.files_under(Path(path)), cold=cold)
+    files = _tensors(Path(path))
+    _state(files, cold=cold)
     facts: dict[str, Any] = {"nbytes": sum(file.stat().st_size for file in files)}
     with _timed(facts):
         store = js.open(path, use_mmap=False)
@@ -63,10 +68,10 @@ def preload(path: str, *, cold: bool) -> dict[str, Any]:
 
 
 def torch_load(path: str, *, cold: bool) -> dict[str, Any]:
-    """``torch.load`` of the same files, one after the other, all kept."""
+    """``torch.load`` of the same files, one after the other, all kept; the lists of keyword ids as lists."""
     import torch
 
-    files = _dense(Path(path))
+    files = _tensors(Path(path))
     _state(files, cold=cold)
     facts: dict[str, Any] = {"nbytes": sum(file.stat().st_size for file in files)}
     with _timed(facts):

@@ -47,6 +47,7 @@ def run(context: Context) -> CaseResult:
             )
             result.notes.append(f"The disk's sequential rate, own probe: {limit / 1e9:.2f} GB/s.")
     result.notes.append(
-        "Ragged keyword ids are left out of the bytes and of `torch.load`, which unpickles a list for each pair."
+        "All files of the dataset on both sides, each time in a new process. The ragged keyword ids become two tensors "
+        "here and a list for each pair with `torch.load`."
     )
     return result

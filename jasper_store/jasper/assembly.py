@@ -1,7 +1,7 @@
 """Batches made in the trainer's process: several are gathered at once and handed over as parts.
 
 A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
-samples. So a loader without workers gathers some batches together (measured in docs/performance.md). The parts
+samples. So a loader without workers gathers some batches together (measured in docs/notes-paging.md). The parts
 are disjoint, each with a version counter of its own, so that a trainer may write to a batch as it likes. What the
 trainer sets meanwhile, an epoch, a forced variant, new negatives, holds from its next batch on: what was
 gathered before is gathered anew.

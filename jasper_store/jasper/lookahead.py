@@ -6,7 +6,7 @@ than the next: the split's list of pair rows, then what stands in those rows, th
 
 All of it happens in the trainer's process, also with workers: the page cache is shared. What there is to announce
 is announced by one thread per pass, because the kernel takes 5 us a page to submit and waits where the disk's queue
-is full: time that the trainer's thread gathers in (measured in docs/performance.md). Where pages are in memory
+is full: time that the trainer's thread gathers in (measured in docs/notes-paging.md). Where pages are in memory
 already no thread is started. It ends with the pass, and with an iterator that is abandoned.
 """
 

@@ -30,7 +30,7 @@ __all__ = ["BlockOrder", "GlobalOrder", "Order", "SequentialOrder", "block_order
 
 #: Rows per block and blocks per window of the block order. Runs of 64 rows of 384 floats are read at 1.24 GB/s where
 #: runs of 256 are read at 1.22; what a smaller window saves is memory: two windows, of all steering variants, must
-#: stay in the page cache at a time (docs/performance.md).
+#: stay in the page cache at a time (docs/notes-paging.md).
 BLOCK, WINDOW = 64, 128
 #: Below this a sorted table of hashes is exact, better mixed than a Feistel network of a few bits, and still small.
 TABLE_LIMIT = 4096

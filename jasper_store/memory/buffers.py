@@ -2,7 +2,7 @@
 
 The C library gives a block of some megabytes back to the kernel as soon as it is freed, and the next one is paid
 for again: a page fault and a page of zeros for each 4 KiB, more than the gather that fills it (measured in
-docs/performance.md). Here the block is kept and handed out again, once nothing refers to it any more: neither the
+docs/notes-paging.md). Here the block is kept and handed out again, once nothing refers to it any more: neither the
 tensor, nor a view of it, nor a NumPy array made of it.
 """
 

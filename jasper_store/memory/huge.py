@@ -3,7 +3,7 @@
 Rows gathered from huge pages cost up to 15 % less, because fewer address translations miss. But a virtual machine that
 reports its free memory to the host gets it back bit by bit when it touches it again, and what it reports are free
 blocks of the size of a huge page: 1.6 GB took 1.2 to 3.7 s there, 0.35 s in small pages, which are seldom
-reported, and 0.08 s in huge pages that the host still backed (docs/performance.md). Fragmented memory, which the
+reported, and 0.08 s in huge pages that the host still backed (docs/notes-paging.md). Fragmented memory, which the
 kernel compacts first, looks alike. Nothing tells beforehand, so it is found out on the way.
 """
 

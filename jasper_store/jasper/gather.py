@@ -19,7 +19,7 @@ __all__ = ["Draw", "Rows", "gather", "rows_of", "steering_rows"]
 
 _TABLE_PAIRS = 1 << 20
 """Up to this many pairs the variants of an epoch are drawn at once and looked up: one operation a batch instead of
-fourteen (30 us at B=256 on a core of the machine in docs/performance.md). A byte per pair; beyond it, memory would
+fourteen (30 us at B=256 on a core of the machine in docs/notes-paging.md). A byte per pair; beyond it, memory would
 grow with the dataset, and each batch is drawn by itself."""
 
 

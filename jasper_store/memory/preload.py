@@ -1,7 +1,7 @@
 """Loading bytes of a file into memory at the speed of memory, or of the disk when they are not cached.
 
 What costs is the page faults of a fresh buffer, so the buffer asks for huge pages: of a cached file, 2.5 GB/s a
-thread becomes 11 (docs/performance.md has the run).
+thread becomes 11 (docs/notes-paging.md has the run).
 """
 
 from __future__ import annotations

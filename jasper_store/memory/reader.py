@@ -1,6 +1,6 @@
 """Reading a range of a file by several threads, from the page cache or past it.
 
-Measured on 2 cores (docs/performance.md has the run): blocks of 4 MiB reach the copy bandwidth from the page cache
+Measured on 2 cores (docs/notes-paging.md has the run): blocks of 4 MiB reach the copy bandwidth from the page cache
 with two threads and the disk's sequential rate past it with four; larger blocks gain nothing.
 """
 

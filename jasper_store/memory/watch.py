@@ -1,7 +1,7 @@
 """Knowing when not to announce: whether the disk is still being read, told by two counters of the process.
 
 Announcing rows that are cached costs five times their gather, so a warm reader must stop; and when its pages are
-evicted later, it must begin again. The kernel counts both sides for free (measured in docs/performance.md):
+evicted later, it must begin again. The kernel counts both sides for free (measured in docs/notes-paging.md):
 
 * while announcing: the blocks that this thread asked of the disk *during* the announcement. None, for a thousand
   ranges on end, and it was waste;

@@ -23,6 +23,7 @@ __all__ = ["CASES", "measure"]
 
 # More than the kernel's own threads and the harness need beside a measurement.
 BUSY = 0.15
+OWN_SETTINGS = frozenset({"readers", "convert_gb", "disk_budget", "growth_pairs", "sparse_gib", "fio"})
 # Row files first, datasets after them: the disk budget holds one kind at a time.
 CASES = (
     "cold",
@@ -34,6 +35,7 @@ CASES = (
     "block",
     "mixing",
     "preload",
+    "sharing",
     "convert",
     "verify",
     "open",
@@ -69,9 +71,14 @@ def _begin(settings: Settings, out: Path, *, quick: bool) -> dict[str, Any]:
     }
     if out.exists():
         before = results.load(out)
-        if before["settings"] == document["settings"]:
+        if _shared(before["settings"]) == _shared(document["settings"]):
             document["cases"] = before["cases"]
     return document
+
+
+def _shared(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that several cases depend on; the sizes that one case goes through stand in its own rows."""
+    return {name: value for name, value in settings.items() if name not in OWN_SETTINGS}
 
 
 def _case(context: Context, name: str) -> CaseResult:

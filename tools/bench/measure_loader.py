@@ -17,7 +17,7 @@ from tools.bench.plain_dataset import PlainDataset
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["equal", "growth", "rate"]
+__all__ = ["equal", "growth", "rate", "sharing"]
 
 SOURCE_NBYTES = 1 << 30
 COPY_S = 0.4
@@ -211,3 +211,23 @@ def growth(dataset: str, batch: int, batches: int) -> dict[str, Any]:
             break
     elapsed = time.perf_counter() - begin - opened
     return {"open_s": opened, "batches": served, "seconds": elapsed, "window": (began, time.monotonic())}
+
+
+def sharing(dataset: str, batch: int, workers: int, method: str, marks: list[float]) -> dict[str, Any]:
+    """Private bytes of the larger worker at shares of an epoch over a preloaded dataset."""
+    import multiprocessing
+
+    import psutil
+
+    import jasper_store as js
+
+    loader = js.create_loader(
+        dataset, "train", batch, workers, use_mmap=False, multiprocessing_context=method, persistent_workers=True
+    )
+    due = [min(int(mark * len(loader)), len(loader) - 1) for mark in marks]
+    private: list[int] = []
+    for number, _ in enumerate(loader):
+        while len(private) < len(due) and number == due[len(private)]:
+            sizes = [psutil.Process(child.pid).memory_full_info().uss for child in multiprocessing.active_children()]
+            private.append(max(sizes))
+    return {"private": private, "nbytes": loader.dataset_obj.store.nbytes}

@@ -21,7 +21,7 @@ class Drawn:
     """A plot that was written.
 
     Attributes:
-        path: relative to the Markdown file.
+        path: relative to the folder it was drawn under.
         title: for those who do not see it.
     """
 

@@ -167,5 +167,7 @@ def _machine(document: dict[str, Any]) -> str:
 
 
 def _plot(name: str, document: dict[str, Any], path: Path, *, draw: bool) -> str:
-    drawn = plot.draw(name, document, path.parent, write=draw)
-    return f"![{drawn.title}]({drawn.path})" if drawn else ""
+    # Plots lie with the documentation, whichever page shows them.
+    folder = path.parent / "docs" if (path.parent / "docs").is_dir() else path.parent
+    drawn = plot.draw(name, document, folder, write=draw)
+    return f"![{drawn.title}]({(folder / drawn.path).relative_to(path.parent).as_posix()})" if drawn else ""

@@ -7,6 +7,7 @@ pages than another's.
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -90,10 +91,23 @@ def write_raw(path: Path, source: RowSource) -> None:
 
 def write_pt(path: Path, source: RowSource) -> None:
     """``torch.save`` itself, told to align its records; it streams from a map, so it needs no memory for the rows."""
-    torch = import_module("torch")
-    config = import_module("torch.utils.serialization").config
     raw = path.with_name(f"{path.name}.raw")
     write_raw(raw, source)
+    _save_mapped(path, raw, source)
+
+
+def write_zeros_pt(path: Path, source: RowSource) -> None:
+    """The same of zeros, which then become a hole: a source that takes no room on the disk."""
+    raw = path.with_name(f"{path.name}.raw")
+    with raw.open("wb") as file:
+        file.truncate(source.rows * source.dim * 4)
+    _save_mapped(path, raw, source)
+    subprocess.run(["fallocate", "--dig-holes", str(path)], check=True)
+
+
+def _save_mapped(path: Path, raw: Path, source: RowSource) -> None:
+    torch = import_module("torch")
+    config = import_module("torch.utils.serialization").config
     before = config.save.storage_alignment
     try:
         mapped = torch.from_file(str(raw), shared=True, size=source.rows * source.dim, dtype=torch.float32)
@@ -165,6 +179,7 @@ WRITERS: Mapping[str, Callable[[Path, RowSource], None]] = {
     "rows.safetensors": write_safetensors,
     "rows.npy": write_npy,
     "rows.pt": write_pt,
+    "zeros.pt": write_zeros_pt,
     "rows.h5": write_hdf5,
     "rows.raw": write_raw,
     "rows.arrow": write_arrow,

@@ -100,7 +100,11 @@ class Assembly:
         self._made_for = self._dataset.settings()
         wanted = self._waiting[0]
         if len(self._waiting) > 1:
-            wanted = torch.cat([torch.as_tensor(indices, dtype=torch.int64) for indices in self._waiting])
+            # A last batch that is not full may be a list, where the others are tensors on a device.
+            device = self._dataset.device
+            wanted = torch.cat(
+                [torch.as_tensor(indices, dtype=torch.int64, device=device) for indices in self._waiting]
+            )
         tensors = self._dataset.__getitems__(wanted).tensors
         self._gathered = {key: value.pin_memory() for key, value in tensors.items()} if self._pin else tensors
         self._first = 0

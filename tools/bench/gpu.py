@@ -76,8 +76,10 @@ def stand_ins() -> list[str]:
 def measure(folder: Path, pairs: int, dim: int, batch: int) -> dict[str, Any]:
     """Write a dataset, load it onto the device, and time steps."""
     missing = stand_ins()
-    import jasper_store as js
     from tools.bench.jasper_data import write
+    from tools.bench.library import library
+
+    js = library()
 
     path = folder / "dataset"
     nbytes = write("safetensors", str(path), pairs=pairs, pairs_per_row=1, dim=dim, n_neg=5, seed=20)["nbytes"]

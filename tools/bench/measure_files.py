@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import pagecache
+from tools.bench.library import library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ def _dense(path: Path) -> list[Path]:
 
 def preload(path: str, *, cold: bool) -> dict[str, Any]:
     """Open with everything in memory, ragged lists of keyword ids included."""
-    import jasper_store as js
+    js = library()
 
     files = _tensors(Path(path))
     _state(files, cold=cold)
@@ -82,7 +83,7 @@ def torch_load(path: str, *, cold: bool) -> dict[str, Any]:
 
 def warm_up(path: str) -> dict[str, Any]:
     """``js.warm_up`` of a cold file."""
-    import jasper_store as js
+    js = library()
 
     files = pagecache.files_under(Path(path))
     store = js.open(path, use_mmap=True)
@@ -107,7 +108,7 @@ def vmtouch(path: str) -> dict[str, Any]:
 
 def convert(src: str, dst: str, layout: str, compression: str | None = None, *, cold: bool = False) -> dict[str, Any]:
     """``js.convert`` to a new directory, durable at the end by its own doing; then forgotten again."""
-    import jasper_store as js
+    js = library()
 
     files = pagecache.files_under(Path(src))
     _fresh(Path(dst))
@@ -156,7 +157,7 @@ def h5py_gzip(src: str, dst: str) -> dict[str, Any]:
 
 def verify(path: str, *, cold: bool) -> dict[str, Any]:
     """``js.verify`` of a dataset that has its checksums."""
-    import jasper_store as js
+    js = library()
 
     files = pagecache.files_under(Path(path))
     _state(files, cold=cold)
@@ -169,7 +170,7 @@ def verify(path: str, *, cold: bool) -> dict[str, Any]:
 
 def open_dataset(path: str, times: int = 5) -> dict[str, Any]:
     """Open a dataset again and again, as a training script does: configuration, tensors, validation."""
-    import jasper_store as js
+    js = library()
 
     seconds = []
     began = time.monotonic()

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tools.bench import block_device, pagecache
 from tools.bench.cgroup import Cap
+from tools.bench.library import library
 from tools.bench.plain_dataset import PlainDataset
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def rate(
     Counted from the first batch on, over as many epochs as the time holds, the gaps between epochs included.
     ``copies`` also measures the machine's copy of as many bytes, in this process.
     """
-    import jasper_store as js
+    js = library()
 
     location = Path(dataset)
     files = pagecache.files_under(location)
@@ -177,7 +178,7 @@ def _copy_rate(pieces: torch.Tensor, place: Callable[[], torch.Tensor]) -> float
 
 def equal(dataset: str, count: int = 512) -> dict[str, Any]:
     """Whether batched access, one-by-one access and a plain dataset agree bit by bit on the same positions."""
-    import jasper_store as js
+    js = library()
 
     ours = js.JASPERSteeringDataset(dataset, "train", use_mmap=False)
     plain = PlainDataset(Path(dataset))
@@ -199,7 +200,7 @@ def equal(dataset: str, count: int = 512) -> dict[str, Any]:
 
 def growth(dataset: str, batch: int, batches: int) -> dict[str, Any]:
     """Serve some batches of an epoch over a mapped dataset; only the memory is of interest."""
-    import jasper_store as js
+    js = library()
 
     began = time.monotonic()
     begin = time.perf_counter()
@@ -219,7 +220,7 @@ def sharing(dataset: str, batch: int, workers: int, method: str, marks: list[flo
 
     import psutil
 
-    import jasper_store as js
+    js = library()
 
     loader = js.create_loader(
         dataset, "train", batch, workers, use_mmap=False, multiprocessing_context=method, persistent_workers=True
@@ -228,6 +229,10 @@ def sharing(dataset: str, batch: int, workers: int, method: str, marks: list[flo
     private: list[int] = []
     for number, _ in enumerate(loader):
         while len(private) < len(due) and number == due[len(private)]:
-            sizes = [psutil.Process(child.pid).memory_full_info().uss for child in multiprocessing.active_children()]
-            private.append(max(sizes))
+            private.append(max(_private(psutil.Process(child.pid)) for child in multiprocessing.active_children()))
     return {"private": private, "nbytes": loader.dataset_obj.store.nbytes}
+
+
+def _private(process: Any) -> int:
+    """Bytes that it wrote and nobody else has; a page of a mapped file is the kernel's, whoever maps it."""
+    return sum(region.private_dirty for region in process.memory_maps(grouped=True))

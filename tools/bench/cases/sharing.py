@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def run(context: Context) -> CaseResult:
-    """The larger of two workers, by the pages that nobody else maps (USS)."""
+    """The larger of two workers, by the pages that it wrote and shares with nobody (Private_Dirty)."""
     result = CaseResult(NAME, TITLE)
     path = str(context.assets.ensure("jasper.safetensors"))
     rows: list[dict[str, Any]] = []

@@ -1,0 +1,41 @@
+"""A worker of a preloaded dataset holds little of its own, and no more at the end of an epoch than at its start."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jasper_store.jasper.loader import create_loader
+from tests.builders import build_pt_dataset
+
+DIM, PAIRS = 256, 12_000
+
+
+def private() -> int:
+    """Bytes that the larger worker wrote and shares with nobody; mapped pages of files are the kernel's."""
+    return max(
+        sum(region.private_dirty for region in psutil.Process(child.pid).memory_maps(grouped=True))
+        for child in multiprocessing.active_children()
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages a process alone has written")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_private_memory_of_workers_stays_flat(tmp_path: Path, method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    data = build_pt_dataset(tmp_path / "data", n_pairs=PAIRS, n_questions=PAIRS, n_sources=PAIRS, dim=DIM)
+    loader = create_loader(
+        data, "train", 64, 2, use_mmap=False, multiprocessing_context=method, persistent_workers=True
+    )
+    whole = loader.dataset_obj.store.nbytes
+    assert whole > 50 << 20
+    found = [private() for number, _ in enumerate(loader) if number % 30 == 4]
+    assert len(found) > 3
+    assert max(found) - found[0] < whole // 6
+    if method == "fork":
+        assert found[-1] < whole // 2  # a copy of the store would be all of it; the rest is the interpreter's

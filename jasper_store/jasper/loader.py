@@ -78,7 +78,8 @@ def create_loader(
         memory_limit: upper bound in bytes on what may be preloaded.
         seed: decides the shuffle and the steering draw.
         order: ``"global"`` mixes all samples; ``"block"`` shuffles blocks, for data larger than memory;
-            ``"auto"`` chooses by the plan, and ``loader.explain()`` says why. Only training shuffles.
+            ``"auto"`` chooses by the plan (``"global"`` over several ranks, which must agree), and
+            ``loader.explain()`` says why. Only training shuffles.
         padding: over several ranks without ``drop_last``: ``"wrap"`` repeats samples until all ranks have the
             same count, ``"none"`` serves every sample exactly once.
         rank: number of this rank, with ``world_size``; instead of what ``distributed`` finds.

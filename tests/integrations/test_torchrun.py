@@ -65,6 +65,11 @@ def test_two_ranks_train_to_equal_weights(undisturbed: tuple[str, list[Seen]], e
             assert own == whole[rank : 2 * STEPS * BATCH : 2]
 
 
+def test_gloo_ends_before_the_interpreter_does(undisturbed: tuple[str, list[Seen]]) -> None:
+    # A thread of it that wants the GIL then aborts the process, after everything went well (pytorch#190489).
+    assert "gloo outlives the program" not in undisturbed[0]
+
+
 def test_a_killed_rank_is_restarted_and_the_run_goes_on(
     data: Path, undisturbed: tuple[str, list[Seen]], epochs: list[list[float]], tmp_path: Path
 ) -> None:

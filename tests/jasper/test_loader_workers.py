@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,14 +163,17 @@ def workers() -> set[int]:
 
 
 class Deadly(Numbers):
-    """Ends the worker that is asked for sample 13."""
+    """Ends the worker that is asked for sample 13, as soon as the file is there."""
 
-    def __init__(self, n: int, how: str) -> None:
+    def __init__(self, n: int, how: str, may_die: Path) -> None:
         super().__init__(n)
         self.how = how
+        self.may_die = may_die
 
     def __getitems__(self, indices: Any) -> torch.Tensor:
         if 13 in indices and get_worker_info() is not None:
+            while not self.may_die.exists():
+                time.sleep(0.01)
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             os._exit(3)
@@ -192,11 +196,14 @@ def shared(pids: set[int]) -> list[str]:
         ("kill", "was ended by SIGKILL", "forkserver", True),
     ],
 )
-def test_a_worker_that_dies_is_named_and_leaves_nothing(how: str, said: str, method: str, persistent: bool) -> None:
+def test_a_worker_that_dies_is_named_and_leaves_nothing(
+    how: str, said: str, method: str, persistent: bool, tmp_path: Path
+) -> None:
     from jasper_store.jasper.loader import JasperLoader
 
     before = workers()
-    dataset: Any = Deadly(60, how)
+    may_die = tmp_path / "may_die"
+    dataset: Any = Deadly(60, how, may_die)
     loader = JasperLoader(
         dataset,
         4,
@@ -208,6 +215,7 @@ def test_a_worker_that_dies_is_named_and_leaves_nothing(how: str, said: str, met
     )
     batches = iter(loader)
     next(batches)
+    may_die.touch()  # not before: a worker that comes up late would find the other one dead already
     pids = {worker.pid for worker in batches._batches._workers}
     assert len(pids) == 2
     with pytest.raises(WorkerDiedError, match=rf"worker 1 \(pid \d+\) {said}.*num_workers=0") as caught:

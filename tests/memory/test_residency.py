@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -117,7 +118,12 @@ def test_drop_lets_go_and_keeps_private_writes(file):
 def test_drop_spares_pages_shared_with_neighbours(file):
     fmap = FileMap(file)
     fmap.bytes.sum()
-    paging.drop(fmap.address + 1, 3 * PAGE, fmap.fileno(), 1)
+    # A page that waits in another core's batch for its place in the kernel's lists cannot be let go at that moment.
+    for _ in range(40):
+        paging.drop(fmap.address + 1, 3 * PAGE, fmap.fileno(), 1)
+        if not cached_bytes(file, PAGE, 2 * PAGE):
+            break
+        time.sleep(0.05)
     assert cached_bytes(file, 0, PAGE) == PAGE
     assert cached_bytes(file, PAGE, 2 * PAGE) == 0
     assert cached_bytes(file, 3 * PAGE, SIZE - 3 * PAGE) == SIZE - 3 * PAGE

@@ -193,19 +193,17 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         """
         return self._rows(indices, epoch).by_tensor()
 
-    def steering_rows(self, pairs: torch.Tensor, epoch: int | None = None) -> dict[str, torch.Tensor]:
+    def steering_rows(self, pairs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rows of each steering tensor that pair rows will read; nothing is read to know them.
 
         Args:
             pairs: pair rows, int64 [B], on the dataset's device.
-            epoch: epoch of the draw; the dataset's own by default.
 
         Returns:
             Tensor name to int64 rows: of the pairs that draw its variant.
         """
-        current, forced, _ = self._control.read()
-        draw = self._draw_of(self._open(), current if epoch is None else epoch, forced)
-        return steering_rows(pairs, draw.variants(pairs))
+        epoch, forced, _ = self._control.read()
+        return steering_rows(pairs, self._draw_of(self._open(), epoch, forced).variants(pairs))
 
     def _rows(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], epoch: int | None = None) -> Rows:
         current, forced, generation = self._control.read()

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from jasper_store.errors import UnknownNameError
 from jasper_store.jasper.advisor import Meter, Stopwatch, WorkerClock, advise
 from jasper_store.jasper.assembly import Assembly, batches_at_once
+from jasper_store.jasper.choices import choose_order, look_ahead_for, sample_nbytes_of
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.distributed import Ranks, find_ranks
 from jasper_store.jasper.epochs import set_epoch, warn_same_epoch
 from jasper_store.jasper.first_batch import validate_first_batch
-from jasper_store.jasper.lookahead import LookAhead, depth_for
+from jasper_store.jasper.lookahead import LookAhead
 from jasper_store.jasper.options import check_loader_options, warn_of_small_shared_memory
 from jasper_store.jasper.samplers import BatchSampler, EpochSampler, Padding
 from jasper_store.jasper.schema import SCHEMA, Split, check_split
@@ -117,7 +118,7 @@ def create_loader(
         on_device = None if dataset.device.type == "cpu" else str(dataset.device)
         reads_maps = dataset.store.plan.reads_maps
         check_options(device=on_device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=reads_maps)
-        kind, why = _choose_order(dataset, order, ranks.world_size)
+        kind, why = choose_order(dataset, order, ranks.world_size)
         sampler = EpochSampler(
             dataset,
             ranks.world_size,
@@ -130,13 +131,13 @@ def create_loader(
             device=dataset.device,
         )
         sampler.set_epoch(epoch)
-        sample_nbytes = _sample_nbytes(dataset)
+        sample_nbytes = sample_nbytes_of(dataset)
         warn_of_small_shared_memory(batch_size * sample_nbytes, num_workers, dataloader_options)
         return JasperLoader(
             dataset,
             batch_size,
             sampler=sampler,
-            look_ahead=_look_ahead(dataset, batch_size, sample_nbytes, num_workers),
+            look_ahead=look_ahead_for(dataset, batch_size, sample_nbytes, num_workers),
             adopt_order=order == "auto",
             why_order=why,
             ranks=ranks,
@@ -244,7 +245,7 @@ class JasperLoader(DataLoader[Any]):
         # PyTorch's iterators draw a seed for workers, also without any: what a trainer draws must not depend on it.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         batches: Any = self.batch_sampler
-        at_once = batches_at_once(self.batch_size or 1, _sample_nbytes(dataset))
+        at_once = batches_at_once(self.batch_size or 1, sample_nbytes_of(dataset))
         pin = self.pin_memory and torch.cuda.is_available()
         return Assembly(dataset, iter(batches), self.collate_fn, at_once, pin=pin)
 
@@ -387,50 +388,3 @@ class _Pass:
         self._progress.delivered += 1
         watch.ended = perf_counter()
         return batch
-
-
-def _look_ahead(
-    dataset: JASPERSteeringDataset, batch_size: int, sample_nbytes: int, num_workers: int
-) -> LookAhead | None:
-    """The look-ahead, if there is anything to announce."""
-    if not dataset.use_mmap:
-        return None
-    mapped, left = _mapped_and_left(dataset)
-    return LookAhead(
-        dataset,
-        depth_for(batch_size, sample_nbytes, left),
-        batch_size=batch_size,
-        rely_on_faults=num_workers == 0,
-        drop_behind=mapped > left,
-    )
-
-
-def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:
-    """Bytes that are mapped and read per sample, and bytes of memory that are left for the page cache."""
-    plan = dataset.store.plan
-    mapped = sum(entry.nbytes for entry in plan.entries if entry.placement == "mmap" and entry.reads_per_sample > 0)
-    return mapped, max(plan.budget.nbytes - plan.preloaded_nbytes, 0)
-
-
-def _choose_order(dataset: JASPERSteeringDataset, asked: str, ranks: int) -> tuple[str, str]:
-    """The order, and why."""
-    if asked != "auto":
-        return asked, "it was asked for"
-    if ranks > 1:
-        # Ranks that each chose by the memory of their own machine could choose differently, and repeat samples.
-        return (
-            "global",
-            "several ranks share the epoch; pass order='block' to all of them where the data is larger than memory",
-        )
-    mapped, left = _mapped_and_left(dataset)
-    figures = f"{mapped / 2**20:.1f} MiB that are read per sample are mapped, and the page cache may hold {left / 2**20:.1f} MiB"
-    if mapped > left:
-        return "block", f"{figures}: blocks of rows are read in runs"
-    return "global", "nothing that is read per sample is mapped" if not mapped else f"{figures}: they fit"
-
-
-def _sample_nbytes(dataset: JASPERSteeringDataset) -> int:
-    """Bytes of one sample in a batch."""
-    width = dataset.embedding_dim * dataset.store["source_embs"].dtype.itemsize
-    numbers = 4 + dataset.n_neg
-    return (3 + dataset.n_neg) * width + 8 * numbers

@@ -13,12 +13,11 @@ import ctypes
 import time
 from typing import Final
 
-from jasper_store.memory import syscalls
+from jasper_store.memory import paging
 
 __all__ = ["HUGE_PAGE", "HugePages"]
 
 HUGE_PAGE: Final = 2 << 20
-_HUGEPAGE: Final = 14
 _SLOW: Final = 0.5e-3
 """Seconds. Zeroing a huge page takes 0.1 ms, the 512 faults of small pages in its place 0.4 ms."""
 _MEMORY: Final = 0.8
@@ -48,7 +47,7 @@ class HugePages:
         """
         start = -(-(buffer + first) // HUGE_PAGE) * HUGE_PAGE
         stop = min(-(-(buffer + last) // HUGE_PAGE) * HUGE_PAGE, (buffer + nbytes) // HUGE_PAGE * HUGE_PAGE)
-        if self.slow or start >= stop or syscalls.madvise(start, stop - start, _HUGEPAGE):
+        if self.slow or not paging.advise(start, stop - start, "hugepage"):
             return
         for page in range(start, stop, HUGE_PAGE):
             began = time.perf_counter()

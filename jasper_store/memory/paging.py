@@ -104,17 +104,22 @@ def drop(address: int, nbytes: int, file: FileOrFd | None = None, offset: int = 
     return taken
 
 
-def drop_ranges(ranges: np.ndarray) -> bool:
+def drop_ranges(starts: np.ndarray, stops: np.ndarray) -> bool:
     """Let go of the memory behind many ranges in as few system calls as there may be; see :func:`drop`.
 
-    Pages that this process never touched stay in the page cache: they are known to the file alone.
+    Pages that this process never touched stay in the page cache: they are known to the file alone. So do pages that
+    lie in a range only in part.
 
     Args:
-        ranges: int64 [k, 2] of (page-aligned address, bytes in whole pages), as :func:`row_ranges` gives it.
+        starts: addresses, int64 [k].
+        stops: addresses of the byte after each [k].
 
     Returns:
         Whether the system has any such advice; False on Windows and macOS.
     """
+    first, last = -(-starts // PAGE) * PAGE, stops // PAGE * PAGE
+    whole = first < last
+    ranges = np.stack([first[whole], (last - first)[whole]], axis=1)
     taken = _ANNOUNCER.advise(ranges, _PAGEOUT)
     return _ANNOUNCER.advise(ranges, _COLD) or taken
 

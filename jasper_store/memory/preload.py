@@ -94,16 +94,13 @@ def read_into(
         DatasetNotFoundError: there is no such file, or it cannot be read.
         IncompatibleOptionsError: ``out`` is not a contiguous host tensor.
     """
-    view = as_bytes(out)
-    large, address = len(view) >= _LARGE, out.data_ptr()
+    nbytes = out.numel() * out.element_size()
 
-    def fill(first: int, last: int) -> None:
-        if large:
-            _HUGE_PAGES.back(address, len(view), first, last)
-        reader.read_block(first, view[first:last])
+    def back(first: int, last: int) -> None:
+        _HUGE_PAGES.back(out.data_ptr(), nbytes, first, last)
 
-    with RangeReader(path, offset, len(view), threads=threads, drop_behind=drop_behind) as reader:
-        reader.run(0, len(view), fill, BLOCK, on_bytes)
+    with RangeReader(path, offset, nbytes, threads=threads, drop_behind=drop_behind) as reader:
+        reader.read(0, out, on_bytes, before=back if nbytes >= _LARGE else None)
 
 
 def read_converted(

@@ -124,11 +124,23 @@ class RangeReader:
             os.close(self._direct)
             self._direct = -1
 
-    def read(self, start: int, out: torch.Tensor, on_bytes: Callable[[int], None] | None = None) -> None:
-        """Fill a contiguous host tensor with the bytes at ``start`` of the range; errors as :func:`read_into`."""
+    def read(
+        self,
+        start: int,
+        out: torch.Tensor,
+        on_bytes: Callable[[int], None] | None = None,
+        *,
+        before: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Fill a contiguous host tensor with the bytes at ``start`` of the range; errors as :func:`read_into`.
+
+        ``before(first, last)`` is called in the reading threads, ahead of each part of ``out`` that they fill.
+        """
         view = as_bytes(out)
 
         def fill(first: int, last: int) -> None:
+            if before is not None:
+                before(first - start, last - start)
             self.read_block(first, view[first - start : last - start])
 
         self.run(start, start + len(view), fill, BLOCK, on_bytes)

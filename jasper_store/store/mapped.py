@@ -223,14 +223,9 @@ class MappedTensor(HostTensor):
         """
         self._require_open()
         starts, stops = np.clip(starts, 0, self.n_rows), np.clip(stops, 0, self.n_rows)
-        wanted = starts < stops
-        if not self._runs or not wanted.any():
-            return
-        page = paging.PAGE
-        begin = -(-(self._address + starts[wanted] * self._row_stride) // page) * page
-        end = (self._address + (stops[wanted] - 1) * self._row_stride + self._row_nbytes) // page * page
-        whole = begin < end
-        paging.drop_ranges(np.stack([begin[whole], (end - begin)[whole]], axis=1))
+        if self._runs:
+            ends = (stops - 1) * self._row_stride + self._row_nbytes
+            paging.drop_ranges(self._address + starts * self._row_stride, self._address + ends)
 
     @property
     def advice(self) -> Access:

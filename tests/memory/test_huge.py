@@ -22,7 +22,7 @@ class Calls:
         self.seconds = iter(seconds)
         self.now = 0.0
         self.half = False
-        monkeypatch.setattr("jasper_store.memory.huge.syscalls.madvise", self.madvise)
+        monkeypatch.setattr("jasper_store.memory.syscalls.madvise", self.madvise)
         monkeypatch.setattr("jasper_store.memory.huge.time.perf_counter", self.clock)
 
     def madvise(self, address: int, nbytes: int, advice: int) -> int:
@@ -76,7 +76,7 @@ def test_one_slow_page_now_and_then_is_somebody_elses(monkeypatch: pytest.Monkey
 
 
 def test_where_there_are_none_nothing_is_touched(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
-    monkeypatch.setattr("jasper_store.memory.huge.syscalls.madvise", lambda *_: 22)
+    monkeypatch.setattr("jasper_store.memory.syscalls.madvise", lambda *_: 22)
     pages = HugePages()
     pages.back(*buffer, 0, buffer[1])
     assert not pages.slow

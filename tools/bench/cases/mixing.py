@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jasper_store.jasper.order import BLOCK, WINDOW
 from tools.bench import spawn
 from tools.bench.results import CaseResult, Column, Table
 
@@ -15,6 +16,7 @@ __all__ = ["NAME", "TITLE", "figures", "run"]
 NAME = "mixing"
 TITLE = "How well the two orders mix"
 ROWS = 500_000
+SIZES = ((BLOCK, WINDOW), (BLOCK, WINDOW // 4), (4 * BLOCK, WINDOW), (BLOCK // 4, WINDOW))
 COLUMNS = (
     Column("label", "order"),
     Column("displacement", "mean distance from the row's place in the file, over n", "share"),
@@ -42,8 +44,9 @@ def figures(rows: int, seed: int) -> dict[str, Any]:
     orders = {
         "file order": order.SequentialOrder(rows),
         "global": order.order(rows, seed, 0),
-        "block, 256 rows x 128": order.block_order(rows, seed, 0),
-        "block, 256 rows x 32": order.block_order(rows, seed, 0, window=32),
-        "block, 16 rows x 128": order.block_order(rows, seed, 0, block=16),
+        **{
+            f"block, {block} rows x {window}": order.block_order(rows, seed, 0, block, window)
+            for block, window in SIZES
+        },
     }
     return {"rows": [{"key": name, "label": name, **vars(mixing(each))} for name, each in orders.items()]}

@@ -20,17 +20,26 @@ from jasper_store.convert.report import ConversionReport
 from jasper_store.errors import ClosedError, UnknownNameError
 from jasper_store.jasper.batch import Batch, Sample
 from jasper_store.jasper.control import Control
-from jasper_store.jasper.gather import Draw, Rows, gather, rows_of, steering_rows
+from jasper_store.jasper.gather import KEYS, Draw, Rows, chain_of, gather, rows_of, steering_rows
 from jasper_store.jasper.negatives import reopened_negatives, warn_kept
 from jasper_store.jasper.opened import OpenedDataset, open_dataset
 from jasper_store.jasper.schema import SCHEMA, SPLITS, Split, check_split, split_tensor
 from jasper_store.jasper.steering import VARIANTS, variant_number
 from jasper_store.jasper.subset import ArraySubset
+from jasper_store.store.chain import Chain
 from jasper_store.store.store import TensorStore
 
 __all__ = ["JASPERSteeringDataset"]
 
 _FINGERPRINT_SAMPLE = 4096
+
+
+def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
+    """Positions as an int64 tensor."""
+    if isinstance(indices, list):
+        # PyTorch's samplers give lists of ints; by way of an array they cost a third.
+        indices = np.array(indices, dtype=np.int64)
+    return torch.as_tensor(indices, dtype=torch.int64)
 
 
 class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
@@ -97,6 +106,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         self._control = Control(epoch)
         self._negatives_seen = 0
         self._draw: Draw | None = None
+        self._chain: tuple[Draw, int, Chain | None] | None = None
         # Whether a batch announces its own rows; a loader that looks ahead has done so before.
         self.announces = True
         self._size = opened.sizes[split]
@@ -172,6 +182,10 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             IndexError: a position outside [0, len(self)).
             ClosedError: the dataset was closed.
         """
+        chain = self._chain_now()
+        if chain is not None:
+            positions = _positions(indices)
+            return Batch(dict(zip(KEYS, chain.run(positions), strict=True)), positions.shape[0])
         rows = self._rows(indices)
         store = self.store
         if self.announces and store.use_mmap:
@@ -205,13 +219,26 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         epoch, forced, _ = self._control.read()
         return steering_rows(pairs, self._draw_of(self._open(), epoch, forced).variants(pairs))
 
+    def _chain_now(self) -> Chain | None:
+        """The whole gather as one call, where everything is in memory; of the present epoch and negatives."""
+        epoch, forced, generation = self._control.read()
+        if generation != self._negatives_seen:
+            self._follow_negatives(generation)
+        opened = self._open()
+        draw = self._draw_of(opened, epoch, forced)
+        known = self._chain
+        if known is None or known[0] is not draw or known[1] != opened.store.generation:
+            made = chain_of(opened.store, self.split, draw)
+            self._chain = known = (draw, opened.store.generation, made)
+        return known[2]
+
     def _rows(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], epoch: int | None = None) -> Rows:
         current, forced, generation = self._control.read()
         if generation != self._negatives_seen:
             self._follow_negatives(generation)
         opened = self._open()
         draw = self._draw_of(opened, current if epoch is None else epoch, forced)
-        positions = torch.as_tensor(indices, dtype=torch.int64)
+        positions = _positions(indices)
         if opened.store.device.type != "cpu":
             positions = positions.to(opened.store.device, non_blocking=True)
         return rows_of(opened.store, self.split, positions, draw)
@@ -385,7 +412,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers open the files anew, so they begin with the negatives that are on disk, and draw for themselves.
-        return self.__dict__ | {"_draw": None, "_negatives_seen": self._control.read()[2]}
+        return self.__dict__ | {"_draw": None, "_chain": None, "_negatives_seen": self._control.read()[2]}
 
     def close(self) -> None:
         """Release files, maps and preloaded tensors; safe to call twice. Batches already made stay valid."""

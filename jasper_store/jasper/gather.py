@@ -1,7 +1,7 @@
-"""The way of a batch: positions -> rows of each tensor -> one ``take`` per tensor -> a dictionary of tensors.
+"""The way of a batch: positions -> rows of each tensor -> the rows taken, all together -> a dictionary of tensors.
 
 Two steps, because the rows of the large tensors stand in the small ones. The look-ahead runs the first step alone,
-to announce rows before they are needed.
+to announce rows before they are needed. Where everything is in memory, both are one call of the kernel.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import torch
 
 from jasper_store.jasper.schema import STEERING_TENSORS, Split, split_tensor
 from jasper_store.jasper.steering import Probabilities, draw_variants
+from jasper_store.memory.gather import Source, source_of, widening
+from jasper_store.store.chain import INPUT, Chain, Step, Via
 from jasper_store.store.store import TensorStore
+from jasper_store.store.tensors import StoredTensor
+from jasper_store.store.together import Take, take_together
 
 __all__ = ["Draw", "Rows", "gather", "rows_of", "steering_rows"]
 
 
 _TABLE_PAIRS = 1 << 20
-"""Up to this many pairs the variants of an epoch are drawn at once and looked up: one operation a batch instead of
-fourteen (30 us at B=256 on a core of the machine in docs/notes-paging.md). A byte per pair; beyond it, memory would
-grow with the dataset, and each batch is drawn by itself."""
+"""Up to this many pairs the variants of an epoch are drawn at once and looked up: part of another gather instead of
+fourteen operations (30 us at B=256 on a core of the machine in docs/notes-paging.md). Five bytes per pair; beyond it,
+memory would grow with the dataset, and each batch is drawn by itself."""
 
 
 class Draw:
@@ -31,7 +35,7 @@ class Draw:
         forced: a variant that every sample gets instead, or ``None``.
     """
 
-    __slots__ = ("_pairs", "_probabilities", "_seed", "_table", "epoch", "forced")
+    __slots__ = ("_pairs", "_probabilities", "_seed", "_tables", "epoch", "forced")
 
     def __init__(self, seed: int, epoch: int, probabilities: Probabilities, forced: int | None, pairs: int) -> None:
         self.epoch = epoch
@@ -39,18 +43,33 @@ class Draw:
         self._seed = seed
         self._probabilities = probabilities
         self._pairs = pairs
-        self._table: torch.Tensor | None = None
+        self._tables: tuple[Source, Source] | None = None
+
+    def takes(self, pairs: torch.Tensor) -> tuple[Take, Take] | None:
+        """The variants of pairs [B] and their rows of the stack, to be looked up; ``None`` where there are no tables."""
+        tables = self.tables(pairs.device)
+        if tables is None:
+            return None
+        return Take(tables[0], pairs, torch.int64), Take(tables[1], pairs, torch.int64)
+
+    def tables(self, device: torch.device) -> tuple[Source, Source] | None:
+        """Of every pair: its variant, int8, and its row of the stack of steering tensors, int32."""
+        if self._tables is None and 0 < self._pairs <= _TABLE_PAIRS:
+            pairs = torch.arange(self._pairs, device=device)
+            variants = self._of(pairs)
+            stacked = _stacked_rows(pairs, variants, self._pairs)
+            self._tables = source_of(variants.to(torch.int8)), source_of(stacked.to(torch.int32))
+        return self._tables
 
     def variants(self, pairs: torch.Tensor) -> torch.Tensor:
         """Variant of each pair row [B], int64, on the device of ``pairs``."""
+        takes = self.takes(pairs)
+        return self._of(pairs) if takes is None else take_together(takes[:1])[0]
+
+    def _of(self, pairs: torch.Tensor) -> torch.Tensor:
         if self.forced is not None:
             return torch.full_like(pairs, self.forced)
-        if self._pairs > _TABLE_PAIRS:
-            return draw_variants(pairs, self._seed, self.epoch, self._probabilities)
-        if self._table is None:
-            everything = torch.arange(self._pairs, device=pairs.device)
-            self._table = draw_variants(everything, self._seed, self.epoch, self._probabilities).to(torch.int8)
-        return torch.index_select(self._table, 0, pairs).to(torch.int64)
+        return draw_variants(pairs, self._seed, self.epoch, self._probabilities)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +79,23 @@ class Rows:
     Attributes:
         pairs: pair rows [B].
         variants: steering variants [B].
-        questions: question rows [B].
-        sources: source rows [B + B * n_neg], the targets first, then the negatives of each sample.
+        index: question row and source row of each pair [B, 2].
+        negatives: source rows of each pair's negatives [B, n_neg].
+        stacked: rows of the stack of steering tensors [B], where they were looked up.
     """
 
     pairs: torch.Tensor
     variants: torch.Tensor
-    questions: torch.Tensor
-    sources: torch.Tensor
+    index: torch.Tensor
+    negatives: torch.Tensor
+    stacked: torch.Tensor | None = None
 
     def by_tensor(self) -> dict[str, torch.Tensor]:
         """Rows of each large tensor that a batch reads; of the steering tensors only the variant drawn."""
+        questions, targets = self.index.t()
+        sources = torch.cat((targets, self.negatives.view(-1)))
         steering = steering_rows(self.pairs, self.variants)
-        return {"question_embs": self.questions, "source_embs": self.sources, **steering}
+        return {"question_embs": questions.contiguous(), "source_embs": sources, **steering}
 
 
 def steering_rows(pairs: torch.Tensor, variants: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -82,47 +105,104 @@ def steering_rows(pairs: torch.Tensor, variants: torch.Tensor) -> dict[str, torc
 
 def rows_of(store: TensorStore, split: Split, positions: torch.Tensor, draw: Draw) -> Rows:
     """Rows of the large tensors for samples at ``positions`` [B] of a split; reads the index tensors."""
-    pairs = _int64(store[split_tensor(split)].take(positions))
-    index = _int64(store["pair_index"].take(pairs))
-    negatives = _int64(store["hard_negatives"].take(pairs))
-    return Rows(
-        pairs=pairs,
-        variants=draw.variants(pairs),
-        questions=index[:, 0].contiguous(),
-        sources=torch.cat((index[:, 1], negatives.reshape(-1))),
-    )
+    (pairs,) = take_together([Take(store[split_tensor(split)], positions, torch.int64)])
+    takes = [Take(store["pair_index"], pairs, torch.int64), Take(store["hard_negatives"], pairs, torch.int64)]
+    drawn = draw.takes(pairs)
+    if drawn is None:
+        index, negatives = take_together(takes)
+        return Rows(pairs, draw.variants(pairs), index, negatives)
+    index, negatives, variants, stacked = take_together([*takes, *drawn])
+    return Rows(pairs, variants, index, negatives, stacked)
 
 
 def gather(store: TensorStore, rows: Rows) -> dict[str, torch.Tensor]:
-    """Read a batch: one ``take`` per tensor.
+    """Read a batch: one take per tensor, together where they are in memory.
 
     Returns:
         The batch of DESIGN section 5: embeddings in their stored dtype, ids int64, on the store's device.
     """
-    size = len(rows.pairs)
-    sources = store["source_embs"].take(rows.sources)
-    return {
-        "question_emb": store["question_embs"].take(rows.questions),
-        "target_source_emb": sources[:size],
-        "steering": _steering(store, rows),
-        "negative_embs": sources[size:].view(size, *store["hard_negatives"].shape[1:], *sources.shape[1:]),
-        "cluster_id": _int64(store["pair_cluster_id"].take(rows.pairs)),
-        "relevance": store["pair_relevance"].take(rows.pairs),
-        "centroid_distance": store["centroid_distances"].take(rows.pairs),
-        "steering_variant": rows.variants,
-        "negative_tiers": _int64(store["negative_tiers"].take(rows.pairs)),
+    pairs, sources = rows.pairs, store["source_embs"]
+    takes = {
+        "question_emb": Take(store["question_embs"], rows.index[:, 0]),
+        "target_source_emb": Take(sources, rows.index[:, 1]),
+        "negative_embs": Take(sources, rows.negatives.view(-1)),
+        "cluster_id": Take(store["pair_cluster_id"], pairs, torch.int64),
+        "relevance": Take(store["pair_relevance"], pairs),
+        "centroid_distance": Take(store["centroid_distances"], pairs),
+        "negative_tiers": Take(store["negative_tiers"], pairs, torch.int64),
     }
+    stack = store.stacked(STEERING_TENSORS)
+    if stack is not None:
+        rows_of_stack = rows.stacked
+        if rows_of_stack is None:
+            rows_of_stack = _stacked_rows(pairs, rows.variants, (stack.n_rows - 1) // len(STEERING_TENSORS))
+        takes["steering"] = Take(stack, rows_of_stack)
+    taken = dict(zip(takes, take_together(list(takes.values())), strict=True))
+    negatives = taken["negative_embs"]
+    taken["negative_embs"] = negatives.view(*rows.negatives.shape, *negatives.shape[1:])
+    taken["steering_variant"] = rows.variants
+    if stack is None:
+        taken["steering"] = _steering(store, rows)
+    return {key: taken[key] for key in KEYS}
 
 
-def _int64(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.int64)
+def chain_of(store: TensorStore, split: Split, draw: Draw) -> Chain | None:
+    """What :func:`rows_of` and :func:`gather` do, as one call; the results are in the order of :data:`KEYS`.
+
+    Returns:
+        ``None`` if a tensor is not where the kernel reaches it, or of a dtype that it does not know.
+    """
+    tables, stack = draw.tables(store.device), store.stacked(STEERING_TENSORS)
+    if tables is None or stack is None:
+        return None
+    pairs, index, negatives, stacked = range(4)
+    ids = torch.int64
+    steps = [
+        _step(store[split_tensor(split)], INPUT, ids, result=False),
+        _step(store["pair_index"], Via(pairs), ids, result=False),
+        _step(store["hard_negatives"], Via(pairs), ids, result=False),
+        _table_step(tables[1], Via(pairs), result=False),
+        _step(store["question_embs"], Via(index, 0)),
+        _step(store["source_embs"], Via(index, 1)),
+        _step(stack, Via(stacked)),
+        _step(store["source_embs"], Via(negatives)),
+        _step(store["pair_cluster_id"], Via(pairs), ids),
+        _step(store["pair_relevance"], Via(pairs)),
+        _step(store["centroid_distances"], Via(pairs)),
+        _table_step(tables[0], Via(pairs)),
+        _step(store["negative_tiers"], Via(pairs), ids),
+    ]
+    found = [step for step in steps if step is not None]
+    return Chain(found) if len(found) == len(steps) else None
+
+
+KEYS = (
+    "question_emb",
+    "target_source_emb",
+    "steering",
+    "negative_embs",
+    "cluster_id",
+    "relevance",
+    "centroid_distance",
+    "steering_variant",
+    "negative_tiers",
+)
+"""Keys of a batch, in their order."""
+
+
+def _step(tensor: StoredTensor, rows: Via, dtype: torch.dtype | None = None, *, result: bool = True) -> Step | None:
+    source, dtype = tensor.in_memory, dtype or tensor.dtype
+    if source is None or widening(tensor.dtype, dtype) is None:
+        return None
+    return Step(tensor.name, source, rows, dtype, result)
+
+
+def _table_step(source: Source, rows: Via, *, result: bool = True) -> Step | None:
+    return Step("steering", source, rows, torch.int64, result) if source.numbers else None
 
 
 def _steering(store: TensorStore, rows: Rows) -> torch.Tensor:
     """Steering rows [B, D]: zeros for variant 0, else the pair's row of the variant's tensor."""
-    stack = store.stacked(STEERING_TENSORS)
-    if stack is not None:
-        return stack.take(_stacked_rows(rows, pairs=(stack.n_rows - 1) // len(STEERING_TENSORS)))
     first = store[STEERING_TENSORS[0]]
     steering = torch.zeros((len(rows.pairs), *first.shape[1:]), dtype=first.dtype, device=rows.pairs.device)
     for variant, name in enumerate(STEERING_TENSORS, start=1):
@@ -132,8 +212,7 @@ def _steering(store: TensorStore, rows: Rows) -> torch.Tensor:
     return steering
 
 
-def _stacked_rows(rows: Rows, pairs: int) -> torch.Tensor:
-    """Rows of the stack: variant v of pair p is row (v - 1) * pairs + p, and variant 0 is the last, of zeros."""
-    # Variant 0 comes out negative by (pairs - p); where() rather than indexing, so that a device is not waited for.
-    wanted = (rows.variants - 1) * pairs + rows.pairs
-    return torch.where(rows.variants == 0, len(STEERING_TENSORS) * pairs, wanted)
+def _stacked_rows(pairs: torch.Tensor, variants: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows of the stack: variant v of pair p is row (v - 1) * count + p, and variant 0 is the last, of zeros."""
+    # Variant 0 comes out negative by (count - p); where() rather than indexing, so that a device is not waited for.
+    return torch.where(variants == 0, len(STEERING_TENSORS) * count, (variants - 1) * count + pairs)

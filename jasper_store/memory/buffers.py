@@ -12,6 +12,8 @@ import math
 import mmap
 import sys
 import weakref
+from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -28,17 +30,20 @@ _LEAST: Final = 512 << 10
 """Below this the C library is quicker."""
 _MOST: Final = 256 << 20
 """Above this memory is worth more than the time to get it again."""
-_KEPT: Final = 2
-"""Free blocks of a size that are kept, and sizes: a loader fills one batch while the trainer has another."""
+_FREE_NBYTES: Final = 128 << 20
+"""Free blocks are kept up to this many bytes, the ones that came back last: a loader fills one batch while the
+trainer has another."""
 
 
 class BufferPool:
     """Hands out tensors over memory that is used again. Safe to use from several threads."""
 
-    def __init__(self) -> None:
-        # Free blocks by size; the sizes asked for last are at the end. Every change is one step of the interpreter.
-        self._free: dict[int, list[mmap.mmap]] = {}
+    def __init__(self, free_nbytes: int = _FREE_NBYTES) -> None:
+        # In the order in which they came back. Every change is one step of the interpreter.
+        self._free: deque[mmap.mmap] = deque()
         self._lent: dict[int, weakref.ref[memoryview]] = {}
+        # Of its own: blocks also come back while the interpreter ends, when a module's names are gone already.
+        self._free_nbytes = free_nbytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised host tensor, as ``torch.empty`` gives it; its memory may have served before."""
@@ -46,9 +51,8 @@ class BufferPool:
         if not _LEAST <= nbytes <= _MOST or sys.platform != "linux":
             return torch.empty(tuple(shape), dtype=dtype)
         size = -(-nbytes // _UNIT) * _UNIT
-        try:
-            block = self._free[size].pop()
-        except (KeyError, IndexError):
+        block = self._used(size)
+        if block is None:
             try:
                 block = anonymous(size)
             except OSError:
@@ -59,11 +63,21 @@ class BufferPool:
         self._lent[key] = weakref.ref(window, lambda _: self._take_back(key, block))
         return torch.frombuffer(window, dtype=dtype).view(tuple(shape))
 
+    def _used(self, size: int) -> mmap.mmap | None:
+        """The free block of a size that came back last, which the processor's cache may still hold."""
+        for block in reversed(tuple(self._free)):
+            if len(block) == size:
+                try:
+                    self._free.remove(block)
+                except ValueError:
+                    continue  # another thread was quicker
+                return block
+        return None
+
     def _take_back(self, key: int, block: mmap.mmap) -> None:
         self._lent.pop(key, None)
-        free = self._free.pop(len(block), [])
-        if len(free) < _KEPT:
-            free.append(block)
-        self._free[len(block)] = free
-        while len(self._free) > 2 * _KEPT:
-            self._free.pop(next(iter(self._free)), None)
+        self._free.append(block)
+        held = sum(map(len, tuple(self._free)))
+        with suppress(IndexError):  # another thread was quicker
+            while held > self._free_nbytes:
+                held -= len(self._free.popleft())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jasper_store.memory.buffers import BufferPool
+from jasper_store.memory.gather import Jobs, Source, source_of
 from jasper_store.store.rows import as_rows, out_of_range, require_in_range
 from jasper_store.store.tensors import StoredTensor
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
     from jasper_store.store.rows import Rows
 
-__all__ = ["DeviceTensor", "HostTensor", "ResidentTensor"]
+__all__ = ["DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows"]
 
 # torch gathers these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -23,6 +24,18 @@ _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: t
 # Rows taken together that come to this many bytes are put into memory that is used again.
 _SMALL_TAKE = 512 << 10
 _BUFFERS = BufferPool()
+_HOST = torch.device("cpu")
+
+
+def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
+    """Uninitialised host memory for rows that are taken; its size in bytes spares asking for it."""
+    if nbytes < _SMALL_TAKE:
+        return torch.empty(shape, dtype=dtype, device=_HOST)
+    return _BUFFERS.empty(shape, dtype)
+
+
+def _reachable(source: Source) -> Source | None:
+    return source if source.numbers else None
 
 
 class HostTensor(StoredTensor):
@@ -53,6 +66,8 @@ class HostTensor(StoredTensor):
         self._source: torch.Tensor | None = source if signed is None else source.view(signed)
         self._copies = as_bytes or read_only or self.dtype != self._stored
         self._plain = not as_bytes and signed is None and self.dtype == source.dtype
+        # What the kernel gathers from, if it can.
+        self._kernel_source = _reachable(source_of(self._source)) if self._plain and self._source.ndim else None
 
     def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
@@ -66,21 +81,31 @@ class HostTensor(StoredTensor):
         return self._gather(source, rows, out)
 
     def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if not self._plain:
+            got = self._restore(self._select(source, rows))
+            return got if out is None else out.copy_(got)
+        if out is None:
+            out = empty_rows((len(rows), *self.row_shape), self.dtype, len(rows) * self.row_nbytes)
+        if self._kernel_source is None or not out.is_contiguous():
+            return self._select(source, rows, out)
+        jobs = Jobs()
+        jobs.add(self._kernel_source, rows, out)
+        if jobs.run() is not None:
+            raise out_of_range(rows, self.n_rows, self.name) or self._changed()
+        return out
+
+    def _select(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         # torch checks every index while it gathers, so a second pass over them is only needed to explain.
         try:
-            if not self._plain:
-                got = self._restore(torch.index_select(source, 0, rows))
-                return got if out is None else out.copy_(got)
-            if out is None:
-                if len(rows) * self.row_nbytes < _SMALL_TAKE:
-                    return torch.index_select(source, 0, rows)
-                out = _BUFFERS.empty((len(rows), *self.row_shape), self.dtype)
             return torch.index_select(source, 0, rows, out=out)
         except (IndexError, RuntimeError) as exc:
             error = out_of_range(rows, self.n_rows, self.name)
             if error is None:
                 raise
             raise error from exc
+
+    def _changed(self) -> IndexError:
+        return IndexError(f"{self.name}: the rows to take were changed by another thread while they were taken")
 
     def _restore(self, part: torch.Tensor) -> torch.Tensor:
         """What is handed out for a part of ``source``; a view of it where that is possible."""
@@ -119,7 +144,7 @@ class HostTensor(StoredTensor):
 
     def close(self) -> None:
         """Let go of the data; views stay valid and hold it as long as they live."""
-        self._source = None
+        self._source = self._kernel_source = None
 
 
 class ResidentTensor(HostTensor):
@@ -132,6 +157,11 @@ class ResidentTensor(HostTensor):
 
     def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
         super().__init__(spec, values, "ram", dtype=values.dtype)
+
+    @property
+    def in_memory(self) -> Source | None:
+        """What the kernel gathers from, together with rows of other tensors; ``None`` if it can not."""
+        return self._kernel_source
 
 
 class DeviceTensor(HostTensor):

@@ -164,6 +164,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         self._recipe = recipe
         self._stats = dict(stats)
         self._closed = False
+        self.generation = 0
         self._tensors: dict[str, StoredTensor] = {}
         self._stacks: dict[tuple[str, ...], StoredTensor] = {}
         recipe.on_device = plan.device is not None
@@ -307,6 +308,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         self._require_open()
         self._tensors = {**self._tensors, **tensors}
+        self.generation += 1
         self._stacks = {names: stack for names, stack in self._stacks.items() if not tensors.keys() & set(names)}
         self.specs = tuple(self._tensors[spec.name].spec for spec in self.specs)
         for tensor in tensors.values():
@@ -365,6 +367,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         What ``take`` handed out is owned and stays; views stay valid and hold what they show.
         """
         self._closed = True
+        self.generation += 1
         tensors, self._tensors = self._tensors, {}
         stacks, self._stacks = self._stacks, {}
         for tensor in (*tensors.values(), *stacks.values()):

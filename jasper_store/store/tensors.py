@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jasper_store.formats.base import TensorSpec
+    from jasper_store.memory.gather import Source
     from jasper_store.store.rows import Rows
 
 __all__ = ["BLOCK_NBYTES", "StoredTensor", "file_range", "span_nbytes"]
@@ -130,6 +131,11 @@ class StoredTensor(ABC):
             IncompatibleOptionsError: ``out`` has another shape, dtype or device.
             ClosedError: the store was closed.
         """
+
+    @property
+    def in_memory(self) -> Source | None:
+        """Where its rows can be gathered from together with those of other tensors; ``None`` if they can not."""
+        return None
 
     @abstractmethod
     def tensor(self) -> torch.Tensor:

@@ -137,7 +137,7 @@ def test_nothing_is_held_after_the_last_batch(data: Path) -> None:
     dataset = JASPERSteeringDataset(data, "train")
     batches = Assembly(dataset, iter([torch.arange(5), torch.arange(5, 9)]), lambda batch: batch.tensors, 8)
     assert len(list(batches)) == 2
-    assert batches._gathered == {}
+    assert not batches._parts
     with pytest.raises(StopIteration):
         next(batches)
 

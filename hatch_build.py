@@ -1,0 +1,62 @@
+"""Builds the gather kernel (``jasper_store/memory/rows.c``) with the package, where there is a C compiler.
+
+The library needs neither Python's headers nor torch's, so one file serves every Python version of a platform. Without
+a compiler the package is built all the same, for any platform, and gathers by torch alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCE = Path("jasper_store/memory/rows.c")
+TARGET = Path("jasper_store/memory/_rows.so")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wall", "-Wextra")
+
+
+class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Compiles into the source tree, where an editable installation looks for it, and adds the result to a wheel."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Before hatchling collects the files."""
+        if self.target_name != "wheel":
+            return
+        root = Path(self.root)
+        if not _compiled(root / SOURCE, root / TARGET):
+            self.app.display_warning("no C compiler was found: gathers will be torch's, which are slower")
+            return
+        if version != "editable":
+            build_data["force_include"][str(root / TARGET)] = str(TARGET)
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{_platform()}"
+
+
+def _compiled(source: Path, target: Path) -> bool:
+    """Whether the library was built; an old one is never left behind."""
+    target.unlink(missing_ok=True)
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if sys.platform != "linux" or not compiler:
+        return False
+    unfinished = target.with_suffix(f".{os.getpid()}")
+    try:
+        subprocess.run([*compiler.split(), *FLAGS, "-o", str(unfinished), str(source)], check=True)
+        unfinished.replace(target)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        print(f"{source} could not be compiled: {exc}", file=sys.stderr)
+        return False
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return True
+
+
+def _platform() -> str:
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")

@@ -1,0 +1,157 @@
+"""A fixed sequence of gathers over tensors in memory, each by rows that the one before it found: one call a batch.
+
+Where the rows of one tensor stand in another, every step would need a few calls of torch or numpy before the next one
+can begin, and at 256 rows these cost as much as the gathers. A chain is laid out once: what changes from batch to
+batch is where the input and the results lie, and everything in between is done by the kernel.
+"""
+
+from __future__ import annotations
+
+import array
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+
+from jasper_store.memory.gather import NUMBERS, Source, run_packed, widening
+from jasper_store.store.resident import empty_rows
+from jasper_store.store.rows import out_of_range
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["INPUT", "Chain", "Step", "Via"]
+
+_ROWS, _ROWS_STEP, _N, _OUT, _WIDEN, _STAGE = range(4, NUMBERS)
+_INT64_NBYTES = 8
+_HOST = torch.device("cpu")
+
+
+class Via(NamedTuple):
+    """What names the rows of a step.
+
+    Attributes:
+        step: number of the step that found them, or -1: the input.
+        column: which of its numbers for each sample; ``None`` is all of them.
+    """
+
+    step: int
+    column: int | None = None
+
+
+INPUT: Final = Via(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One gather.
+
+    Attributes:
+        name: of the tensor, for errors.
+        source: where from; one with numbers.
+        rows: what names the rows; of an earlier step, which must be one that is not a result.
+        dtype: what the values are made: int64 for steps that name rows.
+        result: whether the values are handed out; else they only name rows.
+    """
+
+    name: str
+    source: Source
+    rows: Via
+    dtype: torch.dtype
+    result: bool = True
+
+
+class _Layout(NamedTuple):
+    """Steps of a given number of samples, as the kernel takes them, and what has to be filled in."""
+
+    jobs: array.array[int]
+    scratch: int  # numbers that name rows
+    inside: list[tuple[int, int]]  # where in `jobs` an address belongs, and how far into the scratch it is
+    outside: list[int]  # where the input's address belongs
+    results: list[tuple[int, tuple[int, ...], torch.dtype, int]]  # where a result's address belongs, and what it is
+
+
+class Chain:
+    """Steps to gather by. May be run from several threads at once.
+
+    Args:
+        steps: in an order in which none needs a later one. A step that stands behind one that has to wait for rows
+            waits with it, and then they share the threads.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = tuple(steps)
+        self._layout: tuple[int, _Layout] | None = None
+
+    def run(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """The results of all steps for ``rows``, int64 [B] in host memory.
+
+        Returns:
+            A new tensor for each step that is a result: [B, *row_shape], or [B, k, *row_shape] where each sample
+            names k rows.
+
+        Raises:
+            IndexError: a row out of range.
+        """
+        size = rows.shape[0]
+        known = self._layout
+        if known is None or known[0] != size:
+            known = self._layout = (size, self._lay_out(size))
+        layout = known[1]
+        jobs = layout.jobs[:]
+        scratch = torch.empty(layout.scratch, dtype=torch.int64, device=_HOST)
+        base, begin, step = scratch.data_ptr(), rows.data_ptr(), rows.stride(0)
+        for place, offset in layout.inside:
+            jobs[place] = base + offset
+        for place in layout.outside:
+            jobs[place], jobs[place + 1] = begin, step
+        results = []
+        for place, shape, dtype, nbytes in layout.results:
+            out = empty_rows(shape, dtype, nbytes)
+            jobs[place] = out.data_ptr()
+            results.append(out)
+        bad = run_packed(jobs)
+        if bad is not None:
+            raise self._error(bad, rows, scratch, layout)
+        return results
+
+    def _lay_out(self, size: int) -> _Layout:
+        jobs = array.array("q")
+        layout = _Layout(jobs, 0, [], [], [])
+        scratch = previous = 0
+        found: list[tuple[int, tuple[int, ...], int]] = []  # of each step: place in the scratch, shape, stage
+        for step in self.steps:
+            at = len(jobs)
+            start, shape, stage = (0, (), 0) if step.rows.step < 0 else found[step.rows.step]
+            stage = previous = max(stage, previous)
+            width = math.prod(shape)
+            column = step.rows.column
+            named = () if column is not None else shape
+            n = size * math.prod(named)
+            if step.rows.step < 0:
+                layout.outside.append(at + _ROWS)
+            else:
+                layout.inside.append((at + _ROWS, (start + (column or 0)) * _INT64_NBYTES))
+            widen = widening(step.source.tensor.dtype, step.dtype)
+            assert widen is not None
+            jobs.extend((*step.source.numbers, 0, width if column is not None else 1, n, 0, widen, stage))
+            whole = (*named, *step.source.row_shape)
+            found.append((scratch, whole, stage + 1))
+            if step.result:
+                nbytes = size * math.prod(whole) * step.dtype.itemsize
+                layout.results.append((at + _OUT, (size, *whole), step.dtype, nbytes))
+            else:
+                layout.inside.append((at + _OUT, scratch * _INT64_NBYTES))
+                scratch += size * math.prod(whole)
+        return layout._replace(scratch=scratch)
+
+    def _error(self, bad: int, rows: torch.Tensor, scratch: torch.Tensor, layout: _Layout) -> IndexError:
+        step, job = self.steps[bad], layout.jobs[bad * NUMBERS : (bad + 1) * NUMBERS]
+        if step.rows.step >= 0:
+            offset = dict(layout.inside)[bad * NUMBERS + _ROWS] // _INT64_NBYTES
+            rows = scratch[offset:].as_strided((job[_N],), (job[_ROWS_STEP],))
+        error = out_of_range(rows, step.source.tensor.shape[0], step.name)
+        return error or IndexError(
+            f"{step.name}: the rows to take were changed by another thread while they were taken"
+        )

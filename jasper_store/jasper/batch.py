@@ -9,6 +9,7 @@ type of its items is registered with the default collation, which then returns t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -52,7 +53,7 @@ class Batch(Sequence[Sample]):
             return Batch({key: value[index] for key, value in self.tensors.items()}, len(range(self._size)[index]))
         if not -self._size <= index < self._size:
             raise IndexError(f"sample {index} is out of range for a batch of {self._size}")
-        return Sample((key, value[index]) for key, value in self.tensors.items())
+        return Sample(zip(self.tensors, map(itemgetter(index), self.tensors.values()), strict=True))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(self._size))

@@ -13,7 +13,6 @@ import mmap
 import sys
 import weakref
 from collections import deque
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -78,6 +77,8 @@ class BufferPool:
         self._lent.pop(key, None)
         self._free.append(block)
         held = sum(map(len, tuple(self._free)))
-        with suppress(IndexError):  # another thread was quicker
+        try:
             while held > self._free_nbytes:
                 held -= len(self._free.popleft())
+        except IndexError:
+            pass  # another thread was quicker; contextlib may be gone when the last batch comes back

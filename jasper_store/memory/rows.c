@@ -1,7 +1,7 @@
 /* Gathers rows of arrays in memory, several arrays in one call.
  *
  * A gather of scattered rows waits for memory: the processor cannot guess where the next row lies, so each row begins
- * with a miss. The list of rows says it, and asking for the third row after while one is copied hides most of that
+ * with a miss. The list of rows says it, and asking for the fourth row after while one is copied hides most of that
  * wait. Measured figures stand in docs/notes-memory.md.
  *
  * Plain C without Python's headers: one library serves every Python, called through ctypes, which lets go of the
@@ -20,9 +20,9 @@
 
 enum {
     ABI = 2,
-    AHEAD = 3,               /* rows asked for ahead of the one that is copied */
+    AHEAD = 4,               /* rows asked for ahead of the one that is copied */
     LINE = 64,               /* bytes of a cache line */
-    PART_NBYTES = 128 << 10, /* what a thread takes at a time, at most */
+    PART_NBYTES = 512 << 10, /* what a thread takes at a time, at most */
     SMALL_NBYTES = 64 << 10, /* below it, waking a thread costs more than it saves */
     LARGE_NBYTES = 2 << 20,  /* from here on what is written leaves the core's cache before anybody reads it */
 };
@@ -59,10 +59,11 @@ extern void GOMP_parallel(void (*function)(void *), void *data, unsigned threads
 #define WIDEST
 #endif
 
+/* Into the second level of the cache, which has room for more misses under way than the first. */
 static void ask_for(const char *row, uint64_t nbytes)
 {
     for (uint64_t k = 0; k < nbytes; k += LINE)
-        __builtin_prefetch(row + k);
+        __builtin_prefetch(row + k, 0, 1);
 }
 
 WIDEST
@@ -208,8 +209,9 @@ static int64_t do_stage(const struct job *jobs, uint64_t n_jobs, unsigned thread
     struct work work = {.jobs = jobs, .n_jobs = n_jobs, .part_nbytes = PART_NBYTES};
     work.past_cache = nbytes >= LARGE_NBYTES;
     const int shared = threads > 1 && GOMP_parallel && nbytes >= SMALL_NBYTES;
-    if (shared && nbytes / (4 * threads) < PART_NBYTES)
-        work.part_nbytes = nbytes / (4 * threads);
+    /* Large parts: the first rows of each are not asked for. At least two for each thread, for one that comes late. */
+    if (shared && nbytes / (2 * threads) < PART_NBYTES)
+        work.part_nbytes = nbytes / (2 * threads);
     for (uint64_t k = 0; k < n_jobs; k++)
         work.parts += parts_of(&work, &jobs[k]);
     if (shared)

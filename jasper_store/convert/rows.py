@@ -29,7 +29,7 @@ __all__ = ["BLOCK_NBYTES", "RowReader", "block_rows", "open_rows", "read_blocks"
 # Measured with blocks of 512 KiB to 16 MiB, cached and not: small enough that the blocks in flight stay in the
 # processor's caches and the disk is asked ahead while one is written, large enough that the hand-over costs nothing.
 BLOCK_NBYTES = 1 << 20
-CHUNKED_NBYTES = 8 << 20  # compressed chunks are read by several threads, each of which wants a few
+CHUNKED_NBYTES = 4 << 20  # compressed chunks are read by several threads, each of which wants a few
 SCRATCH_NBYTES = 8 << 20  # the widest span of a strided block that is read as one piece
 _AHEAD = 4  # blocks in flight: one being read, two waiting, one being written
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -35,6 +35,11 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
 
 __all__ = ["ChunkedReader"]
+
+# Chunks of a block that are unshuffled together. Threads wait for each other at every small step.
+_RUN_NBYTES = 1 << 20
+
+_Task = tuple["_Job", int]  # and the chunk's place in C order of the grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,12 +205,15 @@ class _Open:
                     self.through_library(job, out)
             return
         n_columns = len(self.columns)
-        tasks = [(job, job.index * n_columns + i) for job in jobs for i in range(n_columns)]
+        tasks: list[_Task] = [(job, job.index * n_columns + i) for job in jobs for i in range(n_columns)]
         self._announce(np.array([flat for _, flat in tasks]))
 
-        def decode(part: list[tuple[_Job, int]]) -> None:
-            for job, flat in part:
-                self.decode(job, flat, out)
+        def decode(part: list[_Task]) -> None:
+            for run in self._runs(part):
+                if len(run) > 1:
+                    self.decode_run(run, out)
+                else:
+                    self.decode(*run[0], out)
 
         # torch's own number of threads: all cores in the main process, one in a DataLoader worker.
         threads = min(torch.get_num_threads(), len(tasks))
@@ -214,11 +222,57 @@ class _Open:
             return
         with self.pool_lock:
             if self.pool is None:
-                self.pool = ThreadPoolExecutor(torch.get_num_threads(), "jasper-chunks")
+                self.pool = ThreadPoolExecutor(max(torch.get_num_threads() - 1, 1), "jasper-chunks")
             pool = self.pool
-        # Dealt out like cards, so that every thread gets its share without a queue's cost per chunk.
-        for future in [pool.submit(decode, tasks[i::threads]) for i in range(threads)]:
+        # Equal shares at once, without a queue's cost per chunk; neighbours stay together, and this thread has one.
+        bounds = [len(tasks) * i // threads for i in range(threads + 1)]
+        own, *others = (tasks[i:j] for i, j in itertools.pairwise(bounds))
+        futures = [pool.submit(decode, part) for part in others]
+        try:
+            decode(own)
+        finally:
+            # They write into the caller's memory, so none may go on after this.
+            wait(futures)
+        for future in futures:
             future.result()
+
+    def _runs(self, tasks: list[_Task]) -> Iterator[list[_Task]]:
+        """The tasks in order; whole neighbouring chunks that lie in one piece in the file come together."""
+        assert self.index.places is not None
+        most = _RUN_NBYTES // self.chunk_nbytes
+        if most < 2 or not self.whole_rows or self.index.filters != (SHUFFLE, GZIP):
+            yield from ([task] for task in tasks)
+            return
+        offsets, sizes, masks = self.index.places
+        run: list[_Task] = []
+        end = -1  # of what the run holds in the file; -1 where nothing can follow
+        for job, flat in tasks:
+            offset, size = int(offsets[flat]), int(sizes[flat])
+            whole = isinstance(job.local, slice) and job.local.stop - job.local.start == self.chunk[0]
+            simple = whole and size > 0 and not masks[flat]
+            if run and not (simple and offset == end and len(run) < most):
+                yield run
+                run = []
+            run.append((job, flat))
+            end = offset + size if simple else -1
+        if run:
+            yield run
+
+    def decode_run(self, run: list[_Task], out: NDArray[np.uint8]) -> None:
+        """Read whole chunks by one call, inflate each, and unshuffle them all into their rows of ``out``."""
+        assert self.index.places is not None
+        offsets, sizes, _ = (place[[flat for _, flat in run]].tolist() for place in self.index.places)
+        raw = self.read(offsets[0], sum(sizes))
+        parts = []
+        for size in sizes:
+            parts.append(self.inflated(raw[:size]))
+            raw = raw[size:]
+        planes = self.buffer("planes", len(run) * self.chunk_nbytes).reshape(len(run), self.itemsize, -1)
+        np.concatenate(parts, out=planes.reshape(-1))
+        first, last = run[0][0].at, run[-1][0].at
+        assert isinstance(first, slice)
+        assert isinstance(last, slice)
+        _unshuffle(planes, out[first.start : last.stop])
 
     def _announce(self, flat: NDArray[np.int64]) -> None:
         """Let the disk work on all chunks at once, ahead of the threads that will wait for them one by one."""
@@ -261,23 +315,35 @@ class _Open:
 
     def unfiltered(self, offset: int, size: int, mask: int) -> tuple[NDArray[np.uint8], bool]:
         """A chunk's bytes after inflating, and whether they are still shuffled. A mask's bits are filters skipped."""
-        buffer = getattr(self.buffers, "raw", None)
-        if buffer is None or len(buffer) < size:
-            # Kept by each thread: a new one for every chunk would cost more page faults than the read itself.
-            buffer = self.buffers.raw = bytearray(max(size, self.chunk_nbytes))
-        raw = memoryview(buffer)[:size]
-        if os.preadv(self.fd, [raw], offset) != size:
-            self.corrupt(f"a chunk of {self.key!r} ends beyond the file (was it truncated?).")
+        raw = self.read(offset, size)
         applied = [code for i, code in enumerate(self.index.filters) if not mask >> i & 1]
-        data: bytes | memoryview = raw
         if GZIP in applied:
-            try:
-                data = inflate(raw, self.chunk_nbytes)
-            except InflateError as exc:
-                self.corrupt(f"a chunk of {self.key!r} is damaged: {exc}. Convert the file again.", exc)
-        elif size != self.chunk_nbytes:
+            return self.inflated(raw), SHUFFLE in applied
+        if size != self.chunk_nbytes:
             self.corrupt(f"a chunk of {self.key!r} should have {self.chunk_nbytes} bytes, found {size}.")
-        return np.frombuffer(data, dtype=np.uint8), SHUFFLE in applied
+        return raw, SHUFFLE in applied
+
+    def read(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of the file, valid until this thread reads again."""
+        raw = self.buffer("raw", size)
+        if os.preadv(self.fd, [raw.data], offset) != size:
+            self.corrupt(f"a chunk of {self.key!r} ends beyond the file (was it truncated?).")
+        return raw
+
+    def inflated(self, raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        try:
+            data = inflate(raw.data, self.chunk_nbytes)
+        except InflateError as exc:
+            self.corrupt(f"a chunk of {self.key!r} is damaged: {exc}. Convert the file again.", exc)
+        return np.frombuffer(data, dtype=np.uint8)
+
+    def buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        """Memory that each thread keeps: a new one for every chunk would cost more page faults than the read itself."""
+        kept: NDArray[np.uint8] | None = getattr(self.buffers, name, None)
+        if kept is None or len(kept) < size:
+            kept = np.empty(max(size, self.chunk_nbytes), dtype=np.uint8)
+            setattr(self.buffers, name, kept)
+        return kept[:size]
 
     def through_library(self, job: _Job, out: NDArray[np.uint8]) -> None:
         """The same through h5py: the span of one chunk that holds the rows, then the rows out of it."""
@@ -297,3 +363,10 @@ def _copy(out: NDArray[np.uint8], at: slice | NDArray[np.int64], rows: NDArray[n
             target[:, :, k] = rows[:, :, k]
     else:
         out[at] = rows
+
+
+def _unshuffle(planes: NDArray[np.uint8], out: NDArray[np.uint8]) -> None:
+    """Chunks [n, itemsize, elements] as the bytes of their rows; plane by plane as in :func:`_copy`."""
+    elements = out.reshape(len(planes), planes.shape[2], planes.shape[1])
+    for k in range(planes.shape[1]):
+        elements[:, :, k] = planes[:, k]

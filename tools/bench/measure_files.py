@@ -109,6 +109,12 @@ def vmtouch(path: str) -> dict[str, Any]:
 def convert(src: str, dst: str, layout: str, compression: str | None = None, *, cold: bool = False) -> dict[str, Any]:
     """``js.convert`` to a new directory, durable at the end by its own doing; then forgotten again."""
     js = library()
+    if layout == "hdf5":
+        # As its peer has h5py before its clock starts.
+        import h5py  # noqa: F401
+
+        import jasper_store.formats.hdf5_chunks
+        import jasper_store.formats.hdf5_writer  # noqa: F401
 
     files = pagecache.files_under(Path(src))
     _fresh(Path(dst))

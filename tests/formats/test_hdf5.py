@@ -20,6 +20,7 @@ from jasper_store.errors import (
     UnknownNameError,
 )
 from jasper_store.formats.base import Chunked, Extent, Inline, Schema
+from jasper_store.formats.hdf5_writer import CHUNK_NBYTES
 from tests.formats.conformance import FormatSuite, read, relaxed, same, values, write
 
 PLUGINS = ("blosc", "zstd", "lz4") if importlib.util.find_spec("hdf5plugin") else ()
@@ -99,6 +100,39 @@ class TestHdf5(FormatSuite):
             file.create_dataset("x", data=rows.numpy(), compression="gzip")
         assert ours < (tmp_path / "theirs.h5").stat().st_size
         assert ours < rows.nbytes
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+    def test_gzip_of_every_number_of_chunks(self, tmp_path, dtype):
+        # One element, one chunk and a bit, a batch of chunks exactly, two batches and a bit; in one file, one by one.
+        per_chunk = CHUNK_NBYTES // dtype.itemsize
+        tensors = {f"x{n}": values(dtype, (n,)) for n in (0, 1, per_chunk + 1, 16 * per_chunk, 33 * per_chunk + 7)}
+        paths = [tmp_path / "one.h5", tmp_path / "same.h5"]
+        for path in paths:
+            writer = self.format.writer(path, Schema(), compression="gzip")
+            for name, tensor in tensors.items():
+                write(writer, name, tensor, block=100_000)
+            writer.close()
+        with h5py.File(paths[0]) as one, h5py.File(paths[1]) as other:
+            for name, tensor in tensors.items():
+                (found,) = self.peer(paths[0], name, dtype)
+                assert same(found, tensor)
+                for start in range(0, len(tensor), per_chunk):
+                    # The threads have no say in it.
+                    streams = [file[name].id.read_direct_chunk((start,)) for file in (one, other)]
+                    assert streams[0] == streams[1]
+
+    @pytest.mark.parametrize("calm_first", [False, True])
+    def test_gzip_of_data_that_changes_midway(self, tmp_path, calm_first):
+        # In the midst of a batch of 16 chunks.
+        noise = torch.randint(-(2**31), 2**31, (9 * 42 + 5, 384), generator=torch.Generator().manual_seed(0))
+        noise = noise.to(torch.int32).view(torch.float32)
+        for calm in (torch.full((3000, 384), 0.25), torch.arange(384.0).repeat(3000, 1)):
+            both = torch.cat([calm, noise] if calm_first else [noise, calm])
+            path = self.written(tmp_path, both, "gzip")
+            assert path.stat().st_size < noise.nbytes + 0.03 * calm.nbytes
+            (found,) = self.peer(path, "x", torch.float32)
+            assert same(found, both)
+            path.unlink()
 
     def test_what_others_write(self, tmp_path):
         path = tmp_path / "x.h5"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -111,6 +112,23 @@ def test_chunks_whose_filters_were_skipped(tmp_path):
         dataset.id.write_direct_chunk((5, 0), (array[5:] * 2).tobytes(), filter_mask=0b11)
     out = gather(ChunkedReader(locate(tmp_path / "x.h5")), range(10))
     assert out.tolist() == [*array[:5].tolist(), *(array[5:] * 2).tolist()]
+
+
+@pytest.mark.parametrize("order", [range(12), [5, 3, 4, 0, 1, 2, 11, 10, 9, 8, 6, 7]])
+def test_blocks_of_whole_chunks_wherever_they_lie(tmp_path, order):
+    array = np.random.default_rng(0).integers(0, 1000, (59, 3)).astype("<i4")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset("x", shape=(59, 3), dtype="<i4", chunks=(5, 3), compression="gzip", shuffle=True)
+        for i in order:
+            dataset[5 * i : 5 * i + 5] = array[5 * i : 5 * i + 5]
+            if i == 7:
+                # Among its neighbours, with both filters off.
+                dataset.id.write_direct_chunk((35, 0), array[35:40].tobytes(), filter_mask=3)
+    with contextlib.closing(ChunkedReader(locate(tmp_path / "x.h5"))) as reader:
+        for start, stop in [(0, 59), (0, 55), (3, 41), (35, 40), (58, 59)]:
+            out = torch.empty((stop - start, 3), dtype=torch.int32)
+            reader.read_block(start, stop, out)
+            assert same(out, torch.from_numpy(array[start:stop]))
 
 
 def test_each_chunk_is_read_once(compressed, monkeypatch):

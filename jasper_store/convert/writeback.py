@@ -71,6 +71,9 @@ class WriteBehind:
     def finish(self, nbytes: int) -> str | None:
         """Flush the rest and wait for it.
 
+        Where nothing is dropped and nothing read back here, the rest is only begun to be written: the disk works on it
+        while the values are proven, and publishing the file waits for it.
+
         Returns:
             xxh3-128 of the ``nbytes`` of values as read back from the file, in hex; ``None`` where ``start`` was
             ``None`` or the file is shorter.
@@ -78,6 +81,12 @@ class WriteBehind:
         Raises:
             OSError: the disk could not take the data.
         """
+        if self._start is None and not self._drop:
+            _sync_range(self._file.fileno(), 0, 0, _WRITE)
+            self.close()
+            if self._error is not None:
+                raise self._error
+            return None
         if nbytes > self._marked:
             self._windows.put((self._marked, nbytes - self._marked))
         self._windows.put(None)

@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = Path("jasper_store/memory/rows.c")
 TARGET = Path("jasper_store/memory/_rows.so")
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wall", "-Wextra")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 
 
 class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]

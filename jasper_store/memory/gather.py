@@ -21,7 +21,7 @@ __all__ = ["LIBRARY", "NUMBERS", "Jobs", "Source", "kernel", "run_packed", "sour
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
 NUMBERS: Final = 10
-_ABI: Final = 2
+_ABI: Final = 3
 _WIDENS: Final = {torch.uint8: -1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
 
 

@@ -9,6 +9,9 @@ from jasper_store.jasper.lookahead import LookAhead, depth_for
 if TYPE_CHECKING:
     from jasper_store.jasper.dataset import JASPERSteeringDataset
 
+# Three windows, and what lies between their rows on the way from the disk; more where rows are longer than 1 KiB.
+STAGED_NBYTES = 64 << 20
+
 __all__ = ["choose_order", "look_ahead_for", "sample_nbytes_of"]
 
 
@@ -25,6 +28,8 @@ def look_ahead_for(
         batch_size=batch_size,
         rely_on_faults=num_workers == 0,
         drop_behind=mapped > left,
+        # Workers have memory of their own: what is staged here is not there.
+        stage=mapped > left and num_workers == 0 and left >= STAGED_NBYTES,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from jasper_store.jasper.steering import VARIANTS, variant_number
 from jasper_store.jasper.subset import ArraySubset
 from jasper_store.store.chain import Chain
 from jasper_store.store.store import TensorStore
+
+if TYPE_CHECKING:
+    from jasper_store.jasper.staged import StagedSteering
 
 __all__ = ["JASPERSteeringDataset"]
 
@@ -109,6 +112,8 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         self._chain: tuple[Draw, int, Chain | None] | None = None
         # Whether a batch announces its own rows; a loader that looks ahead has done so before.
         self.announces = True
+        # Steering rows that a loader has read ahead of its batches, while it serves a pass.
+        self.staged: StagedSteering | None = None
         self._size = opened.sizes[split]
         self.split: Split = split
         self.seed = seed
@@ -183,15 +188,20 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             ClosedError: the dataset was closed.
         """
         chain = self._chain_now()
+        positions = _positions(indices)
         if chain is not None:
-            positions = _positions(indices)
             return Batch(dict(zip(KEYS, chain.run(positions), strict=True)), positions.shape[0])
-        rows = self._rows(indices)
+        if self.staged is not None:
+            found = self.staged.batch(positions, self.draw_now())
+            if found is not None:
+                return Batch(dict(zip(KEYS, found, strict=True)), positions.shape[0])
+        rows = self._rows(positions)
         store = self.store
+        staged = None if self.staged is None else self.staged.steering(positions, self.draw_now())
         if self.announces and store.use_mmap:
             for name, wanted in rows.by_tensor().items():
                 store[name].announce(wanted)
-        return Batch(gather(store, rows), len(rows.pairs))
+        return Batch(gather(store, rows, staged), len(rows.pairs))
 
     def rows_of(
         self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], epoch: int | None = None
@@ -219,13 +229,17 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         epoch, forced, _ = self._control.read()
         return steering_rows(pairs, self._draw_of(self._open(), epoch, forced).variants(pairs))
 
-    def _chain_now(self) -> Chain | None:
-        """The whole gather as one call, where everything is in memory; of the present epoch and negatives."""
+    def draw_now(self) -> Draw:
+        """What decides the steering of batches from now on; also follows new negatives."""
         epoch, forced, generation = self._control.read()
         if generation != self._negatives_seen:
             self._follow_negatives(generation)
+        return self._draw_of(self._open(), epoch, forced)
+
+    def _chain_now(self) -> Chain | None:
+        """The whole gather as one call, where everything is in memory; of the present epoch and negatives."""
+        draw = self.draw_now()
         opened = self._open()
-        draw = self._draw_of(opened, epoch, forced)
         known = self._chain
         if known is None or known[0] is not draw or known[1] != opened.store.generation:
             made = chain_of(opened.store, self.split, draw)
@@ -412,7 +426,12 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
 
     def __getstate__(self) -> dict[str, Any]:
         # Workers open the files anew, so they begin with the negatives that are on disk, and draw for themselves.
-        return self.__dict__ | {"_draw": None, "_chain": None, "_negatives_seen": self._control.read()[2]}
+        return self.__dict__ | {
+            "_draw": None,
+            "_chain": None,
+            "staged": None,
+            "_negatives_seen": self._control.read()[2],
+        }
 
     def close(self) -> None:
         """Release files, maps and preloaded tensors; safe to call twice. Batches already made stay valid."""

@@ -6,7 +6,9 @@ to announce rows before they are needed. Where everything is in memory, both are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -115,8 +117,13 @@ def rows_of(store: TensorStore, split: Split, positions: torch.Tensor, draw: Dra
     return Rows(pairs, variants, index, negatives, stacked)
 
 
-def gather(store: TensorStore, rows: Rows) -> dict[str, torch.Tensor]:
+def gather(store: TensorStore, rows: Rows, staged: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Read a batch: one take per tensor, together where they are in memory.
+
+    Args:
+        store: whose tensors.
+        rows: what to read.
+        staged: the steering rows [B, D], where a loader has read them ahead.
 
     Returns:
         The batch of DESIGN section 5: embeddings in their stored dtype, ids int64, on the store's device.
@@ -142,30 +149,53 @@ def gather(store: TensorStore, rows: Rows) -> dict[str, torch.Tensor]:
     taken["negative_embs"] = negatives.view(*rows.negatives.shape, *negatives.shape[1:])
     taken["steering_variant"] = rows.variants
     if stack is None:
-        taken["steering"] = _steering(store, rows)
+        taken["steering"] = _steering(store, rows) if staged is None else staged
     return {key: taken[key] for key in KEYS}
 
 
-def chain_of(store: TensorStore, split: Split, draw: Draw) -> Chain | None:
+class Staged(Protocol):
+    """Steering rows that were read ahead, as far as a chain is concerned."""
+
+    def steps(self, first: int) -> list[Step]:
+        """Two steps that end with the rows, by the extra input; ``first`` is the number of the first."""
+
+
+def chain_of(store: Mapping[str, StoredTensor], split: Split, draw: Draw, staged: Staged | None = None) -> Chain | None:
     """What :func:`rows_of` and :func:`gather` do, as one call; the results are in the order of :data:`KEYS`.
+
+    Args:
+        store: whose tensors.
+        split: whose samples.
+        draw: of the epoch.
+        staged: steering rows that were read ahead; without, they are looked for in memory.
 
     Returns:
         ``None`` if a tensor is not where the kernel reaches it, or of a dtype that it does not know.
     """
-    tables, stack = draw.tables(store.device), store.stacked(STEERING_TENSORS)
-    if tables is None or stack is None:
+    source = store["source_embs"]
+    tables = draw.tables(source.device)
+    if tables is None:
         return None
     pairs, index, negatives, stacked = range(4)
     ids = torch.int64
+    steering: list[Step | None]
+    if staged is not None:
+        first, last = staged.steps(stacked)
+        steering = [first, last]
+    else:
+        stack = store.stacked(STEERING_TENSORS) if isinstance(store, TensorStore) else None
+        if stack is None:
+            return None
+        steering = [_table_step(tables[1], Via(pairs), result=False), _step(stack, Via(stacked))]
     steps = [
         _step(store[split_tensor(split)], INPUT, ids, result=False),
         _step(store["pair_index"], Via(pairs), ids, result=False),
         _step(store["hard_negatives"], Via(pairs), ids, result=False),
-        _table_step(tables[1], Via(pairs), result=False),
+        steering[0],
         _step(store["question_embs"], Via(index, 0)),
-        _step(store["source_embs"], Via(index, 1)),
-        _step(stack, Via(stacked)),
-        _step(store["source_embs"], Via(negatives)),
+        _step(source, Via(index, 1)),
+        steering[1],
+        _step(source, Via(negatives)),
         _step(store["pair_cluster_id"], Via(pairs), ids),
         _step(store["pair_relevance"], Via(pairs)),
         _step(store["centroid_distances"], Via(pairs)),

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping
 
+    from jasper_store.jasper.staged import StagedSteering
+
 __all__ = ["JasperLoader", "LoaderOrder", "create_loader", "set_epoch", "validate_first_batch"]
 
 LoaderOrder: TypeAlias = Literal["auto", "global", "block"]
@@ -352,6 +354,7 @@ class _Pass:
         # Weak from the first batch on: an abandoned pass, or loader, must go at once and take its workers with it.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
+        self._staged: StagedSteering | None = None
         self._progress: _Progress
         self._watch: Stopwatch
 
@@ -362,8 +365,8 @@ class _Pass:
         return self._length
 
     def __next__(self) -> Any:
-        if self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
         watch = self._watch
         if not watch.began:
@@ -371,8 +374,11 @@ class _Pass:
         try:
             with watch.wait:
                 batch = next(self._batches)
+            if waiting is not None:
+                self._staged = getattr(waiting.dataset_obj, "staged", None)
         except StopIteration:
             self._progress.finished = True
+            self._let_go()
             watch.wait.batches -= 1
             watch.ended = perf_counter()
             raise
@@ -388,3 +394,12 @@ class _Pass:
         self._progress.delivered += 1
         watch.ended = perf_counter()
         return batch
+
+    def _let_go(self) -> None:
+        """Let go of what was read ahead for this pass; an abandoned one has batches that were on their way."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.close()
+
+    def __del__(self) -> None:
+        self._let_go()

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
-from math import ceil
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
 
 import torch
 
 from jasper_store.jasper.order import BlockOrder, Order
 from jasper_store.jasper.schema import STEERING_TENSORS, TENSORS, split_tensor
+from jasper_store.jasper.staged import READERS, StagedSteering, Steers
+from jasper_store.jasper.windows import Windows
+from jasper_store.store.staging import Staging, stagings_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,7 +56,7 @@ _SPARSE: Final = 8
 """Rows of the file per row of a split's block, beyond which a block is not a run."""
 
 
-class Announces(Protocol):
+class Announces(Steers, Protocol):
     """The dataset, as far as looking ahead is concerned."""
 
     split: Any
@@ -97,6 +99,7 @@ class LookAhead:
             again by itself; with workers, rows are named to the store also while it asks for none.
         drop_behind: give back the pages of each window of a block order that is done with, for data that the page
             cache cannot hold.
+        stage: read the steering rows of a block order past the page cache instead of announcing them.
         stopwatch: where the time is written down that batches wait for being announced.
     """
 
@@ -108,12 +111,14 @@ class LookAhead:
         batch_size: int = GROUP_SAMPLES,
         rely_on_faults: bool = True,
         drop_behind: bool = False,
+        stage: bool = False,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.dataset = dataset
         self.depth = depth
         self.rely_on_faults = rely_on_faults
         self.drop_behind = drop_behind
+        self.stage = stage
         self.stopwatch = stopwatch
         self._unread: dict[str, int] = {}
         self._group = max(1, min(GROUP_SAMPLES // batch_size, depth))
@@ -138,27 +143,43 @@ class LookAhead:
             if name in mapped and rule.shape[0] == "pairs" and rule.reads not in (0.0, "probability")
         ]
         steering = mapped & set(STEERING_TENSORS)
+        windows: Windows | None = None
+        staging: list[Staging] = []
+        ahead = 0
         found: Iterator[_Indices] = iter(batches)
         if isinstance(order, BlockOrder) and step and (pairwise or steering or split in mapped):
-            windows = _Windows(order, first, ranks)
-            stages = [self._windows(windows, step, pairwise, steering)]
+            windows = Windows(order, first, ranks)
+            # What is gathered at once, and the batches around it, must lie within the windows that are held.
+            ahead = GROUP_SAMPLES * ranks + 2 * step
+            if self.stage and steering and split not in mapped and ahead + step <= order.span:
+                staging = stagings_of([self.dataset.store[name] for name in STEERING_TENSORS], READERS)
+            by_window = set() if staging else steering
+            needed = pairwise or by_window or split in mapped
+            stages = [self._windows(windows, step, pairwise, by_window)] if needed else []
             steering = set()
         else:
             stages = self._listed(pairwise)
         by_batch = steering | mapped & {"question_embs", "source_embs"}
         if by_batch:
             stages.append(self._embeddings(by_batch))
+        if staging and windows is not None:
+            return self._ahead(found, stages, StagedSteering(self.dataset, staging, windows, ahead))
         return self._ahead(found, stages) if stages else found
 
-    def _ahead(self, batches: Iterator[_Indices], stages: list[_Stage]) -> Iterator[_Indices]:
+    def _ahead(
+        self, batches: Iterator[_Indices], stages: list[_Stage], staged: StagedSteering | None = None
+    ) -> Iterator[_Indices]:
         """The batches, through one stage of announcing after the other; the stages share a thread."""
-        thread = ThreadPoolExecutor(1, "jasper-announce")
-        try:
+        with ExitStack() as last:
+            thread = ThreadPoolExecutor(1, "jasper-announce")
+            last.callback(thread.shutdown, cancel_futures=True)
             for announce in stages:
                 batches = self._stage(batches, announce, thread)
-            yield from batches
-        finally:
-            thread.shutdown(cancel_futures=True)
+            yield from staged.over(batches) if staged is not None else batches
+
+    def _in_flight(self, step: int) -> int:
+        """Places from a batch that leaves a stage to the one that the trainer works on, that one included."""
+        return (2 * (self.depth + self._group) + 2) * step
 
     def _stage(self, batches: Iterator[_Indices], announce: _Stage, thread: ThreadPoolExecutor) -> Iterator[_Indices]:
         """Hold batches back until ``depth`` later ones are announced; small ones are announced together."""
@@ -203,7 +224,7 @@ class LookAhead:
         for name in steering:
             store[name].announce(drawn[name])
 
-    def _windows(self, windows: _Windows, step: int, names: list[str], steering: set[str]) -> _Stage:
+    def _windows(self, windows: Windows, step: int, names: list[str], steering: set[str]) -> _Stage:
         """Announce tensors with a row for each pair a window of the block order ahead: their rows lie in runs there.
 
         The next window is announced bit by bit while the present one is served, and the one before is dropped in
@@ -212,8 +233,7 @@ class LookAhead:
         store = self.dataset.store
         listed = store[split_tensor(self.dataset.split)]
         everything = [*names, *steering]
-        # Batches leave here this many before the trainer has them, the one it works on included.
-        in_flight = (2 * (self.depth + self._group) + 2) * step
+        in_flight = self._in_flight(step)
         place = windows.first
 
         def page(due: list[torch.Tensor], done: list[torch.Tensor]) -> None:
@@ -270,60 +290,3 @@ class LookAhead:
 
     def _timed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stopwatch is None else self.stopwatch.announce
-
-
-class _Windows:
-    """What of a block order's windows is due to be announced or dropped, for the places that one rank takes."""
-
-    def __init__(self, order: BlockOrder, first: int, ranks: int) -> None:
-        self.order, self.first, self.ranks = order, first, ranks
-        begin = order.window_of(first) if first < order.n else order.n_windows
-        self._announced = _Cursor(self._positions, begin, order.n_windows)
-        self._dropped = _Cursor(order.blocks_of, begin, order.n_windows)
-
-    def due(self, place: int) -> list[torch.Tensor]:
-        """Positions not given yet, in the order of the file: up to as far into the next window as ``place`` is in its own."""
-        return self._announced.until(self._when(place) + 1)
-
-    def done(self, place: int) -> list[torch.Tensor]:
-        """Blocks not given yet: up to as far into the window before as ``place`` is in its own."""
-        return self._dropped.until(self._when(place) - 1)
-
-    def _when(self, place: int) -> float:
-        """A place as a number of windows."""
-        if place >= self.order.n:
-            return float(self.order.n_windows)
-        number = self.order.window_of(max(place, 0))
-        start, stop = self.order.window_bounds(number)
-        return number + max(place - start, 0) / (stop - start)
-
-    def _positions(self, number: int) -> torch.Tensor:
-        """This rank's positions in a window, in the order of the file."""
-        start, stop = self.order.window_bounds(number)
-        start = max(start + (self.first - start) % self.ranks, self.first)
-        return self.order.at(torch.arange(start, max(start, stop), self.ranks)).sort().values
-
-
-class _Cursor:
-    """Moves through the windows and hands over what it passes, in portions."""
-
-    def __init__(self, items: Callable[[int], torch.Tensor], window: int, windows: int) -> None:
-        self._items, self._window, self._windows = items, window, windows
-        self._present: torch.Tensor | None = None
-        self._given = 0
-
-    def until(self, when: float) -> list[torch.Tensor]:
-        """The items between where it was and ``when``, a number of windows."""
-        found: list[torch.Tensor] = []
-        while self._window < min(when, self._windows):
-            if self._present is None:
-                self._present, self._given = self._items(self._window), 0
-            share = min(when - self._window, 1.0)
-            upto = ceil(share * len(self._present))
-            if upto > self._given:
-                found.append(self._present[self._given : upto])
-                self._given = upto
-            if share < 1:
-                break
-            self._window, self._present = self._window + 1, None
-        return found

@@ -124,12 +124,15 @@ class FileMap:
             raise ClosedError(msg, path=self.path)
         return self._fd
 
+    # Of the class: the last maps go when the interpreter ends, and this module's names are gone by then.
+    _close_fd = staticmethod(os.close)
+
     def close(self) -> None:
         """Give up the map; views made before stay valid and hold the memory until they go. May be called twice."""
         if not self._closed:
             self._closed = True
             self._buffer = None
-            os.close(self._fd)
+            self._close_fd(self._fd)
 
     def __enter__(self) -> Self:
         return self

@@ -21,7 +21,7 @@ from jasper_store.store.rows import out_of_range
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["INPUT", "Chain", "Step", "Via"]
+__all__ = ["EXTRA", "INPUT", "Chain", "Step", "Via"]
 
 _ROWS, _ROWS_STEP, _N, _OUT, _WIDEN, _STAGE = range(4, NUMBERS)
 _INT64_NBYTES = 8
@@ -32,7 +32,7 @@ class Via(NamedTuple):
     """What names the rows of a step.
 
     Attributes:
-        step: number of the step that found them, or -1: the input.
+        step: number of the step that found them; -1 is the input, -2 the extra one.
         column: which of its numbers for each sample; ``None`` is all of them.
     """
 
@@ -41,6 +41,7 @@ class Via(NamedTuple):
 
 
 INPUT: Final = Via(-1)
+EXTRA: Final = Via(-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class _Layout(NamedTuple):
     jobs: array.array[int]
     scratch: int  # numbers that name rows
     inside: list[tuple[int, int]]  # where in `jobs` an address belongs, and how far into the scratch it is
-    outside: list[int]  # where the input's address belongs
+    outside: list[tuple[int, int]]  # where the address of an input belongs, and which input
     results: list[tuple[int, tuple[int, ...], torch.dtype, int]]  # where a result's address belongs, and what it is
 
 
@@ -84,8 +85,12 @@ class Chain:
         self.steps = tuple(steps)
         self._layout: tuple[int, _Layout] | None = None
 
-    def run(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The results of all steps for ``rows``, int64 [B] in host memory.
+    def run(self, rows: torch.Tensor, extra: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """The results of all steps.
+
+        Args:
+            rows: int64 [B] in host memory.
+            extra: as many, for the steps that ask for :data:`EXTRA`.
 
         Returns:
             A new tensor for each step that is a result: [B, *row_shape], or [B, k, *row_shape] where each sample
@@ -101,11 +106,13 @@ class Chain:
         layout = known[1]
         jobs = layout.jobs[:]
         scratch = torch.empty(layout.scratch, dtype=torch.int64, device=_HOST)
-        base, begin, step = scratch.data_ptr(), rows.data_ptr(), rows.stride(0)
+        base = scratch.data_ptr()
         for place, offset in layout.inside:
             jobs[place] = base + offset
-        for place in layout.outside:
-            jobs[place], jobs[place + 1] = begin, step
+        for place, which in layout.outside:
+            given = rows if which == INPUT.step else extra
+            assert given is not None
+            jobs[place], jobs[place + 1] = given.data_ptr(), given.stride(0)
         results = []
         for place, shape, dtype, nbytes in layout.results:
             out = empty_rows(shape, dtype, nbytes)
@@ -113,7 +120,7 @@ class Chain:
             results.append(out)
         bad = run_packed(jobs)
         if bad is not None:
-            raise self._error(bad, rows, scratch, layout)
+            raise self._error(bad, rows, extra, scratch, layout)
         return results
 
     def _lay_out(self, size: int) -> _Layout:
@@ -130,7 +137,7 @@ class Chain:
             named = () if column is not None else shape
             n = size * math.prod(named)
             if step.rows.step < 0:
-                layout.outside.append(at + _ROWS)
+                layout.outside.append((at + _ROWS, step.rows.step))
             else:
                 layout.inside.append((at + _ROWS, (start + (column or 0)) * _INT64_NBYTES))
             widen = widening(step.source.tensor.dtype, step.dtype)
@@ -146,9 +153,13 @@ class Chain:
                 scratch += size * math.prod(whole)
         return layout._replace(scratch=scratch)
 
-    def _error(self, bad: int, rows: torch.Tensor, scratch: torch.Tensor, layout: _Layout) -> IndexError:
+    def _error(
+        self, bad: int, rows: torch.Tensor, extra: torch.Tensor | None, scratch: torch.Tensor, layout: _Layout
+    ) -> IndexError:
         step, job = self.steps[bad], layout.jobs[bad * NUMBERS : (bad + 1) * NUMBERS]
-        if step.rows.step >= 0:
+        if step.rows == EXTRA and extra is not None:
+            rows = extra
+        elif step.rows.step >= 0:
             offset = dict(layout.inside)[bad * NUMBERS + _ROWS] // _INT64_NBYTES
             rows = scratch[offset:].as_strided((job[_N],), (job[_ROWS_STEP],))
         error = out_of_range(rows, step.source.tensor.shape[0], step.name)

@@ -237,6 +237,16 @@ class MappedTensor(HostTensor):
         """Offset in the file, and length, of the bytes from its first value to its last."""
         return self._offset, self._span
 
+    @property
+    def row_stride(self) -> int:
+        """Bytes from one row of the file to the next."""
+        return self._row_stride
+
+    @property
+    def stageable(self) -> bool:
+        """Whether a row's bytes in the file are what is handed out: a run, in this machine's order and dtype."""
+        return self._runs and self._plain
+
     def populate(self, start: int, stop: int, ahead: int) -> bool:
         """Bring bytes [start, stop) of its range into memory and into this process's page table.
 

@@ -57,6 +57,10 @@ class FakeDataset:
     """Pair p asks question p, reads source 2p, and steers by variant p % 4."""
 
     split = "train"
+    staged: Any = None
+
+    def draw_now(self) -> Any:
+        raise AssertionError("nothing is staged here")
 
     def __init__(self, mapped: set[str], n: int = PAIRS) -> None:
         self.log: list[tuple[str, str]] = []

@@ -1,0 +1,187 @@
+"""The steering rows of a block order, read a window ahead of the batches that they belong to."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from jasper_store.jasper.gather import Draw, chain_of
+from jasper_store.jasper.schema import split_tensor
+from jasper_store.memory.gather import source_of
+from jasper_store.store.chain import EXTRA, Chain, Step, Via
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from concurrent.futures import Future
+
+    from jasper_store.jasper.windows import Windows
+    from jasper_store.store.staging import Staging
+
+__all__ = ["READERS", "StagedSteering", "Steers"]
+
+_Batch = TypeVar("_Batch")
+_WINDOWS: Final = 4
+"""Windows that are held: the one that is served, the one before, which batches on their way may need, and two ahead."""
+_PARTS: Final = 4
+"""Parts that a window is read in; what lies between the rows of one is in memory meanwhile."""
+READERS: Final = 2
+"""One reads while the other gathers what it has read, so that the disk does not wait."""
+
+
+class Steers(Protocol):
+    """The dataset, as far as staging is concerned."""
+
+    split: Any
+    staged: StagedSteering | None
+
+    @property
+    def store(self) -> Mapping[str, Any]:
+        """The stored tensors by name."""
+
+    def draw_now(self) -> Draw:
+        """What decides the steering of batches from now on."""
+
+
+class StagedSteering:
+    """Steering rows of the windows around a pass. Serves one pass; the trainer's thread alone asks it.
+
+    Args:
+        dataset: knows of this as long as the pass lasts.
+        stagings: of its steering tensors, for one thread each; closed with this.
+        windows: of the pass.
+        in_flight: places between a batch that leaves :meth:`over` and the one that is being gathered.
+
+    Attributes:
+        ended: whether all batches have left :meth:`over`.
+    """
+
+    def __init__(self, dataset: Steers, stagings: Sequence[Staging], windows: Windows, in_flight: int) -> None:
+        self._dataset, self._stagings, self._windows, self._in_flight = dataset, stagings, windows, in_flight
+        order = windows.order
+        self._order, self._place = order, windows.first
+        self._next = order.window_of(self._place) if self._place < order.n else order.n_windows
+        self._draw = dataset.draw_now()
+        self.ended = False
+        # Where the row of each position of a held window lies; -1 where none is held. Blocks of positions have slots.
+        self._addresses = torch.full((_WINDOWS * order.span,), -1, dtype=torch.int64)
+        self._slots = np.full(-(-order.n // order.block), -1, np.int32)
+        self._held: deque[tuple[int, list[torch.Tensor]]] = deque()
+        self._reads: deque[tuple[int, Future[list[Future[None]]]]] = deque()
+        self._idle: SimpleQueue[Staging] = SimpleQueue()
+        for staging in stagings:
+            self._idle.put(staging)
+        self._thread = ThreadPoolExecutor(1, "jasper-windows")
+        self._readers = ThreadPoolExecutor(len(stagings), "jasper-readers")
+        self._alone = Chain(self.steps(0))
+        self._whole = chain_of(dataset.store, dataset.split, self._draw, self)
+        if dataset.staged is not None and dataset.staged.ended:
+            dataset.staged.close()
+        dataset.staged = self
+
+    def steps(self, first: int) -> list[Step]:
+        """Steps of a chain that find a staged row, by :meth:`index`; ``first`` is the number of the first of them."""
+        table = source_of(self._addresses)
+        staging = self._stagings[0]
+        return [
+            Step("staged steering", table, EXTRA, torch.int64, result=False),
+            Step("staged steering", staging.anywhere, Via(first), staging.dtype),
+        ]
+
+    def over(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        """The same batches, each once its rows are there; the next windows are being read meanwhile.
+
+        Closes when it is left before its end, by an error too. At its end there are batches to be gathered yet.
+        """
+        try:
+            yield from self._over(batches)
+        except BaseException:
+            self.close()
+            raise
+        self.ended = True
+
+    def _over(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        for batch in batches:
+            size: int = len(batch)  # type: ignore[arg-type]
+            self._place += size * self._windows.ranks
+            now = self._order.window_of(min(self._place, self._order.n) - 1)
+            self._forget(self._order.window_of(max(self._place - self._in_flight, 0)))
+            while self._next <= min(now + 2, self._order.n_windows - 1) and self._room():
+                self._reads.append((self._next, self._thread.submit(self._read, self._next)))
+                self._next += 1
+            while self._reads and self._reads[0][0] <= now:
+                for part in self._reads.popleft()[1].result():
+                    part.result()
+            yield batch
+
+    def _room(self) -> bool:
+        return len(self._held) + len(self._reads) < _WINDOWS
+
+    def _forget(self, before: int) -> None:
+        while self._held and self._held[0][0] < before:
+            number, _ = self._held.popleft()
+            self._slots[self._order.blocks_of(number).numpy()] = -1
+
+    def _read(self, number: int) -> list[Future[None]]:
+        """Find out what a window needs, and have it read; what is returned is done when it is there."""
+        order = self._order
+        positions = self._windows.superset(number)
+        pairs = self._dataset.store[split_tensor(self._dataset.split)].take(positions).long()
+        which = self._draw.variants(pairs).numpy() - 1
+        blocks = order.blocks_of(number).sort().values.numpy()
+        slots = number % _WINDOWS * order.window + np.arange(len(blocks), dtype=np.int32)
+        named = positions.numpy()
+        places = slots[np.searchsorted(blocks, named // order.block)] * order.block + named % order.block
+        self._addresses.numpy()[number % _WINDOWS * order.span :][: order.span] = -1
+        self._slots[blocks] = slots
+        memory: list[torch.Tensor] = []
+        self._held.append((number, memory))
+        shares = [np.array_split(each, _PARTS) for each in (which, pairs.numpy(), places)]
+        return [self._readers.submit(self._read_part, w, p, at, memory) for w, p, at in zip(*shares, strict=True)]
+
+    def _read_part(self, which: np.ndarray, pairs: np.ndarray, places: np.ndarray, memory: list[torch.Tensor]) -> None:
+        staging = self._idle.get()
+        try:
+            addresses, held = staging.read(which, pairs)
+        finally:
+            self._idle.put(staging)
+        memory.append(held)
+        self._addresses.numpy()[places] = addresses
+
+    def batch(self, positions: torch.Tensor, draw: Draw) -> list[torch.Tensor] | None:
+        """A whole batch, as :func:`~jasper_store.jasper.gather.chain_of` orders it; ``None`` if it has to go step by step."""
+        return self._run(self._whole, positions, draw) if self._whole else None
+
+    def steering(self, positions: torch.Tensor, draw: Draw) -> torch.Tensor | None:
+        """Steering rows of a batch [B, D]; ``None`` if not all of them are staged, for this draw."""
+        found = self._run(self._alone, positions, draw)
+        return found[0] if found else None
+
+    def _run(self, chain: Chain, positions: torch.Tensor, draw: Draw) -> list[torch.Tensor] | None:
+        if draw is not self._draw:
+            return None  # an epoch or a variant was set since the pass began
+        named = positions.numpy()
+        if len(named) and not 0 <= named.min() <= named.max() < self._order.n:
+            return None
+        slots = self._slots[named // self._order.block].astype(np.int64)
+        if (slots < 0).any():
+            return None
+        slots *= self._order.block
+        slots += named % self._order.block
+        try:
+            return chain.run(positions, torch.from_numpy(slots))
+        except IndexError:
+            return None  # a position of another rank's, perhaps; if a row is not there, going step by step says which
+
+    def close(self) -> None:
+        """The pass is over, or given up. May be called twice."""
+        if self._dataset.staged is self:
+            self._dataset.staged = None
+        for threads in (self._thread, self._readers):
+            threads.shutdown(cancel_futures=True)
+        for staging in self._stagings:
+            staging.close()

@@ -41,7 +41,7 @@ def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> 
     """Positions as an int64 tensor."""
     if isinstance(indices, list):
         # PyTorch's samplers give lists of ints; by way of an array they cost a third.
-        indices = np.array(indices, dtype=np.int64)
+        return torch.from_numpy(np.array(indices, dtype=np.int64))
     return torch.as_tensor(indices, dtype=torch.int64)
 
 

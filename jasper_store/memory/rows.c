@@ -16,12 +16,14 @@
 #include <linux/aio_abi.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,7 +39,9 @@ enum {
     PART_NBYTES = 512 << 10, /* what a thread takes at a time, at most */
     SMALL_NBYTES = 64 << 10, /* below it, waking a thread costs more than it saves */
     MAX_HELPERS = 15,
-    SPINS = 5000,            /* looks for what another thread does before sleeping: some 200 us */
+    SPINS = 20000,           /* looks for what another thread does before sleeping: some 400 us */
+    TAKEN_NS = 200000,       /* a core that was offered, and comes back later than this, was taken */
+    MODEST_CALLS = 30,       /* for which a helper whose core was taken sleeps at once */
     LARGE_NBYTES = 2 << 20,  /* from here on what is written leaves the core's cache before anybody reads it */
 };
 
@@ -225,12 +229,38 @@ static void help_once(void)
     atomic_fetch_sub(&pool.inside, 1);
 }
 
+static int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+/* Look for a new call for a while. Returns whether somebody else wants this core: it is offered now and then. */
+static int look_out(unsigned seen)
+{
+    for (unsigned spins = 1; spins <= SPINS && atomic_load(&pool.calls) == seen; spins++) {
+        rest();
+        if (spins % 512)
+            continue;
+        const int64_t before = nanoseconds();
+        sched_yield();
+        if (nanoseconds() - before > TAKEN_NS)
+            return 1;
+    }
+    return 0;
+}
+
 static void *help(void *data)
 {
     const unsigned number = (unsigned)(uintptr_t)data;
-    for (unsigned seen = 0;;) {
-        for (unsigned spins = 0; spins < SPINS && atomic_load(&pool.calls) == seen; spins++)
-            rest();
+    for (unsigned seen = 0, modest = 0;;) {
+        /* Where others want this core, as torch's own threads do that spin between operations, looking out takes time
+         * from both; who sleeps is put first when woken. */
+        if (modest)
+            modest--;
+        else if (look_out(seen))
+            modest = MODEST_CALLS;
         while (atomic_load(&pool.calls) == seen) {
             atomic_fetch_add(&pool.sleeping, 1);
             syscall(SYS_futex, &pool.calls, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jasper_store.jasper.lookahead import LookAhead, depth_for
+from jasper_store.jasper.order import BLOCK, WINDOW
+from jasper_store.jasper.schema import STEERING_TENSORS
 
 if TYPE_CHECKING:
     from jasper_store.jasper.dataset import JASPERSteeringDataset
-
-# Three windows, and what lies between their rows on the way from the disk; more where rows are longer than 1 KiB.
-STAGED_NBYTES = 64 << 20
 
 __all__ = ["choose_order", "look_ahead_for", "sample_nbytes_of"]
 
@@ -29,8 +28,13 @@ def look_ahead_for(
         rely_on_faults=num_workers == 0,
         drop_behind=mapped > left,
         # Workers have memory of their own: what is staged here is not there.
-        stage=mapped > left and num_workers == 0 and left >= STAGED_NBYTES,
+        stage=mapped > left and num_workers == 0 and left >= _staged_nbytes(dataset),
     )
+
+
+def _staged_nbytes(dataset: JASPERSteeringDataset) -> int:
+    """Most memory that staged windows take: four of them, and what lies between rows on their way from the disk."""
+    return 5 * BLOCK * WINDOW * dataset.store[STEERING_TENSORS[0]].row_nbytes
 
 
 def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:

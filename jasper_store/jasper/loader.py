@@ -294,11 +294,12 @@ class JasperLoader(DataLoader[Any]):
     def explain(self) -> str:
         """Why this loader is as it is: order, ranks, look-ahead, workers, pinning; a line each."""
         sampler = self.sampler_obj
-        ahead = self._look_ahead
+        ahead, block = self._look_ahead, self.order == "block"
         lines = [
             f"order: {self.order}, because {self._why_order}" if sampler.shuffle else "order: sequential, as it lies",
             f"ranks: {self._ranks.rank} of {self._ranks.world_size} ({self._ranks.source}), {len(sampler)} samples here",
             "look-ahead: none, nothing is mapped" if ahead is None else f"look-ahead: {ahead.depth} batches announced",
+            *(["steering: read past the page cache, a window ahead"] if ahead and ahead.stage and block else []),
             f"workers: {self.num_workers or 'none, batches are gathered in this process'}",
             f"pinned batches: {'yes' if self.pin_memory else 'no'}",
         ]

@@ -64,7 +64,7 @@ class StagedSteering:
         self._dataset, self._stagings, self._windows, self._in_flight = dataset, stagings, windows, in_flight
         order = windows.order
         self._order, self._place = order, windows.first
-        self._next = order.window_of(self._place) if self._place < order.n else order.n_windows
+        self._first = self._next = order.window_of(self._place) if self._place < order.n else order.n_windows
         self._draw = dataset.draw_now()
         self.ended = False
         # Where the row of each position of a held window lies; -1 where none is held. Blocks of positions have slots.
@@ -84,7 +84,7 @@ class StagedSteering:
         dataset.staged = self
 
     def steps(self, first: int) -> list[Step]:
-        """Steps of a chain that find a staged row, by :meth:`index`; ``first`` is the number of the first of them."""
+        """Steps of a chain that find a staged row, by the extra input; ``first`` is the number of the first of them."""
         table = source_of(self._addresses)
         staging = self._stagings[0]
         return [
@@ -109,17 +109,15 @@ class StagedSteering:
             size: int = len(batch)  # type: ignore[arg-type]
             self._place += size * self._windows.ranks
             now = self._order.window_of(min(self._place, self._order.n) - 1)
-            self._forget(self._order.window_of(max(self._place - self._in_flight, 0)))
-            while self._next <= min(now + 2, self._order.n_windows - 1) and self._room():
+            oldest = max(self._order.window_of(max(self._place - self._in_flight, 0)), self._first)
+            self._forget(oldest)
+            while self._next < min(now + 3, oldest + _WINDOWS, self._order.n_windows):
                 self._reads.append((self._next, self._thread.submit(self._read, self._next)))
                 self._next += 1
             while self._reads and self._reads[0][0] <= now:
                 for part in self._reads.popleft()[1].result():
                     part.result()
             yield batch
-
-    def _room(self) -> bool:
-        return len(self._held) + len(self._reads) < _WINDOWS
 
     def _forget(self, before: int) -> None:
         while self._held and self._held[0][0] < before:

@@ -1,7 +1,7 @@
 """Rows gathered from tensors in memory, several tensors in one call, by a kernel of our own where it was built.
 
 The kernel (``rows.c``) asks for rows ahead of the one it copies, and so gathers half as fast again as
-``torch.index_select`` with the same threads, and twice as fast with one (docs/notes-memory.md). It is built when the
+``torch.index_select`` with the same threads, and twice as fast with one (docs/notes-paging.md). It is built when the
 package is, if there is a C compiler, and is not needed: without it callers let torch gather, tensor by tensor.
 """
 

@@ -221,7 +221,8 @@ class RangeReader:
             got = max(min(os.preadv(self._direct, [buffer], position - skip) - skip, len(view)), 0)
         except OSError:  # Not on this file system after all; an error of the disk shows again without.
             return 0
-        view[:got] = buffer[skip : skip + got]
+        # numpy's copy lets go of the interpreter lock, which a memoryview's keeps: the threads would wait for each other.
+        np.copyto(np.frombuffer(view, np.uint8)[:got], np.frombuffer(buffer, np.uint8)[skip : skip + got])
         return got
 
     def _read_at(self, position: int, view: memoryview) -> int:

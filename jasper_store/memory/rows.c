@@ -2,7 +2,7 @@
  *
  * A gather of scattered rows waits for memory: the processor cannot guess where the next row lies, so each row begins
  * with a miss. The list of rows says it, and asking for the fourth row after while one is copied hides most of that
- * wait. Measured figures stand in docs/notes-memory.md.
+ * wait. Measured figures stand in docs/notes-paging.md.
  *
  * Plain C without Python's headers: one library serves every Python, called through ctypes, which lets go of the
  * interpreter lock.

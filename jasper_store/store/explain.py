@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.memory import report
 from jasper_store.memory.budget import format_bytes
+from jasper_store.memory.gather import kernel
 from jasper_store.memory.mounts import file_system
 from jasper_store.memory.paging import announcer
 from jasper_store.store.chunked import ChunkedTensor
@@ -108,6 +109,10 @@ def explain(store: TensorStore) -> str:
         str(store.plan),
         f"file system: {fstype or 'unknown'}{', over a network' if network else ''}",
     ]
+    lines.append(
+        "gathers: "
+        + ("the kernel, several tensors at a time" if kernel() else "torch; the kernel was not built with this package")
+    )
     if mapped:
         how = {
             "process_madvise": "1024 ranges per call (process_madvise)",

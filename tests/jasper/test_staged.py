@@ -46,7 +46,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(samplers, "_ORDERS", {**samplers._ORDERS, "block": small})
     monkeypatch.setattr(assembly, "_SAMPLES", BLOCK)
     monkeypatch.setattr(lookahead, "GROUP_SAMPLES", BLOCK)
-    monkeypatch.setattr(choices, "STAGED_NBYTES", 0)
+    monkeypatch.setattr(choices, "_staged_nbytes", lambda _: 0)
     # What a plan does for data of some gigabytes, where index tensors are small.
     monkeypatch.setattr(
         placement, "_choose", lambda items, must, _: must | {i.name for i in items} - set(STEERING_TENSORS)
@@ -101,6 +101,7 @@ def test_every_batch_is_one_call(data: Path, epoch: int, monkeypatch: pytest.Mon
     loader = staged_loader(data, epoch=epoch)
     monkeypatch.setattr(JASPERSteeringDataset, "_rows", step_by_step)
     assert len(list(loader)) == len(loader)
+    assert "steering: read past the page cache" in loader.explain()
 
 
 def test_batches_that_are_larger_than_a_window_are_not_staged(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,6 +365,7 @@ class TestTelling:
                 str(dataset),
                 "use_mmap=True",
                 "file system",
+                "gathers: ",
                 "announcing rows",
                 "embs normal",
                 "manifest: none",

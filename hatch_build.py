@@ -32,7 +32,9 @@ class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         root = Path(self.root)
         if not _compiled(root / SOURCE, root / TARGET):
-            self.app.display_warning("no C compiler was found: gathers will be torch's, which are slower")
+            self.app.display_warning(
+                "the gather kernel was not built (is there a C compiler?): gathers will be torch's, which are slower"
+            )
             return
         if version != "editable":
             build_data["force_include"][str(root / TARGET)] = str(TARGET)

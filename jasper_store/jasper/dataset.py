@@ -191,17 +191,19 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         positions = _positions(indices)
         if chain is not None:
             return Batch(dict(zip(KEYS, chain.run(positions), strict=True)), positions.shape[0])
+        steering = None
         if self.staged is not None:
-            found = self.staged.batch(positions, self.draw_now())
+            draw = self.draw_now()
+            found = self.staged.batch(positions, draw)
             if found is not None:
                 return Batch(dict(zip(KEYS, found, strict=True)), positions.shape[0])
+            steering = self.staged.steering(positions, draw)
         rows = self._rows(positions)
         store = self.store
-        staged = None if self.staged is None else self.staged.steering(positions, self.draw_now())
         if self.announces and store.use_mmap:
             for name, wanted in rows.by_tensor().items():
                 store[name].announce(wanted)
-        return Batch(gather(store, rows, staged), len(rows.pairs))
+        return Batch(gather(store, rows, steering), len(rows.pairs))
 
     def rows_of(
         self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], epoch: int | None = None
@@ -247,11 +249,9 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         return known[2]
 
     def _rows(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], epoch: int | None = None) -> Rows:
-        current, forced, generation = self._control.read()
-        if generation != self._negatives_seen:
-            self._follow_negatives(generation)
-        opened = self._open()
-        draw = self._draw_of(opened, current if epoch is None else epoch, forced)
+        draw, opened = self.draw_now(), self._open()
+        if epoch is not None:
+            draw = self._draw_of(opened, epoch, draw.forced)
         positions = _positions(indices)
         if opened.store.device.type != "cpu":
             positions = positions.to(opened.store.device, non_blocking=True)

@@ -20,7 +20,7 @@ from jasper_store.store.store import TensorStore
 from jasper_store.store.tensors import StoredTensor
 from jasper_store.store.together import Take, take_together
 
-__all__ = ["Draw", "Rows", "gather", "rows_of", "steering_rows"]
+__all__ = ["KEYS", "Draw", "Rows", "Staged", "chain_of", "gather", "rows_of", "steering_rows"]
 
 
 _TABLE_PAIRS = 1 << 20

@@ -16,7 +16,7 @@ import torch
 
 from jasper_store.memory.gather import NUMBERS, Source, run_packed, widening
 from jasper_store.store.resident import empty_rows
-from jasper_store.store.rows import out_of_range
+from jasper_store.store.rows import refused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,7 +162,4 @@ class Chain:
         elif step.rows.step >= 0:
             offset = dict(layout.inside)[bad * NUMBERS + _ROWS] // _INT64_NBYTES
             rows = scratch[offset:].as_strided((job[_N],), (job[_ROWS_STEP],))
-        error = out_of_range(rows, step.source.tensor.shape[0], step.name)
-        return error or IndexError(
-            f"{step.name}: the rows to take were changed by another thread while they were taken"
-        )
+        return refused(rows, step.source.tensor.shape[0], step.name)

@@ -8,7 +8,7 @@ import torch
 
 from jasper_store.memory.buffers import BufferPool
 from jasper_store.memory.gather import Jobs, Source, source_of
-from jasper_store.store.rows import as_rows, out_of_range, require_in_range
+from jasper_store.store.rows import as_rows, out_of_range, refused, require_in_range
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class HostTensor(StoredTensor):
         jobs = Jobs()
         jobs.add(self._kernel_source, rows, out)
         if jobs.run() is not None:
-            raise out_of_range(rows, self.n_rows, self.name) or self._changed()
+            raise refused(rows, self.n_rows, self.name)
         return out
 
     def _select(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -103,9 +103,6 @@ class HostTensor(StoredTensor):
             if error is None:
                 raise
             raise error from exc
-
-    def _changed(self) -> IndexError:
-        return IndexError(f"{self.name}: the rows to take were changed by another thread while they were taken")
 
     def _restore(self, part: torch.Tensor) -> torch.Tensor:
         """What is handed out for a part of ``source``; a view of it where that is possible."""

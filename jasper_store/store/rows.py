@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Rows: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | range
 
-__all__ = ["as_rows", "out_of_range", "require_in_range", "wrap_negative"]
+__all__ = ["as_rows", "out_of_range", "refused", "require_in_range", "wrap_negative"]
 
 _INTEGERS = frozenset(
     {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
@@ -62,6 +62,12 @@ def require_in_range(rows: torch.Tensor, n_rows: int, name: str) -> None:
             error = out_of_range(rows, n_rows, name)
             if error is not None:
                 raise error
+
+
+def refused(rows: torch.Tensor, n_rows: int, name: str) -> IndexError:
+    """The error for rows that the kernel has refused to gather."""
+    error = out_of_range(rows, n_rows, name)
+    return error or IndexError(f"{name}: the rows to take were changed by another thread while they were taken")
 
 
 def out_of_range(rows: torch.Tensor, n_rows: int, name: str) -> IndexError | None:

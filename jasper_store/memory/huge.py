@@ -10,6 +10,7 @@ kernel compacts first, looks alike. Nothing tells beforehand, so it is found out
 from __future__ import annotations
 
 import ctypes
+import threading
 import time
 from typing import Final
 
@@ -30,6 +31,7 @@ class HugePages:
 
     def __init__(self) -> None:
         self._score = 0.0
+        self._lock = threading.Lock()
 
     @property
     def slow(self) -> bool:
@@ -52,7 +54,12 @@ class HugePages:
         for page in range(start, stop, HUGE_PAGE):
             began = time.perf_counter()
             ctypes.c_char.from_address(page).value = b"\0"
-            self._score = _MEMORY * self._score + (time.perf_counter() - began > _SLOW)
+            if self._judged_slow(time.perf_counter() - began):
+                return
+
+    def _judged_slow(self, seconds: float) -> bool:
+        with self._lock:  # an old score written over a verdict would bring it back
+            self._score = _MEMORY * self._score + (seconds > _SLOW)
             if self.slow:
                 self._score = float("inf")
-                return
+            return self.slow

@@ -101,9 +101,9 @@ class Assembly:
             wanted = torch.cat(
                 [torch.as_tensor(indices, dtype=torch.int64, device=device) for indices in self._waiting]
             )
-        tensors = self._dataset.__getitems__(wanted).tensors
+        tensors = self._dataset.gathered(wanted, pinned=self._pin).tensors
         if self._pin:
-            tensors = {key: value.pin_memory() for key, value in tensors.items()}
+            tensors = {key: value.pin_memory() for key, value in tensors.items()}  # itself where it is pinned already
         self._parts = _split(tensors, [len(indices) for indices in self._waiting])
 
 

@@ -27,6 +27,7 @@ from jasper_store.jasper.schema import SCHEMA, SPLITS, Split, check_split, split
 from jasper_store.jasper.steering import VARIANTS, variant_number
 from jasper_store.jasper.subset import ArraySubset
 from jasper_store.store.chain import Chain
+from jasper_store.store.resident import empty_rows, pinned_rows
 from jasper_store.store.store import TensorStore
 
 if TYPE_CHECKING:
@@ -187,10 +188,20 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             IndexError: a position outside [0, len(self)).
             ClosedError: the dataset was closed.
         """
+        return self.gathered(indices)
+
+    def gathered(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], *, pinned: bool = False) -> Batch:
+        """What :meth:`__getitems__` gives; in pinned memory if that costs no copy, which the caller has to look at.
+
+        Args:
+            indices: positions [B] in the split.
+            pinned: for batches that go to a CUDA device next.
+        """
         chain = self._chain_now()
         positions = _positions(indices)
         if chain is not None:
-            return Batch(dict(zip(KEYS, chain.run(positions), strict=True)), positions.shape[0])
+            taken = chain.run(positions, empty=pinned_rows if pinned else empty_rows)
+            return Batch(dict(zip(KEYS, taken, strict=True)), positions.shape[0])
         steering = None
         if self.staged is not None:
             draw = self.draw_now()

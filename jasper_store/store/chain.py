@@ -19,7 +19,7 @@ from jasper_store.store.resident import empty_rows
 from jasper_store.store.rows import refused
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["EXTRA", "INPUT", "Chain", "Step", "Via"]
 
@@ -85,12 +85,19 @@ class Chain:
         self.steps = tuple(steps)
         self._layout: tuple[int, _Layout] | None = None
 
-    def run(self, rows: torch.Tensor, extra: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def run(
+        self,
+        rows: torch.Tensor,
+        extra: torch.Tensor | None = None,
+        *,
+        empty: Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor] = empty_rows,
+    ) -> list[torch.Tensor]:
         """The results of all steps.
 
         Args:
             rows: int64 [B] in host memory.
             extra: as many, for the steps that ask for :data:`EXTRA`.
+            empty: makes a result's memory, on the host, of a shape, a dtype and its bytes.
 
         Returns:
             A new tensor for each step that is a result: [B, *row_shape], or [B, k, *row_shape] where each sample
@@ -115,7 +122,7 @@ class Chain:
             jobs[place], jobs[place + 1] = given.data_ptr(), given.stride(0)
         results = []
         for place, shape, dtype, nbytes in layout.results:
-            out = empty_rows(shape, dtype, nbytes)
+            out = empty(shape, dtype, nbytes)
             jobs[place] = out.data_ptr()
             results.append(out)
         bad = run_packed(jobs)

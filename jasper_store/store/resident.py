@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
     from jasper_store.store.rows import Rows
 
-__all__ = ["DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows"]
+__all__ = ["DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows", "pinned_rows"]
 
 # torch gathers these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -32,6 +32,11 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch
     if nbytes < _SMALL_TAKE:
         return torch.empty(shape, dtype=dtype, device=_HOST)
     return _BUFFERS.empty(shape, dtype)
+
+
+def pinned_rows(shape: tuple[int, ...], dtype: torch.dtype, _nbytes: int) -> torch.Tensor:
+    """Uninitialised pinned memory for rows that go to a device next; PyTorch keeps it and hands it out again."""
+    return torch.empty(shape, dtype=dtype, device=_HOST, pin_memory=True)
 
 
 def _reachable(source: Source) -> Source | None:

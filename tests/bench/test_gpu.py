@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.bench import gpu
+from tools.bench import gpu, results
 
 ROOT = Path(gpu.__file__).resolve().parents[2]
 
@@ -19,9 +19,10 @@ ROOT = Path(gpu.__file__).resolve().parents[2]
 def test_without_cuda_it_says_so_and_succeeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["cuda"] is False
-    assert "no CUDA" in said["why"]
-    assert json.loads((tmp_path / "gpu.json").read_text()) == said
+    assert not results.check(said)
+    assert said["cases"]["gpu"]["status"] == "skipped"
+    assert "no CUDA" in said["cases"]["gpu"]["why"]
+    assert results.load(tmp_path / "gpu.json") == said
 
 
 def test_it_needs_only_torch_numpy_h5py_safetensors_and_psutil(tmp_path: Path) -> None:
@@ -44,7 +45,9 @@ print(missing, len([batch for batch in loader]))
 
 @pytest.mark.cuda
 def test_a_small_run_on_the_device(tmp_path: Path) -> None:
-    facts = gpu.measure(tmp_path, pairs=20_000, dim=64, batch=64)
-    assert facts["on_device"]
-    assert facts["syncs"] == "none"
-    assert facts["step_ms_events"] > 0
+    result = gpu.measure(tmp_path, pairs=20_000, dim=64, batches=[64, 256], repeats=1)
+    assert all("none." in note for note in result.notes if "waits" in note)
+    assert all(row["events"] > 0 for table in result.tables[:1] for row in table.rows)
+    assert {item.met is None for item in result.targets} == {False}
+    document = {"schema": results.SCHEMA, "machine": {}, "settings": {}, "cases": {"gpu": result.to_dict()}}
+    assert not results.check(document)

@@ -300,6 +300,7 @@ def test_other_devices_get_copies(data: Path) -> None:
 def test_copies_to_a_gpu_are_the_same_and_counted_right(data: Path, pin_memory: bool) -> None:
     plain = list(create_loader(data, "train", 16, pin_memory=False))
     loader = create_loader(data, "train", 16, pin_memory=pin_memory)
+    assert all(value.is_pinned() is pin_memory for value in next(iter(loader)).values())
     wrapped = to_device(loader, "cuda")
     for number, batch in enumerate(wrapped):
         assert wrapped.state_dict()["consumed"] == 16 * (number + 1)

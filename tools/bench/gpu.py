@@ -1,8 +1,9 @@
-"""Device-resident batches on a CUDA machine: ``python -m tools.bench.gpu``.
+"""Data on a CUDA device, or on its way there: ``python -m tools.bench.gpu``.
 
-Needs this checkout and torch, numpy, h5py, safetensors, psutil; prints JSON. Without CUDA it
-says so and succeeds. A step on device-resident data moves no data and waits for nothing, so it is judged by CUDA
-events against the bare gathers of the same rows, and by the clock against per-sample access on the host.
+Needs this checkout and torch, numpy, h5py, safetensors, psutil; prints JSON that ``python -m tools.bench render``
+takes beside the other cases. Without CUDA it says so and succeeds. A step on device-resident data moves no data and
+waits for nothing, so it is judged by CUDA events against the bare gathers of the same rows, and by the clock against
+per-sample access on the host.
 """
 
 from __future__ import annotations
@@ -10,45 +11,99 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import statistics
 import sys
 import tempfile
-import time
 import zlib
+from datetime import datetime, timezone
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from tools.bench import results
+from tools.bench.machine import describe
+from tools.bench.results import CaseResult, Column, Table, target
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
 
 __all__ = ["main", "measure", "stand_ins"]
 
-BATCH = 256
-WARM_UP, STEPS = 50, 300
+NAME, TITLE = "gpu", "On a GPU"
+BATCHES = (32, 256, 2048)
+JUDGED = 256
+REPEATS = 5
+
+LABELS = {
+    "bare": "the bare gathers, rows known beforehand",
+    "resident": '`create_loader(device="cuda")`',
+    "to_device": "`js.to_device(create_loader(...))`, data in host memory",
+    "per_sample": "a plain dataset on the host, per sample, then the copy",
+}
+STEP_COLUMNS = (
+    Column("label", "way"),
+    Column("batch", "batch", "int"),
+    Column("events", "a batch, CUDA events", "ms"),
+    Column("wall", "a batch, clock", "ms"),
+    Column("samples_per_s", "samples/s", "rate"),
+    Column("times_per_sample", "times per sample", "ratio"),
+)
+TRAINING = {
+    "alone": "the model alone",
+    "resident": 'batches of `create_loader(device="cuda")`',
+    "to_device": "batches of `js.to_device(create_loader(...))`",
+    "copied": "batches of `create_loader`, `.to(device)` in the step",
+}
+TRAINING_COLUMNS = (
+    Column("label", "way"),
+    Column("batch", "batch", "int"),
+    Column("ms", "a step", "ms"),
+    Column("added", "added to the model", "ms"),
+)
+LOAD_COLUMNS = (
+    Column("label", "way"),
+    Column("state", "files"),
+    Column("seconds", "time", "s"),
+    Column("bytes_per_s", "bytes/s", "bytes_per_s"),
+    Column("host", "host memory added", "bytes"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print one JSON object; status 0 also where there is no CUDA."""
+    """Print one JSON document; status 0 also where there is no CUDA."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.gpu", description=__doc__)
-    parser.add_argument("--pairs", type=int, default=200_000)
+    parser.add_argument("--pairs", type=int, default=200_000, help="of the generated dataset")
     parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=BATCHES)
+    parser.add_argument("--real-dir", type=Path, help="a real JASPER dataset in .pt files, measured beside it")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        facts: dict[str, Any] = {"cuda": False, "why": "torch sees no CUDA device here; nothing was measured"}
+        result = CaseResult(NAME, TITLE, "skipped", "torch sees no CUDA device here; nothing was measured")
     else:
         with tempfile.TemporaryDirectory(prefix="jasper-bench-") as folder:
-            facts = measure(Path(folder), arguments.pairs, arguments.dim, arguments.batch)
-    text = json.dumps(facts, indent=1)
-    print(text)
+            result = measure(
+                Path(folder),
+                pairs=arguments.pairs,
+                dim=arguments.dim,
+                batches=arguments.batches,
+                real=arguments.real_dir,
+                repeats=arguments.repeats,
+            )
+    document = {
+        "schema": results.SCHEMA,
+        "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe(Path(tempfile.gettempdir())),
+        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "cases": {NAME: result.to_dict()},
+    }
+    print(json.dumps(results.plain(document), indent=1))
     if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        results.save(document, arguments.out)
     return 0
 
 
@@ -56,7 +111,7 @@ def stand_ins() -> list[str]:
     """Make do without xxhash and isal on a bare machine; the names of those that were missing.
 
     The library hashes paths and checksums with one and unpacks HDF5 with the other; this program only reads
-    safetensors files of its own making, for which the standard library's hash and zlib do.
+    files of its own making, for which the standard library's hash and zlib do.
     """
     missing = []
     if not find_spec("xxhash"):
@@ -73,146 +128,67 @@ def stand_ins() -> list[str]:
     return missing
 
 
-def measure(folder: Path, pairs: int, dim: int, batch: int) -> dict[str, Any]:
+def measure(
+    folder: Path, *, pairs: int, dim: int, batches: Sequence[int], real: Path | None = None, repeats: int = REPEATS
+) -> CaseResult:
     """Write a dataset, load it onto the device, and time steps."""
     missing = stand_ins()
+    from tools.bench import measure_gpu
     from tools.bench.jasper_data import write
-    from tools.bench.library import library
 
-    js = library()
-
-    path = folder / "dataset"
-    nbytes = write("safetensors", str(path), pairs=pairs, pairs_per_row=1, dim=dim, n_neg=5, seed=20)["nbytes"]
-    torch.cuda.synchronize()  # the device's own start-up is nobody's preloading
-    begin = time.perf_counter()
-    loader = js.create_loader(path, "train", batch, device="cuda")
-    torch.cuda.synchronize()
-    preload_s = time.perf_counter() - begin
-    dataset = loader.dataset_obj
-    batches = _endless(loader)
-    first = next(batches)
-    facts: dict[str, Any] = {
-        "cuda": True,
-        "device": torch.cuda.get_device_name(),
-        "stood_in_for": missing,
-        "torch": torch.__version__,
-        "pairs": pairs,
-        "dim": dim,
-        "batch": batch,
-        "nbytes": nbytes,
-        "preload_s": preload_s,
-        "preload_bytes_per_s": nbytes / preload_s,
-        "on_device": all(value.is_cuda for value in first.values()),
-    }
-    bare = _bare_gathers(dataset.store, len(dataset), batch)
-    step_ms, bare_ms = _events(lambda: next(batches)), _events(bare)
-    steps = [_events(lambda: next(batches)), _events(bare), _events(lambda: next(batches)), _events(bare)]
-    step_ms, bare_ms = statistics.median([step_ms, *steps[::2]]), statistics.median([bare_ms, *steps[1::2]])
-    wall_ms = _wall(lambda: next(batches))
-    per_sample_s = _per_sample(path, batch)
-    facts |= {
-        "step_ms_events": step_ms,
-        "bare_gathers_ms_events": bare_ms,
-        "step_ms_wall": wall_ms,
-        "per_sample_ms": per_sample_s * 1e3,
-        "targets": [
-            {"what": "step over bare gathers, CUDA events", "ratio": step_ms / bare_ms, "at_most": 1.5},
-            {"what": "per-sample way over step, wall", "ratio": per_sample_s * 1e3 / wall_ms, "at_least": 50},
-        ],
-        "syncs": _syncs(batches),
-    }
-    return facts
-
-
-def _endless(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
-    import jasper_store as js
-
-    epoch = 0
-    while True:
-        yield from loader
-        epoch = (epoch + 1) % 10
-        js.set_epoch(loader, epoch)
-
-
-def _bare_gathers(store: Any, length: int, batch: int) -> Callable[[], object]:
-    """What any device-resident batch must do: one gather for each tensor of a batch, rows known beforehand."""
-    data = {name: store[name].tensor() for name in store if not name.startswith("pair_keyword_ids")}
-    positions = torch.randint(length, (batch,), device="cuda")
-    pairs = data["train_idx"][positions]
-    questions, sources = data["pair_index"][pairs].unbind(1)
-    negatives = data["hard_negatives"][pairs].reshape(-1)
-    names = (
-        "pair_cluster_id",
-        "pair_relevance",
-        "centroid_distances",
-        "negative_tiers",
-        "hard_negatives",
-        "pair_index",
+    result, written = CaseResult(NAME, TITLE), {}
+    for layout in ("pt", "safetensors"):
+        written[layout] = folder / layout
+        write(layout, str(written[layout]), pairs=pairs, pairs_per_row=1, dim=dim, n_neg=5, seed=20)
+    facts = measure_gpu.device_facts()
+    result.notes.append(
+        f"{facts['name']}, {facts['memory'] / 1e9:.0f} GB, which copies {facts['copy_bytes_per_s'] / 1e12:.2f} TB/s within"
+        f" itself (bytes read and written); {facts['cores']} cores, torch {facts['torch']}."
     )
-
-    def gathers() -> object:
-        return [
-            data["train_idx"].index_select(0, positions),
-            data["question_embs"].index_select(0, questions),
-            data["source_embs"].index_select(0, sources),
-            data["source_embs"].index_select(0, negatives),
-            data["steering_centroid"].index_select(0, pairs),
-            *(data[name].index_select(0, pairs) for name in names),
-        ]
-
-    return gathers
-
-
-def _events(step: Callable[[], object]) -> float:
-    """Milliseconds a step by CUDA events, many steps between two of them."""
-    for _ in range(WARM_UP):
-        step()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(STEPS):
-        step()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / STEPS
+    if missing:
+        result.notes.append(f"Not installed there, and stood in for: {', '.join(missing)}.")
+    datasets = ({real.name: real} if real else {}) | {f"generated, {pairs:,} pairs": written["safetensors"]}
+    for name, path in datasets.items():
+        _steps(result, name, path, batches, repeats)
+    trained = measure_gpu.training(written["safetensors"], JUDGED, repeats)
+    result.tables.append(
+        Table(
+            "A trainer's step, clock",
+            TRAINING_COLUMNS,
+            [
+                {"label": label, "batch": JUDGED, "ms": trained[key], "added": trained[key] - trained["alone"]}
+                for key, label in TRAINING.items()
+            ],
+        )
+    )
+    result.tables.append(Table("Loading onto the device", LOAD_COLUMNS, measure_gpu.preloads(written, repeats)))
+    return result
 
 
-def _wall(step: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / STEPS * 1e3
+def _steps(result: CaseResult, name: str, path: Path, batches: Sequence[int], repeats: int) -> None:
+    from tools.bench import measure_gpu
 
-
-def _per_sample(path: Path, batch: int) -> float:
-    """Seconds a batch of the way without batched access: a sample at a time, default collation, then the copy."""
-    from torch.utils.data import DataLoader
-
-    from tools.bench.plain_dataset import PlainDataset
-
-    loader = iter(DataLoader(PlainDataset(path), batch_size=batch, shuffle=True, drop_last=True))
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        {key: value.to("cuda") for key, value in next(loader).items()}
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def _syncs(batches: Iterator[dict[str, torch.Tensor]]) -> str:
-    """Whether a step waits for the device: torch can be told to complain."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(5):
-            next(batches)
-    except RuntimeError as exc:
-        return f"a step waits for the device: {str(exc).splitlines()[0]}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return "none"
+    rows = []
+    for batch in batches:
+        facts = measure_gpu.rates(path, batch, repeats)
+        if not facts["on_device"]:
+            raise RuntimeError(f"{name}: a tensor of the batch is not on the device")
+        ways = facts["ways"]
+        for key, label in LABELS.items():
+            wall = ways[key]["wall"]
+            rows.append(
+                ways[key]
+                | {"key": key, "label": label, "batch": batch, "samples_per_s": batch / wall * 1e3}
+                | {"times_per_sample": ways["per_sample"]["wall"] / wall, "sample_nbytes": facts["sample_nbytes"]}
+            )
+        if batch == JUDGED:
+            what, step, bare = f"{name}: a batch of {batch} on the device", ways["resident"], ways["bare"]
+            result.targets += [
+                target(what, "the bare gathers, CUDA events", step["events"], bare["events"], 1.5, at_most=True),
+                target(what, "per sample, clock", ways["per_sample"]["wall"], step["wall"], 50.0),
+            ]
+        result.notes.append(f"{name}, batch {batch}: waits of a step for the device: {facts['waits']}.")
+    result.tables.append(Table(name, STEP_COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ Indices: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]] | list[
 DRAW: Final = 8192
 #: On a device a draw waits once for the kernels before it, so one draw (8 MiB) serves thousands of batches.
 DEVICE_DRAW: Final = 1 << 20
+#: A draw of no more than this is made on the host and sent: 16 ns each, where a device's 130 kernels take 2.8 ms to
+#: start, however few the indices (an H100's; docs/notes-paging.md), and nothing is waited for.
+SENT_DRAW: Final = 1 << 16
 _ORDERS: Final[Mapping[str, type[Order]]] = {"global": GlobalOrder, "block": BlockOrder}
 
 
@@ -146,14 +149,16 @@ class EpochSampler(DistributedSampler[int]):
         """
         step = self.num_replicas
         low, high = start + self.rank + first * step, start + self.rank + stop * step
-        if self.device.type == "cpu":
+        sent = self.device.type == "cuda" and stop - first <= SENT_DRAW
+        if sent or self.device.type == "cpu":
             # numpy: one thread, where torch would wake all of them for a large batch.
             places = torch.from_numpy(np.arange(low, high, step))
         else:
             places = torch.arange(low, high, step, device=self.device)
         if high - step >= self.samples:
             places %= self.samples
-        return self.order.at(places)
+        found = self.order.at(places)
+        return found.pin_memory().to(self.device, non_blocking=True) if sent else found
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices as ints, from the resume point if one is set. The iterator keeps a state."""

@@ -14,8 +14,8 @@ import torch
 
 from jasper_store.errors import InsufficientMemoryError
 from jasper_store.formats.base import Chunked, Extent
-from jasper_store.memory import preload
 from jasper_store.memory.budget import format_bytes
+from jasper_store.memory.reader import RangeReader
 from jasper_store.store.load import block_rows, load
 
 if TYPE_CHECKING:
@@ -178,12 +178,11 @@ class DeviceLoader:
         """Pieces of an extent, each read into a buffer by several threads."""
         assert isinstance(spec.location, Extent)
         step = max(1, self._nbytes // spec.dtype.itemsize) * spec.dtype.itemsize
-        for start in range(0, spec.nbytes, step):
-            number, buffer = self._buffer(min(step, spec.nbytes - start))
-            preload.read_into(
-                spec.path, spec.location.offset + start, buffer, drop_behind=drop_behind, on_bytes=on_bytes
-            )
-            yield number, buffer.view(spec.dtype)
+        with RangeReader(spec.path, spec.location.offset, spec.nbytes, drop_behind=drop_behind) as reader:
+            for start in range(0, spec.nbytes, step):
+                number, buffer = self._buffer(min(step, spec.nbytes - start))
+                reader.read(start, buffer, on_bytes)
+                yield number, buffer.view(spec.dtype)
 
     def _unpacked(self, spec: TensorSpec, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[int, torch.Tensor]]:
         """Pieces of a chunked dataset, each unpacked into a buffer."""

@@ -171,6 +171,15 @@ def test_headline_and_machine() -> None:
     assert "no speed" in render.section("machine", document, Path("README.md"))
 
 
+def test_cases_of_other_machines_join_in() -> None:
+    first, other = make_document(cold=cold_case()), make_document(gpu=cold_case())
+    other["machine"] = {}
+    joined = results.joined([first, other])
+    assert list(joined["cases"]) == ["cold", "gpu"]
+    assert joined["machine"] == first["machine"]
+    assert list(first["cases"]) == ["cold"]
+
+
 def test_an_unknown_marker_is_an_error() -> None:
     with pytest.raises(ValueError, match="means nothing"):
         render.section("nothing:here", make_document(), Path("README.md"))

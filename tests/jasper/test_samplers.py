@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from torch.utils.data import BatchSampler as TorchBatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 from jasper_store.errors import IncompatibleOptionsError, UnknownNameError
-from jasper_store.jasper.samplers import DRAW, BatchSampler, EpochSampler, order
+from jasper_store.jasper.samplers import DRAW, SENT_DRAW, BatchSampler, EpochSampler, order
 from tests.jasper.fakes import Numbers, as_is
 
 
@@ -168,8 +168,9 @@ def test_a_plain_dataloader_takes_them(how: str, workers: int) -> None:
 
 
 @pytest.mark.cuda
-def test_indices_are_made_on_a_device() -> None:
-    sampler = EpochSampler(Numbers(100_000), 2, 1, device="cuda")
+@pytest.mark.parametrize("n", [1000, 100_000, 4 * SENT_DRAW])
+def test_indices_arrive_on_a_device_wherever_they_are_made(n: int) -> None:
+    sampler = EpochSampler(Numbers(n), 2, 1, device="cuda")
     batches = list(BatchSampler(sampler, 256, False))
     assert all(batch.is_cuda for batch in batches)
-    assert torch.cat(batches).tolist() == list(EpochSampler(Numbers(100_000), 2, 1))
+    assert torch.cat(batches).tolist() == list(EpochSampler(Numbers(n), 2, 1))

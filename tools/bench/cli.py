@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DEFAULT_OUT = Path("docs/bench/measured.json")
+OTHERS = (Path("docs/bench/gpu.json"),)
+"""Measured elsewhere, by programs of their own."""
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     draw = commands.add_parser("render", help="write tables and plots into the documentation")
-    draw.add_argument("json", type=Path)
+    draw.add_argument("json", type=Path, nargs="+", help="results; the cases of later files join those of the first")
     draw.add_argument(
         "--into", type=Path, nargs="*", help="Markdown files with markers (docs/performance.md, README.md)"
     )
@@ -117,7 +119,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _all(arguments: argparse.Namespace) -> int:
     """What ``make bench`` does."""
     status = main(["--data-dir", str(arguments.data_dir), "run", "--out", str(DEFAULT_OUT)])
-    return main(["render", str(DEFAULT_OUT)]) or status
+    return main(["render", *(str(path) for path in (DEFAULT_OUT, *OTHERS) if path.exists())]) or status
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -132,7 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    document = results.load(arguments.json)
+    document = results.joined([results.load(path) for path in arguments.json])
     into = arguments.into or [path for path in (Path("docs/performance.md"), Path("README.md")) if path.exists()]
     changed = [path for path in into if render.update(path, document, write=not arguments.check)]
     for path in changed:

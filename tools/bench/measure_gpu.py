@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tools.bench import pagecache
+from tools.bench import disk, pagecache
 from tools.bench.library import library
 from tools.bench.plain_dataset import PlainDataset
 
@@ -113,12 +113,13 @@ def training(path: Path, batch: int, repeats: int) -> dict[str, float]:
     return {name: statistics.median(clock.wall) for name, clock in clocks.items()}
 
 
-def preloads(folders: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
-    """Seconds from files to the device, by who loads which, cold and warm; process's memory beside it."""
+def preloads(folders: dict[str, Path], repeats: int) -> tuple[list[dict[str, Any]], float]:
+    """Seconds from files to the device, cold and warm, and the disk's own rate in sequence, bytes a second."""
     from safetensors.torch import load_file
 
     js = library()
     pt, st = folders["pt"], folders["safetensors"]
+    probed = [disk.sequential_rate(st / "steering_residual.safetensors", 2.0)[0].bytes_per_s for _ in range(3)]
 
     def torch_load() -> object:
         loaded = [torch.load(item, weights_only=True) for item in sorted(pt.glob("*.pt"))]
@@ -133,7 +134,7 @@ def preloads(folders: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
         '`js.open(device="cuda")`, pt': (pt, lambda: js.open(pt, device="cuda")),
         '`js.open(device="cuda")`, safetensors': (st, lambda: js.open(st, device="cuda")),
     }
-    rows = []
+    rows: list[dict[str, Any]] = []
     for cold in (False, True):
         for label, (path, load) in ways.items():
             nbytes = sum(item.stat().st_size for item in path.iterdir())
@@ -148,15 +149,15 @@ def preloads(folders: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
                     "host": max(one[1] for one in times),
                 }
             )
-    return rows
+    return rows, statistics.median(probed)
 
 
 def waits(js: Any, loader: Any) -> str:
     """Whether a step waits for the device, in torch's words: it can be told to complain.
 
-    The first step of an epoch does, once: it computes the order of the next million samples.
+    The first step of an epoch may, once: it computes the order of the next million samples.
     """
-    js.set_epoch(loader, 1)
+    js.set_epoch(loader, 11)
     batches = iter(loader)
     next(batches)
     try:

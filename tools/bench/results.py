@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from tools.bench.stats import ratio
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["SCHEMA", "CaseResult", "Column", "Kind", "Table", "Target", "check", "load", "save", "target"]
+__all__ = ["SCHEMA", "CaseResult", "Column", "Kind", "Table", "Target", "check", "joined", "load", "save", "target"]
 
 SCHEMA = 1
 
@@ -135,6 +136,15 @@ def save(document: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(plain(document), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first document with the cases of the others, each of which names its machine itself."""
+    first, *others = documents
+    cases = dict(first["cases"])
+    for other in others:
+        cases |= other["cases"]
+    return first | {"cases": cases}
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         "schema": results.SCHEMA,
         "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe(Path(tempfile.gettempdir())),
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "settings": {key: getattr(arguments, key) for key in ("pairs", "dim", "batches", "repeats")},
         "cases": {NAME: result.to_dict()},
     }
     print(json.dumps(results.plain(document), indent=1))
@@ -147,9 +147,11 @@ def measure(
     )
     if missing:
         result.notes.append(f"Not installed there, and stood in for: {', '.join(missing)}.")
+    waits: list[str] = []
     datasets = ({real.name: real} if real else {}) | {f"generated, {pairs:,} pairs": written["safetensors"]}
     for name, path in datasets.items():
-        _steps(result, name, path, batches, repeats)
+        waits += _steps(result, name, path, batches, repeats)
+    result.notes.append(f"Steps that wait for the device, by PyTorch's own check: {'; '.join(waits) or 'none'}.")
     trained = measure_gpu.training(written["safetensors"], JUDGED, repeats)
     result.tables.append(
         Table(
@@ -163,14 +165,19 @@ def measure(
     )
     loaded, limit = measure_gpu.preloads(written, repeats)
     result.tables.append(Table("Loading onto the device", LOAD_COLUMNS, loaded))
-    result.notes.append(f"The disk's sequential rate there, own probe: {limit / 1e9:.2f} GB/s.")
+    result.notes.append(
+        f"The disk's sequential rate there, own probe: {limit / 1e9:.2f} GB/s. Host memory is what a load adds to what "
+        "the process held before; pinned memory, once taken, stays with PyTorch (for `js.open` a ring of three buffers "
+        "of 32 MiB), and is added by the first load alone, which is not shown."
+    )
     return result
 
 
-def _steps(result: CaseResult, name: str, path: Path, batches: Sequence[int], repeats: int) -> None:
+def _steps(result: CaseResult, name: str, path: Path, batches: Sequence[int], repeats: int) -> list[str]:
+    """Measure a dataset; returns which steps wait for the device."""
     from tools.bench import measure_gpu
 
-    rows = []
+    rows, waits = [], []
     for batch in batches:
         facts = measure_gpu.rates(path, batch, repeats)
         if not facts["on_device"]:
@@ -189,8 +196,10 @@ def _steps(result: CaseResult, name: str, path: Path, batches: Sequence[int], re
                 target(what, "the bare gathers, CUDA events", step["events"], bare["events"], 1.5, at_most=True),
                 target(what, "per sample, clock", ways["per_sample"]["wall"], step["wall"], 50.0),
             ]
-        result.notes.append(f"{name}, batch {batch}: waits of a step for the device: {facts['waits']}.")
+        if facts["waits"]:
+            waits.append(f"{name}, batch {batch}: {facts['waits']}")
     result.tables.append(Table(name, STEP_COLUMNS, rows))
+    return waits
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def preloads(folders: dict[str, Path], repeats: int) -> tuple[list[dict[str, Any
 
 
 def waits(js: Any, loader: Any) -> str:
-    """Whether a step waits for the device, in torch's words: it can be told to complain.
+    """Whether a step waits for the device, in torch's words; empty if not.
 
     The first step of an epoch may, once: it computes the order of the next million samples.
     """
@@ -167,10 +167,10 @@ def waits(js: Any, loader: Any) -> str:
         for _ in islice(batches, 12):
             pass
     except RuntimeError as exc:
-        return f"a step waits for the device: {str(exc).splitlines()[0]}"
+        return str(exc).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return "none"
+    return ""
 
 
 def _timed(path: Path, load: Callable[[], object], *, cold: bool) -> tuple[float, int]:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "RangeReader", "as_bytes", "default_threads"]
 
 BLOCK = 4 << 20
-"""Bytes per read."""
+"""Bytes that a thread takes at a time."""
+_DIRECT = 1 << 20
+"""Bytes per direct read: what has to be copied out of an aligned buffer is still in the processor's cache."""
 
 _ALIGNMENT = 4096  # Of position, address and length of a direct read; enough for every disk's sectors.
 _MIN_DIRECT = 1 << 20
@@ -211,6 +213,17 @@ class RangeReader:
 
     def _read_direct(self, position: int, view: memoryview) -> int:
         """Read past the page cache; returns how many bytes were read, the rest (all, if refused) being left."""
+        done = 0
+        while done < len(view):
+            piece = view[done : done + _DIRECT]
+            got = self._read_piece(position + done, piece)
+            done += got
+            if got < len(piece):
+                break
+        return done
+
+    def _read_piece(self, position: int, view: memoryview) -> int:
+        """One direct read; returns as :meth:`_read_direct`."""
         address = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
         try:
             if (position | address | len(view)) % _ALIGNMENT == 0:

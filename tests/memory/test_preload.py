@@ -30,6 +30,7 @@ def small_blocks(monkeypatch):
     """Blocks that small files have many of."""
     monkeypatch.setattr(reader, "BLOCK", 8192)
     monkeypatch.setattr(reader, "_MIN_DIRECT", 0)
+    monkeypatch.setattr(reader, "_DIRECT", 4096)
     monkeypatch.setattr(preload, "_CONVERT_BLOCK", 4096)
 
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,48 @@ def test_rows_announced_ahead_are_not_announced_again(tensor, announced):
     assert len(announced) == 6
     x.take(batches[0])
     assert len(announced) == 7
+
+
+def test_large_batches_are_announced_by_turns_with_their_gathers(tensor, announced):
+    x, values = tensor
+    if paging.announcer().backend == "none":
+        pytest.skip("this system cannot announce")
+    x._ahead._patience = 1 << 40  # nothing is read here, and it would soon be found out
+    batches = [torch.randint(ROWS, (1000,), generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    x.announce(batches[0])
+    x.announce(batches[1])
+    assert len(announced) == 2, "nobody has taken anything yet, so all of them may be needed at once"
+    assert torch.equal(x.take(batches[0]), values[batches[0]])
+    x.announce(batches[2])
+    assert len(announced) == 3
+    out = torch.empty(1000, WIDTH)
+    assert x.take(batches[1], out=out) is out
+    assert torch.equal(out, values[batches[1]])
+    assert len(announced) == 6
+    assert np.array_equal(pages(announced[2:]), pages([x._ranges(batches[2])]))
+    x.announce(batches[3])
+    with pytest.raises(IndexError, match="row 4096 at position 700"):
+        x.take(torch.cat([batches[2][:700], rows(ROWS)]))
+    x.announce(batches[4])  # what was left is not forgotten
+    assert np.array_equal(pages(announced[6:]), pages([x._ranges(batches[3]), x._ranges(batches[4])]))
+
+
+def test_a_thread_that_only_announces_does_not_wait_for_gathers(tensor, announced):
+    x, _ = tensor
+    if paging.announcer().backend == "none":
+        pytest.skip("this system cannot announce")
+    index = torch.arange(0, ROWS, 3)
+    x.take(index)
+    before = len(announced)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(x.announce, index).result()
+    assert np.array_equal(pages(announced[before:]), pages([x._ranges(index)]))
+
+
+def pages(ranges):
+    """Every page of some arrays of ranges, each once."""
+    found = [np.arange(start, start + length, paging.PAGE) for part in ranges for start, length in part.tolist()]
+    return np.unique(np.concatenate(found))
 
 
 def test_warm_rows_stop_being_announced(tensor, monkeypatch):

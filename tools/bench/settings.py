@@ -24,7 +24,7 @@ class Settings:
         n_neg: hard negatives a pair.
         batches: batch sizes of the row readers.
         loader_batches: batch sizes of the loaders.
-        lookahead: batches that this library announces ahead of the one it reads.
+        lookahead: rows that this library announces ahead of the batch that it reads; at least one batch.
         cap_fraction: memory limit of the cold cases over the size of the data they read.
         seconds: bound on the timed part of one reader's run.
         max_rows: bound on the rows that one reader reads in it.
@@ -46,7 +46,7 @@ class Settings:
     n_neg: int = 5
     batches: tuple[int, ...] = (256, 2048)
     loader_batches: tuple[int, ...] = (32, 256, 2048)
-    lookahead: int = 4
+    lookahead: int = 1024
     cap_fraction: float = 1 / 3
     seconds: float = 3.0
     max_rows: int = 400_000

@@ -21,7 +21,7 @@ class OursSafetensors(Reader):
 
     key = "ours"
     label = "**jasper_store**, safetensors"
-    how = "use_mmap=True; batches ahead announced"
+    how = "use_mmap=True; 1,024 rows ahead announced"
     module = "jasper_store"
     dist = "jasper-store"
     asset = "rows.safetensors"
@@ -38,11 +38,12 @@ class OursSafetensors(Reader):
 
     def batches(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[torch.Tensor]:  # noqa: D102
         indices = [torch.from_numpy(rows) for rows in batches]
-        for ahead in indices[: self.lookahead]:
-            self.data.announce(ahead)
+        ahead = max(1, self.lookahead // len(indices[0]))
+        for rows in indices[:ahead]:
+            self.data.announce(rows)
         for number, rows in enumerate(indices):
-            if number + self.lookahead < len(indices):
-                self.data.announce(indices[number + self.lookahead])
+            if number + ahead < len(indices):
+                self.data.announce(indices[number + ahead])
             yield self.data.take(rows)
 
 

@@ -1,4 +1,4 @@
-"""Builds the gather kernel (``jasper_store/memory/rows.c``) with the package, where there is a C compiler.
+"""Builds ``rows.c`` and ``reads.c`` of ``jasper_store/memory`` with the package, where there is a C compiler.
 
 The library needs neither Python's headers nor torch's, so one file serves every Python version of a platform. Without
 a compiler the package is built all the same, for any platform, and gathers by torch alone.
@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("jasper_store/memory/rows.c")
+SOURCES = (Path("jasper_store/memory/rows.c"), Path("jasper_store/memory/reads.c"))
 TARGET = Path("jasper_store/memory/_rows.so")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 
@@ -31,7 +31,7 @@ class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        if not _compiled(root / SOURCE, root / TARGET):
+        if not _compiled([root / source for source in SOURCES], root / TARGET):
             self.app.display_warning(
                 "the gather kernel was not built (is there a C compiler?): gathers will be torch's, which are slower"
             )
@@ -42,7 +42,7 @@ class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             build_data["tag"] = f"py3-none-{_platform()}"
 
 
-def _compiled(source: Path, target: Path) -> bool:
+def _compiled(sources: list[Path], target: Path) -> bool:
     """Whether the library was built; an old one is never left behind."""
     target.unlink(missing_ok=True)
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -50,10 +50,10 @@ def _compiled(source: Path, target: Path) -> bool:
         return False
     unfinished = target.with_suffix(f".{os.getpid()}")
     try:
-        subprocess.run([*compiler.split(), *FLAGS, "-o", str(unfinished), str(source)], check=True)
+        subprocess.run([*compiler.split(), *FLAGS, "-o", str(unfinished), *map(str, sources)], check=True)
         unfinished.replace(target)
     except (OSError, subprocess.CalledProcessError) as exc:
-        print(f"{source} could not be compiled: {exc}", file=sys.stderr)
+        print(f"{', '.join(map(str, sources))} could not be compiled: {exc}", file=sys.stderr)
         return False
     finally:
         unfinished.unlink(missing_ok=True)

@@ -80,6 +80,11 @@ class Assembly:
     def __iter__(self) -> Iterator[Any]:
         return self
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch has been gathered, and still holds."""
+        return bool(self._waiting) and self._made_for == self._dataset.settings()
+
     def __next__(self) -> Any:
         if not self._waiting:
             self._waiting.extend(islice(self._indices, self._at_once))
@@ -112,7 +117,7 @@ def _split(tensors: dict[str, torch.Tensor], sizes: list[int]) -> deque[dict[str
     if len(sizes) == 1:
         return deque([tensors])
     # .data: a view that autograd does not know to be one, so writing to one batch is no write to another.
-    columns = [[part.data for part in torch.split(value, sizes)] for value in tensors.values()]
+    columns = [[part.data for part in value.split_with_sizes(sizes)] for value in tensors.values()]
     return deque(dict(zip(tensors, parts, strict=True)) for parts in zip(*columns, strict=True))
 
 

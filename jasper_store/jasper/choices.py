@@ -33,8 +33,8 @@ def look_ahead_for(
 
 
 def _staged_nbytes(dataset: JASPERSteeringDataset) -> int:
-    """Most memory that staged windows take: four of them, and what lies between rows on their way from the disk."""
-    return 5 * BLOCK * WINDOW * dataset.store[STEERING_TENSORS[0]].row_nbytes
+    """Most memory that staged windows take: four of them, and rows of all variants on their way from the disk."""
+    return 6 * BLOCK * WINDOW * dataset.store[STEERING_TENSORS[0]].row_nbytes
 
 
 def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:

@@ -65,8 +65,10 @@ class Draw:
 
     def variants(self, pairs: torch.Tensor) -> torch.Tensor:
         """Variant of each pair row [B], int64, on the device of ``pairs``."""
-        takes = self.takes(pairs)
-        return self._of(pairs) if takes is None else take_together(takes[:1])[0]
+        # Tables are of use to whoever asks often; who asks for them first is not made to wait here.
+        if self._tables is None:
+            return self._of(pairs)
+        return take_together([Take(self._tables[0], pairs, torch.int64)])[0]
 
     def _of(self, pairs: torch.Tensor) -> torch.Tensor:
         if self.forced is not None:

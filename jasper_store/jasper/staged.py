@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -78,6 +78,9 @@ class StagedSteering:
         self._thread = ThreadPoolExecutor(1, "jasper-windows")
         self._readers = ThreadPoolExecutor(len(stagings), "jasper-readers")
         self._alone = Chain(self.steps(0))
+        self._read_on(self._first)
+        # Until the disk is at it: what follows is some milliseconds of both cores.
+        wait([future for _, future in self._reads])
         self._whole = chain_of(dataset.store, dataset.split, self._draw, self)
         if dataset.staged is not None and dataset.staged.ended:
             dataset.staged.close()
@@ -105,19 +108,35 @@ class StagedSteering:
         self.ended = True
 
     def _over(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+        until = 0  # the place up to which there is nothing to do
         for batch in batches:
             size: int = len(batch)  # type: ignore[arg-type]
             self._place += size * self._windows.ranks
-            now = self._order.window_of(min(self._place, self._order.n) - 1)
-            oldest = max(self._order.window_of(max(self._place - self._in_flight, 0)), self._first)
-            self._forget(oldest)
-            while self._next < min(now + 3, oldest + _WINDOWS, self._order.n_windows):
-                self._reads.append((self._next, self._thread.submit(self._read, self._next)))
-                self._next += 1
-            while self._reads and self._reads[0][0] <= now:
-                for part in self._reads.popleft()[1].result():
-                    part.result()
+            if self._place > until:
+                until = self._move()
             yield batch
+
+    def _move(self) -> int:
+        """Let go of what the present place is done with, have read what it comes to, and wait for what it needs.
+
+        Returns:
+            The place up to which all of this holds.
+        """
+        order = self._order
+        now = order.window_of(min(self._place, order.n) - 1)
+        oldest = max(order.window_of(max(self._place - self._in_flight, 0)), self._first)
+        self._forget(oldest)
+        self._read_on(min(now + 2, oldest + _WINDOWS - 1))
+        while self._reads and self._reads[0][0] <= now:
+            for part in self._reads.popleft()[1].result():
+                part.result()
+        return min(order.window_bounds(now)[1], order.window_bounds(oldest)[1] + self._in_flight - 1)
+
+    def _read_on(self, last: int) -> None:
+        """Have windows read, up to a number."""
+        while self._next <= last and self._next < self._order.n_windows:
+            self._reads.append((self._next, self._thread.submit(self._read, self._next)))
+            self._next += 1
 
     def _forget(self, before: int) -> None:
         while self._held and self._held[0][0] < before:
@@ -126,16 +145,13 @@ class StagedSteering:
 
     def _read(self, number: int) -> list[Future[None]]:
         """Find out what a window needs, and have it read; what is returned is done when it is there."""
-        order = self._order
-        positions = self._windows.superset(number)
+        order, first = self._order, number % _WINDOWS * self._order.window
+        blocks, positions, within = self._windows.members(number)
         pairs = self._dataset.store[split_tensor(self._dataset.split)].take(positions).long()
         which = self._draw.variants(pairs).numpy() - 1
-        blocks = order.blocks_of(number).sort().values.numpy()
-        slots = number % _WINDOWS * order.window + np.arange(len(blocks), dtype=np.int32)
-        named = positions.numpy()
-        places = slots[np.searchsorted(blocks, named // order.block)] * order.block + named % order.block
-        self._addresses.numpy()[number % _WINDOWS * order.span :][: order.span] = -1
-        self._slots[blocks] = slots
+        places = within.numpy() + first * order.block
+        self._addresses.numpy()[first * order.block :][: order.span] = -1
+        self._slots[blocks.numpy()] = np.arange(first, first + len(blocks))
         memory: list[torch.Tensor] = []
         self._held.append((number, memory))
         shares = [np.array_split(each, _PARTS) for each in (which, pairs.numpy(), places)]
@@ -162,16 +178,14 @@ class StagedSteering:
     def _run(self, chain: Chain, positions: torch.Tensor, draw: Draw) -> list[torch.Tensor] | None:
         if draw is not self._draw:
             return None  # an epoch or a variant was set since the pass began
-        named = positions.numpy()
-        if len(named) and not 0 <= named.min() <= named.max() < self._order.n:
-            return None
-        slots = self._slots[named // self._order.block].astype(np.int64)
-        if (slots < 0).any():
-            return None
-        slots *= self._order.block
-        slots += named % self._order.block
+        named, block = positions.numpy(), self._order.block
         try:
-            return chain.run(positions, torch.from_numpy(slots))
+            # Where a block is not held the place comes out negative, and the chain refuses it, as it does a position
+            # that is none.
+            places = self._slots[named // block].astype(np.int64)
+            places *= block
+            places += named % block
+            return chain.run(positions, torch.from_numpy(places))
         except IndexError:
             return None  # a position of another rank's, perhaps; if a row is not there, going step by step says which
 

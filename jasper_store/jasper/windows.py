@@ -46,14 +46,22 @@ class Windows:
         start = max(start + (self.first - start) % self.ranks, self.first)
         return self.order.at(torch.arange(start, max(start, stop), self.ranks)).sort().values
 
-    def superset(self, number: int) -> torch.Tensor:
-        """Positions in a window, in the order of the file, this rank's among them; quickly where it is the only one."""
-        if self.ranks > 1:
-            return self.positions(number)
+    def members(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What is in a window, in the order of the file; quickly where this rank is the only one.
+
+        Returns:
+            Its blocks; positions in them, this rank's among them; and the place of each position if the blocks lay
+            one behind the other.
+        """
+        block = self.order.block
         blocks = self.order.blocks_of(number).sort().values
-        positions = (blocks[:, None] * self.order.block + torch.arange(self.order.block)).view(-1)
+        if self.ranks > 1:
+            positions = self.positions(number)
+            return blocks, positions, torch.searchsorted(blocks, positions // block) * block + positions % block
+        positions = (blocks[:, None] * block + torch.arange(block)).view(-1)
         # Only the last block of the file may be shorter, and it is the last here too.
-        return positions[: len(positions) - max(int(positions[-1]) + 1 - self.order.n, 0)]
+        positions = positions[: len(positions) - max(int(positions[-1]) + 1 - self.order.n, 0)]
+        return blocks, positions, torch.arange(len(positions))
 
 
 class _Cursor:

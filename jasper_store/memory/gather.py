@@ -8,83 +8,23 @@ package is, if there is a C compiler, and is not needed: without it callers let 
 from __future__ import annotations
 
 import array
-import ctypes
-import functools
 import math
-import sys
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 
-__all__ = ["LIBRARY", "NUMBERS", "Jobs", "Reader", "Source", "kernel", "run_packed", "source_of", "widening"]
+from jasper_store.memory.library import library
 
-LIBRARY: Final = Path(__file__).with_name("_rows.so")
+__all__ = ["NUMBERS", "Jobs", "Source", "kernel", "run_packed", "source_of", "widening"]
+
 NUMBERS: Final = 10
-_ABI: Final = 5
-_DEPTH: Final = 32
 _WIDENS: Final = {torch.uint8: -1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
-
-
-@functools.cache
-def _library() -> Any:
-    """The library, or ``None`` where it was not built for this system."""
-    if sys.byteorder != "little" or not LIBRARY.exists():
-        return None
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        if library.jasper_rows_abi() != _ABI:
-            return None  # built from other sources, as an old checkout's is
-    except (OSError, AttributeError):
-        return None
-    number, address = ctypes.c_uint64, ctypes.c_void_p
-    library.jasper_gather.argtypes = [address, number, ctypes.c_uint]
-    library.jasper_gather.restype = ctypes.c_int64
-    library.jasper_open_queue.argtypes = [ctypes.c_uint]
-    library.jasper_open_queue.restype = number
-    library.jasper_close_queue.argtypes = [number]
-    library.jasper_close_queue.restype = None
-    library.jasper_read.argtypes = [number, ctypes.c_uint, address, number, address]
-    library.jasper_read.restype = ctypes.c_int64
-    return library
 
 
 def kernel() -> Any:
     """The kernel's entry point, or ``None`` where it was not built for this system."""
-    library = _library()
-    return None if library is None else library.jasper_gather
-
-
-class Reader:
-    """Many reads of files at once, past the page cache, with the disk's queue full and the interpreter left alone.
-
-    For one thread at a time. The kernel has to be there. Close it, or the system keeps its queue until the process ends.
-    """
-
-    def __init__(self) -> None:
-        self._queue: int = _library().jasper_open_queue(_DEPTH)
-
-    def read(self, ranges: np.ndarray, buffer: int) -> int | None:
-        """Read ranges of files that were opened with O_DIRECT: places, sizes and memory on boundaries of its blocks.
-
-        Args:
-            ranges: int64 [k, 5] of (file descriptor, offset, bytes to ask for, bytes that must come, place in the
-                buffer).
-            buffer: address of the buffer.
-
-        Returns:
-            ``None``, or the number of a range that could not be read.
-        """
-        packed = np.ascontiguousarray(ranges, dtype=np.int64)
-        address = int(packed.__array_interface__["data"][0])
-        bad = _library().jasper_read(self._queue, _DEPTH, address, len(packed), buffer)
-        return bad - 1 if bad else None
-
-    def close(self) -> None:
-        """Give the queue back; may be called twice."""
-        queue, self._queue = self._queue, 0
-        _library().jasper_close_queue(queue)
+    found = library()
+    return None if found is None else found.jasper_gather
 
 
 class Source(NamedTuple):

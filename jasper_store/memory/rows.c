@@ -1,4 +1,4 @@
-/* Gathers rows of arrays in memory, several arrays in one call; and reads many ranges of files at once.
+/* Gathers rows of arrays in memory, several arrays in one call.
  *
  * A gather of scattered rows waits for memory: the processor cannot guess where the next row lies, so each row begins
  * with a miss. The list of rows says it, and asking for the fourth row after while one is copied hides most of that
@@ -13,7 +13,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <linux/aio_abi.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -24,7 +23,6 @@
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
-#include <time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
@@ -33,7 +31,7 @@
 #endif
 
 enum {
-    ABI = 5,
+    ABI = 6,
     AHEAD = 4,               /* rows asked for ahead of the one that is copied */
     LINE = 64,               /* bytes of a cache line */
     PART_NBYTES = 512 << 10, /* what a thread takes at a time, at most */
@@ -376,94 +374,5 @@ int64_t jasper_gather(const struct job *jobs, uint64_t n_jobs, unsigned threads)
     return 0;
 }
 
-/* One read of a file: as Reader in gather.py has it. */
-struct range {
-    int64_t file;
-    int64_t offset;
-    int64_t nbytes;
-    int64_t needed; /* bytes without which the read has failed; the file may end behind them */
-    int64_t place;  /* in the buffer */
-};
-
-enum { MAX_DEPTH = 64 };
-
-/* Read what a read in the queue left over; an interrupted or a short one. Returns whether all that is needed is there. */
-static int finish(const struct range *range, char *buffer, int64_t done)
-{
-    while (done < range->needed) {
-        const ssize_t got = pread((int)range->file, buffer + range->place + done, (size_t)(range->nbytes - done),
-                                  (off_t)(range->offset + done));
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return 0;
-        done += got;
-    }
-    return 1;
-}
-
-/* A queue of the kernel's for reads (io_setup(2)), or 0 where there is none to be had. */
-uint64_t jasper_open_queue(unsigned depth)
-{
-    aio_context_t queue = 0;
-    return depth <= MAX_DEPTH && syscall(SYS_io_setup, depth, &queue) == 0 ? queue : 0;
-}
-
-void jasper_close_queue(uint64_t queue)
-{
-    if (queue)
-        syscall(SYS_io_destroy, (aio_context_t)queue);
-}
-
-/* Read ranges of files opened with O_DIRECT, `depth` of them at a time; one by one without a queue. Returns 0, or the
- * number from 1 of one that could not be read. All reads are over when it returns. */
-int64_t jasper_read(uint64_t queue, unsigned depth, const struct range *ranges, uint64_t n, char *buffer)
-{
-    struct iocb blocks[MAX_DEPTH];
-    struct io_event events[MAX_DEPTH];
-    unsigned unused[MAX_DEPTH], free_blocks = 0, under_way = 0;
-    uint64_t next = 0;
-    int64_t bad = 0;
-    if (!queue || depth > MAX_DEPTH)
-        depth = 0;
-    while (free_blocks < depth)
-        unused[free_blocks] = free_blocks, free_blocks++;
-    while ((next < n && !bad) || under_way) {
-        struct iocb *wanted[MAX_DEPTH];
-        unsigned count = 0;
-        for (; count < free_blocks && next + count < n && !bad; count++) {
-            const struct range *range = &ranges[next + count];
-            struct iocb *block = wanted[count] = &blocks[unused[free_blocks - 1 - count]];
-            memset(block, 0, sizeof *block);
-            block->aio_lio_opcode = IOCB_CMD_PREAD;
-            block->aio_fildes = (uint32_t)range->file;
-            block->aio_buf = (uint64_t)(uintptr_t)(buffer + range->place);
-            block->aio_nbytes = (uint64_t)range->nbytes;
-            block->aio_offset = range->offset;
-            block->aio_data = next + count;
-        }
-        long taken = count ? syscall(SYS_io_submit, (aio_context_t)queue, (long)count, wanted) : 0;
-        if (taken < 0)
-            taken = 0;
-        free_blocks -= (unsigned)taken, under_way += (unsigned)taken, next += (uint64_t)taken;
-        if (!under_way) {
-            /* No queue, or it takes nothing: then without. */
-            if (next < n && !bad && !finish(&ranges[next], buffer, 0))
-                bad = (int64_t)next + 1;
-            next++;
-            continue;
-        }
-        const long came = syscall(SYS_io_getevents, (aio_context_t)queue, 1L, (long)MAX_DEPTH, events, NULL);
-        for (long k = 0; k < came; k++) {
-            const uint64_t number = events[k].data;
-            if (!finish(&ranges[number], buffer, events[k].res > 0 ? events[k].res : 0) && !bad)
-                bad = (int64_t)number + 1;
-            unused[free_blocks++] = (unsigned)((struct iocb *)(uintptr_t)events[k].obj - blocks);
-            under_way--;
-        }
-    }
-    return bad;
-}
-
-/* What gather.py was written for. */
+/* What library.py was written for. */
 int jasper_rows_abi(void) { return ABI; }

@@ -233,8 +233,8 @@ class MappedTensor(HostTensor):
         if self._ahead.should_announce():
             self._advise("random")
             if by_turns and len(named) > _TURN:
-                named, *later = named.split(_TURN)
-                self._later.extend(later)
+                self._later.extend(named[start : start + _TURN] for start in range(_TURN, len(named), _TURN))
+                named = named[:_TURN]
             self._ahead.announce(self._ranges(named))
 
     @property

@@ -8,7 +8,6 @@ that are wanted are gathered out of them, and the rest is forgotten: memory for 
 
 from __future__ import annotations
 
-import mmap
 import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
@@ -17,8 +16,8 @@ import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.memory.gather import Jobs, Reader, Source, kernel
-from jasper_store.memory.paging import pieces, row_ranges
+from jasper_store.memory.gather import Source, kernel
+from jasper_store.memory.reads import IN_MEMORY, RowReader, RowsOf, UnreadableError
 from jasper_store.store.mapped import MappedTensor
 from jasper_store.store.resident import empty_rows
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Staging", "stagings_of"]
 
-_GAP: Final = 3
-"""Pages between two rows that are read along: a read costs as much as 12 KiB more of one."""
 _ANYWHERE: Final = 2**63 - 1
 
 
@@ -57,32 +54,6 @@ def stagings_of(tensors: Sequence[StoredTensor], count: int) -> list[Staging]:
     return made
 
 
-class _Part:
-    """Rows of one tensor, and the runs of its file that they are read by."""
-
-    def __init__(self, file: int, tensor: StoredTensor, rows: np.ndarray, places: np.ndarray) -> None:
-        assert isinstance(tensor, MappedTensor)
-        self.tensor, self.rows, self.places, self._file = tensor, rows, places, file
-        offset, span = tensor.byte_range
-        self._starts = offset + rows * tensor.row_stride
-        self._end = offset + span
-        self._runs = pieces(row_ranges(offset, tensor.row_stride, tensor.row_nbytes, rows, _GAP))
-        self._at = np.cumsum(self._runs[:, 1]) - self._runs[:, 1]
-        self.nbytes = int(self._runs[:, 1].sum())
-
-    def ranges(self, at: int) -> np.ndarray:
-        """What to read into a buffer from ``at`` on, as :class:`~jasper_store.memory.gather.Reader` takes it."""
-        begin, nbytes = self._runs[:, 0], self._runs[:, 1]
-        needed = np.minimum(nbytes, self._end - begin)
-        return np.stack([np.full_like(begin, self._file), begin, nbytes, needed, self._at + at], axis=1)
-
-    def read_to(self, at: int) -> np.ndarray:
-        """Where in the buffer each row is then."""
-        run = np.searchsorted(self._runs[:, 0], self._starts, side="right") - 1
-        found: np.ndarray = at + self._at[run] + self._starts - self._runs[run, 0]
-        return found
-
-
 class Staging:
     """Reads rows of several tensors of one row shape and dtype, as their files have them. For one thread at a time.
 
@@ -102,14 +73,21 @@ class Staging:
         self.row_shape, self.dtype, self._row_nbytes = tuple(first.row_shape), first.dtype, first.row_nbytes
         self._zeros = torch.zeros(self.row_shape, dtype=self.dtype, device="cpu")
         self.anywhere = Source(self._zeros, self.row_shape, self._row_nbytes, (0, _ANYWHERE, self._row_nbytes, 1))
-        self._scratch: mmap.mmap | None = None
-        self._files: dict[int, int] = {}
         with ExitStack() as undo:
-            for which, tensor in enumerate(tensors):
-                if tensor.in_memory is None:
-                    self._files[which] = os.open(tensor.path, os.O_RDONLY | os.O_DIRECT)
-                    undo.callback(os.close, self._files[which])
-            self._reader = Reader()
+            places = []
+            for tensor in tensors:
+                if isinstance(tensor, MappedTensor):
+                    file = os.open(tensor.path, os.O_RDONLY | os.O_DIRECT)
+                    undo.callback(os.close, file)
+                    offset, span = tensor.byte_range
+                    places.append(RowsOf(file, offset, tensor.row_stride, tensor.n_rows, offset + span))
+                else:
+                    assert tensor.in_memory is not None
+                    address, n_rows, _, stride = tensor.in_memory.numbers
+                    places.append(RowsOf(IN_MEMORY, address, stride, n_rows))
+            # By tensor number, the last for -1.
+            self._from_files = np.array([place.file != IN_MEMORY for place in places] + [False])
+            self._reader = RowReader(places, self._row_nbytes)
             undo.callback(self._reader.close)
             self._open = undo.pop_all()
 
@@ -126,44 +104,15 @@ class Staging:
         Raises:
             CorruptFileError: a file cannot be read to the end of a row.
         """
-        addresses = np.full(len(rows), self._zeros.data_ptr(), np.int64)
-        parts = []
-        for number, tensor in enumerate(self.tensors):
-            places = np.flatnonzero(which == number)
-            if number in self._files and len(places):
-                parts.append(_Part(self._files[number], tensor, rows[places], places))
-            elif tensor.in_memory is not None:
-                address, _, _, stride = tensor.in_memory.numbers
-                addresses[places] = address + rows[places] * stride
-        count = sum(len(part.rows) for part in parts)
+        count = int(self._from_files[which].sum())
         memory = empty_rows((count, *self.row_shape), self.dtype, count * self._row_nbytes)
-        if parts:
-            self._fill(parts, memory)
-            places = np.concatenate([part.places for part in parts])
-            addresses[places] = memory.data_ptr() + np.arange(count, dtype=np.int64) * self._row_nbytes
-        return addresses, memory
-
-    def _fill(self, parts: Sequence[_Part], out: torch.Tensor) -> None:
-        """Rows into their memory, by way of what lies between them."""
-        nbytes = np.cumsum([0, *(part.nbytes for part in parts)])
-        buffer = self._buffer(int(nbytes[-1]))
-        ranges = [part.ranges(int(at)) for part, at in zip(parts, nbytes, strict=False)]
-        bad = self._reader.read(np.concatenate(ranges), buffer)
-        if bad is not None:
-            tensor = parts[int(np.searchsorted(np.cumsum([len(each) for each in ranges]), bad, side="right"))].tensor
+        try:
+            addresses = self._reader.read(which, rows, self._zeros.data_ptr(), memory.data_ptr())
+        except UnreadableError as exc:
+            tensor = self.tensors[exc.tensor]
             msg = f"{tensor.path}: rows of {tensor.name} could not be read; was the file cut, or is the disk faulty?"
-            raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name)
-        addresses = [part.read_to(int(at)) for part, at in zip(parts, nbytes, strict=False)]
-        jobs = Jobs()
-        rows = torch.from_numpy(np.concatenate(addresses) + buffer)
-        jobs.add(self.anywhere, rows, out)
-        jobs.run()
-
-    def _buffer(self, nbytes: int) -> int:
-        """Address of memory to read into, on the boundary of a page."""
-        if self._scratch is None or len(self._scratch) < nbytes:
-            self._scratch = mmap.mmap(-1, max(nbytes, 1 << 20))
-        return int(np.frombuffer(self._scratch, np.uint8).__array_interface__["data"][0])
+            raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
+        return addresses, memory
 
     def close(self) -> None:
         """Let go of the files; may be called twice."""

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import mmap
 import shutil
 import sys
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
 from jasper_store.memory import gather
-from jasper_store.memory.gather import Jobs, Reader, source_of, widening
+from jasper_store.memory.gather import Jobs, source_of, widening
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 INTEGERS = [torch.int32, torch.int16, torch.int8, torch.uint8]
@@ -164,58 +160,3 @@ def test_what_the_kernel_cannot_reach(tensor: torch.Tensor) -> None:
 def test_without_a_kernel_nothing_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "kernel", lambda: None)
     assert source_of(torch.ones(4, 3)).numbers == ()
-
-
-def test_a_library_that_is_none_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    for content in (None, b"", b"not a library" * 1000):
-        file = tmp_path / "_rows.so"
-        if content is not None:
-            file.write_bytes(content)
-        monkeypatch.setattr(gather, "LIBRARY", file)
-        assert gather._library.__wrapped__() is None
-
-
-def spread(path: Path, ranges: list[tuple[int, int]], needed: int | None = None) -> tuple[bytes, int | None]:
-    """What is read of a file by ranges of (offset, bytes), one behind the other, and the number of a bad one."""
-    total = sum(nbytes for _, nbytes in ranges)
-    with mmap.mmap(-1, max(total, 1)) as memory, path.open("rb") as file:
-        address = int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0])
-        places = np.cumsum([0, *(nbytes for _, nbytes in ranges)])
-        rows = [
-            (file.fileno(), offset, nbytes, nbytes if needed is None else needed, place)
-            for (offset, nbytes), place in zip(ranges, places.tolist(), strict=False)
-        ]
-        reader = Reader()
-        try:
-            bad = reader.read(np.array(rows, np.int64).reshape(-1, 5), address)
-        finally:
-            reader.close()
-            reader.close()
-        return bytes(memory[:total]), bad
-
-
-@needs_kernel
-@pytest.mark.parametrize("queue", [True, False])
-@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 500])
-def test_many_reads_at_once(tmp_path: Path, queue: bool, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not queue:
-        monkeypatch.setattr(gather, "_DEPTH", 1 << 20)  # more than there is: no queue is made
-    content = np.random.default_rng(1).bytes(300_000)
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    rng = np.random.default_rng(count)
-    ranges = [
-        (int(at), int(n)) for at, n in zip(rng.integers(0, 200_000, count), rng.integers(1, 9000, count), strict=True)
-    ]
-    found, bad = spread(path, ranges)
-    assert bad is None
-    assert found == b"".join(content[at : at + n] for at, n in ranges)
-
-
-@needs_kernel
-def test_a_read_past_the_end_needs_only_what_it_needs(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"x" * 5000)
-    assert spread(path, [(0, 4096), (4096, 4096)], needed=904)[1] is None
-    assert spread(path, [(0, 4096), (4096, 4096)], needed=905)[1] == 1
-    assert spread(path, [(0, 10)] * 40 + [(9000, 10)] + [(0, 10)] * 40)[1] == 40

@@ -1,0 +1,40 @@
+"""The package's own compiled part (``rows.c`` and ``reads.c``), where it was built; nothing needs it to be there."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+__all__ = ["LIBRARY", "library"]
+
+LIBRARY: Final = Path(__file__).with_name("_rows.so")
+_ABI: Final = 6
+
+
+@functools.cache
+def library() -> Any:
+    """The library, or ``None`` where it was not built for this system."""
+    if sys.byteorder != "little" or not LIBRARY.exists():
+        return None
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+        if found.jasper_rows_abi() != _ABI:
+            return None  # built from other sources, as an old checkout's is
+    except (OSError, AttributeError):
+        return None
+    number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
+    found.jasper_gather.argtypes = [address, number, ctypes.c_uint]
+    found.jasper_gather.restype = signed
+    found.jasper_open_reader.argtypes = []
+    found.jasper_open_reader.restype = address
+    found.jasper_close_reader.argtypes = [address]
+    found.jasper_close_reader.restype = None
+    found.jasper_read_rows.argtypes = [
+        *(address, address, number, signed, signed),
+        *(address, address, number, signed, address, address),
+    ]
+    found.jasper_read_rows.restype = signed
+    return found

@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
     from jasper_store.store.rows import Rows
 
-__all__ = ["DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows", "pinned_rows"]
+__all__ = ["SMALL_TAKE", "DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows", "pinned_rows"]
 
 # torch gathers these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
-# Rows taken together that come to this many bytes are put into memory that is used again.
-_SMALL_TAKE = 512 << 10
+SMALL_TAKE = 512 << 10
+"""Rows taken together that come to this many bytes are put into memory that is used again."""
 _BUFFERS = BufferPool()
 _HOST = torch.device("cpu")
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
     """Uninitialised host memory for rows that are taken; its size in bytes spares asking for it."""
-    if nbytes < _SMALL_TAKE:
+    if nbytes < SMALL_TAKE:
         return torch.empty(shape, dtype=dtype, device=_HOST)
     return _BUFFERS.empty(shape, dtype)
 

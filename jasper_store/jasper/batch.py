@@ -9,7 +9,6 @@ type of its items is registered with the default collation, which then returns t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
 from typing import Any, overload
 
 import torch
@@ -53,7 +52,8 @@ class Batch(Sequence[Sample]):
             return Batch({key: value[index] for key, value in self.tensors.items()}, len(range(self._size)[index]))
         if not -self._size <= index < self._size:
             raise IndexError(f"sample {index} is out of range for a batch of {self._size}")
-        return Sample(zip(self.tensors, map(itemgetter(index), self.tensors.values()), strict=True))
+        # Default collation asks for one of each batch, to see what it is.
+        return Sample([(key, value[index]) for key, value in self.tensors.items()])
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(self._size))

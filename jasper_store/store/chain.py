@@ -69,8 +69,18 @@ class _Layout(NamedTuple):
     jobs: array.array[int]
     scratch: int  # numbers that name rows
     inside: list[tuple[int, int]]  # where in `jobs` an address belongs, and how far into the scratch it is
+    spare: list[tuple[array.array[int], torch.Tensor]]  # jobs with these addresses, and their scratch, not in use now
     outside: list[tuple[int, int]]  # where the address of an input belongs, and which input
     results: list[tuple[int, tuple[int, ...], torch.dtype, int, torch.Tensor]]  # where its address belongs, what it is
+
+
+def _with_scratch(layout: _Layout) -> tuple[array.array[int], torch.Tensor]:
+    """Jobs of a layout, and the scratch whose addresses stand in them."""
+    jobs, scratch = layout.jobs[:], torch.empty(layout.scratch, dtype=torch.int64, device=_HOST)
+    base = scratch.data_ptr()
+    for place, offset in layout.inside:
+        jobs[place] = base + offset
+    return jobs, scratch
 
 
 class Chain:
@@ -111,11 +121,10 @@ class Chain:
         if known is None or known[0] != size:
             known = self._layout = (size, self._lay_out(size))
         layout = known[1]
-        jobs = layout.jobs[:]
-        scratch = torch.empty(layout.scratch, dtype=torch.int64, device=_HOST)
-        base = scratch.data_ptr()
-        for place, offset in layout.inside:
-            jobs[place] = base + offset
+        try:
+            jobs, scratch = layout.spare.pop()
+        except IndexError:  # the first time, or another thread is at it
+            jobs, scratch = _with_scratch(layout)
         for place, which in layout.outside:
             given = rows if which == INPUT.step else extra
             assert given is not None
@@ -129,12 +138,13 @@ class Chain:
             results.append(out)
         bad = run_packed(jobs)
         if bad is not None:
-            raise self._error(bad, rows, extra, scratch, layout)
+            raise self._error(bad, rows, extra, scratch, jobs, layout)
+        layout.spare.append((jobs, scratch))
         return results
 
     def _lay_out(self, size: int) -> _Layout:
         jobs = array.array("q")
-        layout = _Layout(jobs, 0, [], [], [])
+        layout = _Layout(jobs, 0, [], [], [], [])
         scratch = previous = 0
         found: list[tuple[int, tuple[int, ...], int]] = []  # of each step: place in the scratch, shape, stage
         for step in self.steps:
@@ -164,9 +174,15 @@ class Chain:
         return layout._replace(scratch=scratch)
 
     def _error(
-        self, bad: int, rows: torch.Tensor, extra: torch.Tensor | None, scratch: torch.Tensor, layout: _Layout
+        self,
+        bad: int,
+        rows: torch.Tensor,
+        extra: torch.Tensor | None,
+        scratch: torch.Tensor,
+        jobs: array.array[int],
+        layout: _Layout,
     ) -> IndexError:
-        step, job = self.steps[bad], layout.jobs[bad * NUMBERS : (bad + 1) * NUMBERS]
+        step, job = self.steps[bad], jobs[bad * NUMBERS : (bad + 1) * NUMBERS]
         if step.rows == EXTRA and extra is not None:
             rows = extra
         elif step.rows.step >= 0:

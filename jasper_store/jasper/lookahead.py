@@ -12,6 +12,7 @@ already no thread is started. It ends with the pass, and with an iterator that i
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -172,7 +173,7 @@ class LookAhead:
         """The batches, through one stage of announcing after the other; the stages share a thread."""
         with ExitStack() as last:
             thread = ThreadPoolExecutor(1, "jasper-announce")
-            last.callback(thread.shutdown, cancel_futures=True)
+            last.callback(_end, thread)
             for announce in stages:
                 batches = self._stage(batches, announce, thread)
             yield from staged.over(batches) if staged is not None else batches
@@ -290,3 +291,9 @@ class LookAhead:
 
     def _timed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.stopwatch is None else self.stopwatch.announce
+
+
+def _end(threads: ThreadPoolExecutor, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+    """Let threads go, and what they have not begun. At the interpreter's end they are gone, and so is what this needs."""
+    if not _ending():
+        threads.shutdown(cancel_futures=True)

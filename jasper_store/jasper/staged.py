@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from queue import SimpleQueue
@@ -189,8 +190,13 @@ class StagedSteering:
         except IndexError:
             return None  # a position of another rank's, perhaps; if a row is not there, going step by step says which
 
+    # Of the class: at the interpreter's end this module's names are gone.
+    _ending = staticmethod(sys.is_finalizing)
+
     def close(self) -> None:
         """The pass is over, or given up. May be called twice."""
+        if self._ending():
+            return  # threads and files go with the process
         if self._dataset.staged is self:
             self._dataset.staged = None
         for threads in (self._thread, self._readers):

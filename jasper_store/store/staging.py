@@ -9,6 +9,7 @@ that are wanted are gathered out of them, and the rest is forgotten: memory for 
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
@@ -118,7 +119,10 @@ class Staging:
         """Let go of the files; may be called twice."""
         self._open.close()
 
+    # Of the class: at the interpreter's end this module's names are gone.
+    _ending = staticmethod(sys.is_finalizing)
+
     def __del__(self) -> None:
         # Without the attribute the constructor failed, and has closed what it had opened.
-        if hasattr(self, "_open"):
+        if hasattr(self, "_open") and not self._ending():
             self.close()

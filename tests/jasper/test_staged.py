@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -192,3 +194,24 @@ def test_a_file_that_is_cut_meanwhile_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CorruptFileError, match="could not be read"):
         list(batches)
     assert loader.dataset_obj.staged is None
+
+
+@pytest.mark.parametrize("order", ["block", "global"])
+def test_an_iterator_that_is_alive_at_the_interpreters_end_says_nothing(tmp_path: Path, order: str) -> None:
+    """Large enough for windows as they are, since this runs in a process of its own."""
+    pairs = 30_000 if order == "block" else 2_000
+    data = build_pt_dataset(tmp_path / "data", n_pairs=pairs, dim=16)
+    limit = (pairs * 16 * 4 * 5) // 2
+    code = (
+        "import jasper_store as js, jasper_store.jasper.choices as choices\n"
+        "choices._staged_nbytes = lambda _: 0\n"
+        f"loader = js.create_loader({str(data)!r}, 'train', 64, order={order!r}, memory_limit={limit})\n"
+        "batches = iter(loader)\n"
+        "next(batches)\n"
+        "print(loader.dataset_obj.staged is not None, loader.dataset_obj.use_mmap)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.split() == [str(order == "block"), "True"]
+    assert "Exception ignored" not in done.stderr
+    assert "Traceback" not in done.stderr

@@ -192,12 +192,13 @@ def _read_rows(window: _Bytes, starts: _Ints) -> tuple[_Ints, _Ints, _Ints]:
         at[reading] += widths
         # One that has no mark is appended by itself, and is the only one.
         reading = reading[marked[reading] & (at[reading] < len(window) - _PADDING)]
-    counts = np.bincount(np.concatenate([*rows, np.empty(0, dtype=np.int64)]), minlength=len(starts))
+    nothing = np.empty(0, dtype=np.int64)
+    each = np.concatenate([nothing, *rows])
+    counts = np.bincount(each, minlength=len(starts))
     ended = np.where(marked, window[at] == _APPENDS, (counts == 0) | (window[at] == _APPEND))
     at = np.where(ended, at + (marked | (counts > 0)), 0)
-    each = np.concatenate([*rows, np.empty(0, dtype=np.int64)])
     order = np.argsort(each, kind="stable")
-    return each[order], np.concatenate([*values, np.empty(0, dtype=np.int64)])[order], at
+    return each[order], np.concatenate([nothing, *values])[order], at
 
 
 def _little_endian(window: _Bytes, places: _Ints, width: int) -> _Ints:

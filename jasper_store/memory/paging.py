@@ -156,19 +156,18 @@ def span(address: int, nbytes: int) -> np.ndarray:
     return np.array([[start, length]] if length else [], dtype=np.int64).reshape(-1, 2)
 
 
-def row_ranges(address: int, row_stride: int, row_nbytes: int, rows: np.ndarray, gap: int = 0) -> np.ndarray:
-    """Page ranges that cover exactly the pages of some rows, or those and narrow gaps between them.
+def row_ranges(address: int, row_stride: int, row_nbytes: int, rows: np.ndarray) -> np.ndarray:
+    """Page ranges that cover exactly the pages of some rows.
 
     Args:
         address: address of row 0.
         row_stride: bytes from one row to the next, 0 or more.
         row_nbytes: bytes of a row that are read, counted from its start.
         rows: row numbers, integers of any order, repeats allowed.
-        gap: pages between two rows that are taken along, at most.
 
     Returns:
-        int64 [k, 2] of (page-aligned address, bytes in whole pages): sorted, no two touching, nor as close as
-        ``gap``. Its memory is an array of ``struct iovec``.
+        int64 [k, 2] of (page-aligned address, bytes in whole pages): sorted, no two touching.
+        Its memory is an array of ``struct iovec``.
     """
     if len(rows) == 0 or row_nbytes <= 0:
         return np.empty((0, 2), dtype=np.int64)
@@ -176,7 +175,7 @@ def row_ranges(address: int, row_stride: int, row_nbytes: int, rows: np.ndarray,
     first = begin // PAGE
     last = (begin + (row_nbytes - 1)) // PAGE + 1
     # Both rise with the row, so a run ends exactly where the next row's first page is beyond this row's last.
-    ends = np.append(np.flatnonzero(first[1:] > last[:-1] + gap), len(first) - 1)
+    ends = np.append(np.flatnonzero(first[1:] > last[:-1]), len(first) - 1)
     ranges = np.empty((len(ends), 2), dtype=np.int64)
     ranges[0, 0] = first[0]
     ranges[1:, 0] = first[ends[:-1] + 1]

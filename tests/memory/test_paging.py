@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import sys
 
@@ -56,24 +55,6 @@ def test_rows_of_every_integer_type(dtype):
 def test_nothing_to_announce():
     assert row_ranges(BASE, 8, 8, np.array([], dtype=np.int64)).shape == (0, 2)
     assert row_ranges(BASE, 0, 0, np.array([1, 2])).shape == (0, 2)
-
-
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=40), st.integers(0, 6))
-def test_narrow_gaps_are_taken_along(rows: list[int], gap: int) -> None:
-    def pages(ranges: np.ndarray) -> set[int]:
-        return {page for at, nbytes in ranges.tolist() for page in range(at // PAGE, (at + nbytes) // PAGE)}
-
-    exact = row_ranges(BASE, 5000, 5000, np.array(rows))
-    wide = row_ranges(BASE, 5000, 5000, np.array(rows), gap)
-    assert pages(exact) <= pages(wide)
-    edges = sorted(pages(exact))
-    between = {
-        page for left, right in itertools.pairwise(edges) if right - left - 1 <= gap for page in range(left + 1, right)
-    }
-    assert pages(wide) == pages(exact) | between
-    assert (wide[1:, 0] - wide[:-1].sum(axis=1) > gap * PAGE).all()
-    assert span(BASE, 0).shape == (0, 2)
-    announcer().announce(np.empty((0, 2), dtype=np.int64))
 
 
 def test_one_range():

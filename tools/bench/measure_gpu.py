@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 import warnings
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 
 from tools.bench import disk, pagecache
 from tools.bench.library import library
+from tools.bench.measure_loader import epochs
 from tools.bench.plain_dataset import PlainDataset
 
 if TYPE_CHECKING:
@@ -202,12 +203,7 @@ def _status(name: str) -> int:
 
 
 def _endless(js: Any, loader: Any) -> Iterator[Batch]:
-    """Batches of epoch after epoch, all with the same probabilities of the curriculum."""
-    epoch = 0
-    while True:
-        js.set_epoch(loader, epoch)
-        yield from loader
-        epoch = (epoch + 1) % 10
+    return chain.from_iterable(epochs(js, loader, 0))
 
 
 def _bare_gathers(store: Any, length: int, batch: int) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from tools.bench.plain_dataset import PlainDataset
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["equal", "growth", "rate", "sharing"]
+__all__ = ["epochs", "equal", "growth", "rate", "sharing"]
 
 SOURCE_NBYTES = 1 << 30
 COPY_S = 0.4
@@ -100,7 +100,7 @@ def _ways(js: Any) -> dict[str, Callable[..., tuple[Iterator[Iterator[Batch]], d
         if workers:
             options = {"persistent_workers": True, **options}
         loader = js.create_loader(path, "train", batch, workers, epoch=epoch, **options)
-        return _epochs(js, loader, epoch), _placements(loader.dataset_obj)
+        return epochs(js, loader, epoch), _placements(loader.dataset_obj)
 
     return {
         "plain-per-sample": plain_per_sample,
@@ -119,8 +119,8 @@ def _again(loader: DataLoader[Any]) -> Iterator[Iterator[Batch]]:
         yield iter(loader)
 
 
-def _epochs(js: Any, loader: Any, epoch: int) -> Iterator[Iterator[Batch]]:
-    # All epochs of a run share one set of probabilities of the curriculum, which changes every ten.
+def epochs(js: Any, loader: Any, epoch: int) -> Iterator[Iterator[Batch]]:
+    """Epoch after epoch, all with the same probabilities of the curriculum, which change every ten."""
     number = epoch
     while True:
         js.set_epoch(loader, number)

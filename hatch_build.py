@@ -1,4 +1,4 @@
-"""Builds ``rows.c`` and ``reads.c`` of ``jasper_store/memory`` with the package, where there is a C compiler.
+"""Builds the C of ``jasper_store/memory`` with the package, where there is a C compiler.
 
 The library needs neither Python's headers nor torch's, so one file serves every Python version of a platform. Without
 a compiler the package is built all the same, for any platform, and gathers by torch alone.
@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = (Path("jasper_store/memory/rows.c"), Path("jasper_store/memory/reads.c"))
+SOURCES = tuple(Path("jasper_store/memory", name) for name in ("rows.c", "reads.c", "helpers.c"))
 TARGET = Path("jasper_store/memory/_rows.so")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 

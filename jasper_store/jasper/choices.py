@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from jasper_store.jasper.lookahead import LookAhead, depth_for
 from jasper_store.jasper.order import BLOCK, WINDOW
 from jasper_store.jasper.schema import STEERING_TENSORS
+from jasper_store.jasper.staged import READERS, WINDOWS
+from jasper_store.memory.reads import READER_NBYTES
 
 if TYPE_CHECKING:
     from jasper_store.jasper.dataset import JASPERSteeringDataset
@@ -33,8 +35,8 @@ def look_ahead_for(
 
 
 def _staged_nbytes(dataset: JASPERSteeringDataset) -> int:
-    """Most memory that staged windows take: four of them, and rows of all variants on their way from the disk."""
-    return 6 * BLOCK * WINDOW * dataset.store[STEERING_TENSORS[0]].row_nbytes
+    """Most memory that staged windows take, those that are being read among them, and what they are read into."""
+    return WINDOWS * BLOCK * WINDOW * dataset.store[STEERING_TENSORS[0]].row_nbytes + READERS * READER_NBYTES
 
 
 def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:

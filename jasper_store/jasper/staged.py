@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
-from queue import SimpleQueue
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import numpy as np
@@ -18,20 +17,34 @@ from jasper_store.store.chain import EXTRA, Chain, Step, Via
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from concurrent.futures import Future
 
     from jasper_store.jasper.windows import Windows
     from jasper_store.store.staging import Staging
 
-__all__ = ["READERS", "StagedSteering", "Steers"]
+__all__ = ["READERS", "WINDOWS", "StagedSteering", "Steers"]
 
 _Batch = TypeVar("_Batch")
-_WINDOWS: Final = 4
+WINDOWS: Final = 4
 """Windows that are held: the one that is served, the one before, which batches on their way may need, and two ahead."""
-_PARTS: Final = 4
-"""Parts that a window is read in; what lies between the rows of one is in memory meanwhile."""
-READERS: Final = 2
-"""One reads while the other gathers what it has read, so that the disk does not wait."""
+READERS: Final = 3
+"""Windows that are being read at a time: the one that is waited for, and two ahead."""
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A window that is held, or is being read.
+
+    Attributes:
+        number: of the order's windows.
+        blocks: of positions, that are in it.
+        places: of its positions among the addresses.
+        staging: that reads it.
+    """
+
+    number: int
+    blocks: np.ndarray
+    places: np.ndarray
+    staging: Staging
 
 
 class Steers(Protocol):
@@ -53,7 +66,7 @@ class StagedSteering:
 
     Args:
         dataset: knows of this as long as the pass lasts.
-        stagings: of its steering tensors, for one thread each; closed with this.
+        stagings: of its steering tensors, :data:`READERS` of them; closed with this.
         windows: of the pass.
         in_flight: places between a batch that leaves :meth:`over` and the one that is being gathered.
 
@@ -69,19 +82,14 @@ class StagedSteering:
         self._draw = dataset.draw_now()
         self.ended = False
         # Where the row of each position of a held window lies; -1 where none is held. Blocks of positions have slots.
-        self._addresses = torch.full((_WINDOWS * order.span,), -1, dtype=torch.int64)
+        self._addresses = torch.full((WINDOWS * order.span,), -1, dtype=torch.int64)
         self._slots = np.full(-(-order.n // order.block), -1, np.int32)
-        self._held: deque[tuple[int, list[torch.Tensor]]] = deque()
-        self._reads: deque[tuple[int, Future[list[Future[None]]]]] = deque()
-        self._idle: SimpleQueue[Staging] = SimpleQueue()
-        for staging in stagings:
-            self._idle.put(staging)
-        self._thread = ThreadPoolExecutor(1, "jasper-windows")
-        self._readers = ThreadPoolExecutor(len(stagings), "jasper-readers")
+        self._held: deque[tuple[_Window, torch.Tensor]] = deque()
+        self._reads: deque[_Window] = deque()
+        self._idle = list(stagings)
         self._alone = Chain(self.steps(0))
+        # The disk is at it, without this thread, while tables are drawn.
         self._read_on(self._first)
-        # Until the disk is at it: what follows is some milliseconds of both cores.
-        wait([future for _, future in self._reads])
         self._whole = chain_of(dataset.store, dataset.split, self._draw, self)
         if dataset.staged is not None and dataset.staged.ended:
             dataset.staged.close()
@@ -127,45 +135,42 @@ class StagedSteering:
         now = order.window_of(min(self._place, order.n) - 1)
         oldest = max(order.window_of(max(self._place - self._in_flight, 0)), self._first)
         self._forget(oldest)
-        self._read_on(min(now + 2, oldest + _WINDOWS - 1))
-        while self._reads and self._reads[0][0] <= now:
-            for part in self._reads.popleft()[1].result():
-                part.result()
+        self._take_in(now - 1)
+        self._read_on(min(now + 2, oldest + WINDOWS - 1))
+        self._take_in(now)
         return min(order.window_bounds(now)[1], order.window_bounds(oldest)[1] + self._in_flight - 1)
 
     def _read_on(self, last: int) -> None:
         """Have windows read, up to a number."""
         while self._next <= last and self._next < self._order.n_windows:
-            self._reads.append((self._next, self._thread.submit(self._read, self._next)))
+            self._reads.append(self._begin(self._next))
             self._next += 1
 
-    def _forget(self, before: int) -> None:
-        while self._held and self._held[0][0] < before:
-            number, _ = self._held.popleft()
-            self._slots[self._order.blocks_of(number).numpy()] = -1
-
-    def _read(self, number: int) -> list[Future[None]]:
-        """Find out what a window needs, and have it read; what is returned is done when it is there."""
-        order, first = self._order, number % _WINDOWS * self._order.window
+    def _begin(self, number: int) -> _Window:
+        """Find out what a window needs, and begin to read it."""
         blocks, positions, within = self._windows.members(number)
         pairs = self._dataset.store[split_tensor(self._dataset.split)].take(positions).long()
         which = self._draw.variants(pairs).numpy() - 1
-        places = within.numpy() + first * order.block
-        self._addresses.numpy()[first * order.block :][: order.span] = -1
-        self._slots[blocks.numpy()] = np.arange(first, first + len(blocks))
-        memory: list[torch.Tensor] = []
-        self._held.append((number, memory))
-        shares = [np.array_split(each, _PARTS) for each in (which, pairs.numpy(), places)]
-        return [self._readers.submit(self._read_part, w, p, at, memory) for w, p, at in zip(*shares, strict=True)]
+        staging = self._idle.pop()
+        staging.begin(which, pairs.numpy())
+        first = number % WINDOWS * self._order.span
+        return _Window(number, blocks.numpy(), within.numpy() + first, staging)
 
-    def _read_part(self, which: np.ndarray, pairs: np.ndarray, places: np.ndarray, memory: list[torch.Tensor]) -> None:
-        staging = self._idle.get()
-        try:
-            addresses, held = staging.read(which, pairs)
-        finally:
-            self._idle.put(staging)
-        memory.append(held)
-        self._addresses.numpy()[places] = addresses
+    def _take_in(self, last: int) -> None:
+        """Wait for windows up to a number, and have their rows found."""
+        while self._reads and self._reads[0].number <= last:
+            window = self._reads.popleft()
+            addresses, memory = window.staging.finish()
+            self._idle.append(window.staging)
+            order, slot = self._order, window.number % WINDOWS
+            self._addresses.numpy()[slot * order.span :][: order.span] = -1
+            self._addresses.numpy()[window.places] = addresses
+            self._slots[window.blocks] = slot * order.window + np.arange(len(window.blocks))
+            self._held.append((window, memory))
+
+    def _forget(self, before: int) -> None:
+        while self._held and self._held[0][0].number < before:
+            self._slots[self._held.popleft()[0].blocks] = -1
 
     def batch(self, positions: torch.Tensor, draw: Draw) -> list[torch.Tensor] | None:
         """A whole batch, as :func:`~jasper_store.jasper.gather.chain_of` orders it; ``None`` if it has to go step by step."""
@@ -196,10 +201,8 @@ class StagedSteering:
     def close(self) -> None:
         """The pass is over, or given up. May be called twice."""
         if self._ending():
-            return  # threads and files go with the process
+            return  # files go with the process
         if self._dataset.staged is self:
             self._dataset.staged = None
-        for threads in (self._thread, self._readers):
-            threads.shutdown(cancel_futures=True)
         for staging in self._stagings:
             staging.close()

@@ -1,4 +1,4 @@
-"""The package's own compiled part (``rows.c`` and ``reads.c``), where it was built; nothing needs it to be there."""
+"""The package's own compiled part (``rows.c``, ``reads.c``, ``helpers.c``), where it was built; nothing needs it to be there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 6
+_ABI: Final = 7
 
 
 @functools.cache
@@ -32,9 +32,13 @@ def library() -> Any:
     found.jasper_open_reader.restype = address
     found.jasper_close_reader.argtypes = [address]
     found.jasper_close_reader.restype = None
-    found.jasper_read_rows.argtypes = [
+    found.jasper_helpers.argtypes = []
+    found.jasper_helpers.restype = ctypes.c_uint
+    found.jasper_begin_read.argtypes = [
         *(address, address, number, signed, signed),
         *(address, address, number, signed, address, address),
     ]
-    found.jasper_read_rows.restype = signed
+    found.jasper_begin_read.restype = ctypes.c_int
+    found.jasper_finish_read.argtypes = [address]
+    found.jasper_finish_read.restype = signed
     return found

@@ -6,24 +6,12 @@
  *
  * Plain C without Python's headers: one library serves every Python, called through ctypes, which lets go of the
  * interpreter lock.
- *
- * Helping threads are our own, and nobody waits for them to come. A parallel loop of OpenMP ends when all its threads
- * have: where another program keeps a core busy, each gather waited 8 ms for a thread that had nothing left to do. Here
- * the caller works through all parts that nobody else has taken, and waits only for those that somebody is at.
  */
-#define _GNU_SOURCE
-#include <errno.h>
-#include <linux/futex.h>
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdatomic.h>
+#include "helpers.h"
+
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -31,15 +19,11 @@
 #endif
 
 enum {
-    ABI = 6,
+    ABI = 7,
     AHEAD = 4,               /* rows asked for ahead of the one that is copied */
     LINE = 64,               /* bytes of a cache line */
     PART_NBYTES = 512 << 10, /* what a thread takes at a time, at most */
     SMALL_NBYTES = 64 << 10, /* below it, waking a thread costs more than it saves */
-    MAX_HELPERS = 15,
-    SPINS = 20000,           /* looks for what another thread does before sleeping: some 400 us */
-    TAKEN_NS = 200000,       /* a core that was offered, and comes back later than this, was taken */
-    MODEST_CALLS = 30,       /* for which a helper whose core was taken sleeps at once */
     LARGE_NBYTES = 2 << 20,  /* from here on what is written leaves the core's cache before anybody reads it */
 };
 
@@ -58,6 +42,7 @@ struct job {
 };
 
 struct work {
+    struct shared_work shared;
     const struct job *jobs;
     uint64_t n_jobs;
     uint64_t part_nbytes;
@@ -188,143 +173,18 @@ static uint64_t parts_of(const struct work *work, const struct job *job)
     return (job->n + rows - 1) / rows;
 }
 
-static void do_parts(struct work *work)
+static int one_part(struct shared_work *shared)
 {
-    uint64_t number;
-    while ((number = atomic_fetch_add(&work->next, 1)) < work->parts) {
-        const struct job *job = work->jobs;
-        for (uint64_t parts; number >= (parts = parts_of(work, job)); number -= parts)
-            job++;
-        const uint64_t rows = rows_per_part(work, job), first = number * rows;
-        do_part(job, first, job->n - first < rows ? job->n : first + rows, work->past_cache);
-    }
-}
-
-/* The helpers of this process. One caller at a time has them; another that comes meanwhile works alone. */
-static struct {
-    pthread_mutex_t taken;
-    atomic_uint helpers;        /* that were started */
-    atomic_uint wanted;         /* that the present caller may have */
-    _Atomic(struct work *) now; /* what there is to do, or NULL */
-    atomic_uint inside;         /* helpers that may be looking at it */
-    atomic_uint calls;          /* changes with each call; sleeping helpers wait for that */
-    atomic_uint sleeping;
-} pool = {.taken = PTHREAD_MUTEX_INITIALIZER};
-
-static void rest(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-static void help_once(void)
-{
-    atomic_fetch_add(&pool.inside, 1);
-    struct work *work = atomic_load(&pool.now);
-    if (work)
-        do_parts(work);
-    atomic_fetch_sub(&pool.inside, 1);
-}
-
-static int64_t nanoseconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
-/* Look for a new call for a while. Returns whether somebody else wants this core: it is offered now and then. */
-static int look_out(unsigned seen)
-{
-    for (unsigned spins = 1; spins <= SPINS && atomic_load(&pool.calls) == seen; spins++) {
-        rest();
-        if (spins % 512)
-            continue;
-        const int64_t before = nanoseconds();
-        sched_yield();
-        if (nanoseconds() - before > TAKEN_NS)
-            return 1;
-    }
-    return 0;
-}
-
-static void *help(void *data)
-{
-    const unsigned number = (unsigned)(uintptr_t)data;
-    for (unsigned seen = 0, modest = 0;;) {
-        /* Where others want this core, as torch's own threads do that spin between operations, looking out takes time
-         * from both; who sleeps is put first when woken. */
-        if (modest)
-            modest--;
-        else if (look_out(seen))
-            modest = MODEST_CALLS;
-        while (atomic_load(&pool.calls) == seen) {
-            atomic_fetch_add(&pool.sleeping, 1);
-            syscall(SYS_futex, &pool.calls, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-            atomic_fetch_sub(&pool.sleeping, 1);
-        }
-        seen = atomic_load(&pool.calls);
-        if (number < atomic_load(&pool.wanted))
-            help_once();
-    }
-    return NULL;
-}
-
-static void forget_helpers(void)
-{
-    /* In a forked child: threads do not survive a fork, and the lock may be somebody's who does not exist here. */
-    pthread_mutex_init(&pool.taken, NULL);
-    atomic_store(&pool.helpers, 0);
-    atomic_store(&pool.now, NULL);
-    atomic_store(&pool.inside, 0);
-    atomic_store(&pool.sleeping, 0);
-}
-
-__attribute__((constructor)) static void before_any_fork(void) { pthread_atfork(NULL, NULL, forget_helpers); }
-
-/* Start helpers up to a number; fewer if the system has no more threads to give. Called by who has the pool. */
-static void start_helpers(unsigned count)
-{
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
-    while (atomic_load(&pool.helpers) < count) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(uintptr_t)atomic_load(&pool.helpers)))
-            break;
-        pthread_detach(thread);
-        atomic_fetch_add(&pool.helpers, 1);
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-}
-
-static void do_together(struct work *work, unsigned helpers)
-{
-    if (helpers > MAX_HELPERS)
-        helpers = MAX_HELPERS;
-    if (pthread_mutex_trylock(&pool.taken)) {
-        do_parts(work);
-        return;
-    }
-    if (atomic_load(&pool.helpers) < helpers)
-        start_helpers(helpers);
-    atomic_store(&pool.wanted, helpers);
-    atomic_store(&pool.now, work);
-    atomic_fetch_add(&pool.calls, 1);
-    if (atomic_load(&pool.sleeping))
-        syscall(SYS_futex, &pool.calls, FUTEX_WAKE_PRIVATE, helpers, NULL, NULL, 0);
-    do_parts(work);
-    /* A helper looks at `now` only while it is counted as inside, so after this none can reach the work any more. */
-    atomic_store(&pool.now, NULL);
-    for (unsigned spins = 0; atomic_load(&pool.inside); spins++) {
-        if (spins < SPINS)
-            rest();
-        else
-            /* It was interrupted. Sleeping leaves it this core, where spinning, or yielding, would not. */
-            nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
-    }
-    pthread_mutex_unlock(&pool.taken);
+    struct work *work = (struct work *)shared;
+    uint64_t number = atomic_fetch_add(&work->next, 1);
+    if (number >= work->parts)
+        return 0;
+    const struct job *job = work->jobs;
+    for (uint64_t parts; number >= (parts = parts_of(work, job)); number -= parts)
+        job++;
+    const uint64_t rows = rows_per_part(work, job), first = number * rows;
+    do_part(job, first, job->n - first < rows ? job->n : first + rows, work->past_cache);
+    return 1;
 }
 
 static int in_range(const struct job *job)
@@ -345,7 +205,7 @@ static int64_t do_stage(const struct job *jobs, uint64_t n_jobs, unsigned thread
             return (int64_t)k + 1;
         nbytes += jobs[k].n * jobs[k].row_nbytes;
     }
-    struct work work = {.jobs = jobs, .n_jobs = n_jobs, .part_nbytes = PART_NBYTES};
+    struct work work = {.shared = {one_part}, .jobs = jobs, .n_jobs = n_jobs, .part_nbytes = PART_NBYTES};
     work.past_cache = nbytes >= LARGE_NBYTES;
     const int shared = threads > 1 && nbytes >= SMALL_NBYTES;
     /* Large parts: the first rows of each are not asked for. At least two for each thread, for one that comes late. */
@@ -354,9 +214,10 @@ static int64_t do_stage(const struct job *jobs, uint64_t n_jobs, unsigned thread
     for (uint64_t k = 0; k < n_jobs; k++)
         work.parts += parts_of(&work, &jobs[k]);
     if (shared)
-        do_together(&work, threads - 1);
+        jasper_do_together(&work.shared, threads - 1);
     else
-        do_parts(&work);
+        while (one_part(&work.shared))
+            continue;
     return 0;
 }
 

@@ -36,7 +36,7 @@ def stagings_of(tensors: Sequence[StoredTensor], count: int) -> list[Staging]:
     """Staging for tensors of one row shape and dtype, of which some are mapped and the others in memory.
 
     Returns:
-        One for each of ``count`` threads; none where nothing is mapped, rows are no runs of bytes as they are handed
+        ``count`` of them; none where nothing is mapped, rows are no runs of bytes as they are handed
         out, the kernel was not built, or the file system does not read directly.
     """
     kinds = {(tensor.dtype, tensor.row_shape) for tensor in tensors}
@@ -56,7 +56,9 @@ def stagings_of(tensors: Sequence[StoredTensor], count: int) -> list[Staging]:
 
 
 class Staging:
-    """Reads rows of several tensors of one row shape and dtype, as their files have them. For one thread at a time.
+    """Reads rows of several tensors of one row shape and dtype, as their files have them, while other work goes on.
+
+    For one thread at a time.
 
     Args:
         tensors: whose rows; see :func:`stagings_of`. Those in memory need not be read.
@@ -72,7 +74,7 @@ class Staging:
         self.tensors = tuple(tensors)
         first = tensors[0]
         self.row_shape, self.dtype, self._row_nbytes = tuple(first.row_shape), first.dtype, first.row_nbytes
-        self._zeros = torch.zeros(self.row_shape, dtype=self.dtype, device="cpu")
+        self._zeros = self._memory = torch.zeros(self.row_shape, dtype=self.dtype, device="cpu")
         self.anywhere = Source(self._zeros, self.row_shape, self._row_nbytes, (0, _ANYWHERE, self._row_nbytes, 1))
         with ExitStack() as undo:
             places = []
@@ -92,12 +94,19 @@ class Staging:
             undo.callback(self._reader.close)
             self._open = undo.pop_all()
 
-    def read(self, which: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """Have rows in memory.
+    def begin(self, which: np.ndarray, rows: np.ndarray) -> None:
+        """Begin to have rows in memory; :meth:`finish` it before the next.
 
         Args:
             which: tensor number of each, [n]; -1 is a row of zeros.
             rows: row of each, int64 [n]; none twice of one tensor.
+        """
+        count = int(np.count_nonzero(self._from_files[which]))
+        self._memory = empty_rows((count, *self.row_shape), self.dtype, count * self._row_nbytes)
+        self._reader.begin(which, rows, self._zeros.data_ptr(), self._memory.data_ptr(), keep=self._memory)
+
+    def finish(self) -> tuple[np.ndarray, torch.Tensor]:
+        """Wait for what was begun.
 
         Returns:
             The address of each row, int64 [n], and the memory that has to be kept as long as it is used.
@@ -105,18 +114,16 @@ class Staging:
         Raises:
             CorruptFileError: a file cannot be read to the end of a row.
         """
-        count = int(self._from_files[which].sum())
-        memory = empty_rows((count, *self.row_shape), self.dtype, count * self._row_nbytes)
+        memory, self._memory = self._memory, self._zeros
         try:
-            addresses = self._reader.read(which, rows, self._zeros.data_ptr(), memory.data_ptr())
+            return self._reader.finish(), memory
         except UnreadableError as exc:
             tensor = self.tensors[exc.tensor]
             msg = f"{tensor.path}: rows of {tensor.name} could not be read; was the file cut, or is the disk faulty?"
             raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
-        return addresses, memory
 
     def close(self) -> None:
-        """Let go of the files; may be called twice."""
+        """Let go of the files, when what was begun is over; may be called twice."""
         self._open.close()
 
     # Of the class: at the interpreter's end this module's names are gone.

@@ -78,7 +78,8 @@ def test_rows_are_those_of_the_files(store: TensorStore, staged: Staging, data: 
     )
     which = np.array([number for number, _ in pairs], np.int64)
     rows = np.array([row for _, row in pairs], np.int64)
-    addresses, memory = staged.read(which, rows)
+    staged.begin(which, rows)
+    addresses, memory = staged.finish()
     assert torch.equal(values_at(staged, addresses), expected(store, which, rows))
     assert len(memory) == int((which >= 0).sum())
 
@@ -86,7 +87,8 @@ def test_rows_are_those_of_the_files(store: TensorStore, staged: Staging, data: 
 def test_all_rows_at_once_and_again(store: TensorStore, staged: Staging) -> None:
     for _ in range(2):
         which = np.arange(ROWS) % 3
-        addresses, memory = staged.read(which, np.arange(ROWS))
+        staged.begin(which, np.arange(ROWS))
+        addresses, memory = staged.finish()
         assert torch.equal(values_at(staged, addresses), expected(store, which, np.arange(ROWS)))
         del memory
 
@@ -95,7 +97,8 @@ def test_tensors_in_memory_are_used_as_they_are(tmp_path: Path, store: TensorSto
     with open_store(store.path, use_mmap=False) as loaded:
         (mixed,) = stagings_of([store["a"], loaded["b"], store["c"]], 1)
         which, rows = np.arange(90) % 3, np.arange(90) * 7
-        addresses, memory = mixed.read(which, rows)
+        mixed.begin(which, rows)
+        addresses, memory = mixed.finish()
         assert torch.equal(values_at(mixed, addresses), expected(store, which, rows))
         assert len(memory) == 60
         mixed.close()
@@ -130,7 +133,8 @@ def test_a_file_that_was_cut_is_named(tmp_path: Path) -> None:
     with open_store(tmp_path, use_mmap=True) as store:
         (found,) = stagings_of([store["a"], store["b"]], 1)
         os.truncate(tmp_path / "b.npy", 100_000)
+        found.begin(np.array([0, 0, 1, 1]), np.array([1, 600, 1, 600]))
         with pytest.raises(CorruptFileError, match=r"b\.npy: rows of b could not be read") as caught:
-            found.read(np.array([0, 0, 1, 1]), np.array([1, 600, 1, 600]))
+            found.finish()
         assert caught.value.tensor == "b"
         found.close()

@@ -58,8 +58,7 @@ class Assets:
             # tensors on their way to .pt lie there twice for a moment
             return Recipe("tools.bench.row_files:write", arguments, s.rows_nbytes * (2 if name == "rows.pt" else 1))
         base, _, layout = name.partition(".")
-        shape = Shape(s.pairs, 4 if base == "jasper-shared" else 1, s.dim, s.n_neg, s.seed)
-        return self.dataset(layout, shape)
+        return self.dataset(layout, Shape.named(base, s.pairs, s.dim, s.n_neg, s.seed))
 
     @staticmethod
     def dataset(layout: str, shape: Shape, *, sparse: bool = False) -> Recipe:

@@ -44,6 +44,11 @@ class Shape:
     n_neg: int
     seed: int
 
+    @classmethod
+    def named(cls, name: str, pairs: int, dim: int, n_neg: int, seed: int) -> Shape:
+        """Of ``jasper``; of ``jasper-shared``, where 4 pairs share a row; of ``jasper-shared-large``, 5 times as many."""
+        return cls(pairs * (5 if name.endswith("-large") else 1), 4 if "-shared" in name else 1, dim, n_neg, seed)
+
     @property
     def rows(self) -> int:
         """Question rows, and source rows."""

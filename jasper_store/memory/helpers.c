@@ -24,12 +24,12 @@
 
 enum {
     MAX_HELPERS = 15,
-    SPINS = 20000,       /* looks for what another thread does before sleeping: some 400 us */
-    OFFERED = 512,       /* looks after which the core is offered to others */
-    ASIDE = 128,         /* looks after which the work on the side is looked at */
-    TAKEN_NS = 1000000,  /* a core that was offered, and comes back later than this, was taken */
-    MODEST_CALLS = 30,   /* for which a helper whose core was taken sleeps at once */
-    NAP_NS = 5000,       /* between two looks at the work on the side, where there is nothing else to do */
+    SPINS = 20000,      /* looks for what another thread does before sleeping: some 400 us */
+    OFFERED = 512,      /* looks after which the core is offered to others */
+    ASIDE = 128,        /* looks after which the work on the side is looked at */
+    TAKEN_NS = 1000000, /* a core that was offered, and comes back later than this, was taken */
+    MODEST_CALLS = 30,  /* for which a helper whose core was taken sleeps at once */
+    NAP_NS = 5000,      /* between two looks at the work on the side, where there is nothing else to do */
     MAX_ASIDE = 8,
 };
 
@@ -41,9 +41,9 @@ static struct {
     atomic_uint inside;                /* helpers that may be looking at it */
     atomic_uint calls;                 /* changes with each call; sleeping helpers wait for that */
     atomic_uint sleeping;
-    pthread_mutex_t beginning;                     /* of work on the side */
-    _Atomic(struct side_work *) aside[MAX_ASIDE]; /* a ring */
-    atomic_uint first, last;                       /* those between them; NULL if one is finished */
+    pthread_mutex_t beginning; /* of work on the side */
+    _Atomic(struct side_work *) aside[MAX_ASIDE]; /* a ring: those from first to last, NULL where one is finished */
+    atomic_uint first, last;
     atomic_uint finished; /* changes when one of them is; who waits for that sleeps on it */
     atomic_uint process;  /* changes with a fork */
 } pool = {.taken = PTHREAD_MUTEX_INITIALIZER, .beginning = PTHREAD_MUTEX_INITIALIZER};

@@ -19,9 +19,9 @@
 
 enum {
     PAGE = 4096,
-    DEPTH = 32,               /* reads under way at a time */
-    READ_NBYTES = 128 << 10,  /* of one read, at most */
-    STEP_READS = 8,           /* handed over in a step, and taken in: some 50 us */
+    DEPTH = 32,              /* reads under way at a time */
+    READ_NBYTES = 128 << 10, /* of one read, at most */
+    STEP_READS = 8,          /* handed over in a step, and taken in: some 50 us */
     BUFFER_NBYTES = DEPTH * READ_NBYTES,
     NO_MEMORY = -1,
     ANOTHER_PROCESS = -2,
@@ -51,9 +51,9 @@ struct wanted {
 struct piece {
     int file;
     int64_t offset, nbytes;
-    int64_t needed;           /* bytes without which the read has failed; the file may end behind them */
+    int64_t needed; /* bytes without which the read has failed; the file may end behind them */
     int64_t tensor;
-    uint64_t first, last;     /* of the rows that are wanted: those that it has a part of are among these */
+    uint64_t first, last; /* of the rows that are wanted: those that it has a part of are among these */
 };
 
 struct pieces {
@@ -92,6 +92,8 @@ static int make_buffer(struct reader *reader)
     if (found == MAP_FAILED)
         return 0;
     madvise(found, BUFFER_NBYTES, MADV_HUGEPAGE);
+    /* Pages that the disk writes into must not become shared with a child meanwhile: see fork in open(2), O_DIRECT. */
+    madvise(found, BUFFER_NBYTES, MADV_DONTFORK);
     reader->buffer = found;
     return 1;
 }
@@ -375,7 +377,7 @@ int64_t jasper_finish_read(struct reader *reader)
     if (!reading->aside)
         read_alone(reading);
     else if (!jasper_await_aside(&reading->side))
-        reading->failed = ANOTHER_PROCESS;
+        return ANOTHER_PROCESS; /* a helper was at it, and left it in any state: nothing of it can be given back */
     const int64_t failed = reading->failed;
     free(reading->pieces.all);
     free(reading->rows);

@@ -181,9 +181,8 @@ struct reading {
     struct side_work side;
     int aside; /* whether a helper has it */
     struct request request;
-    int planned;
     int64_t failed; /* as jasper_finish_read returns it; if it is not 0, no more are handed over */
-    struct wanted *rows;
+    struct wanted *rows; /* NULL before it is planned */
     struct pieces pieces;
     uint64_t next; /* the first of them that was not handed over */
     aio_context_t queue;
@@ -305,10 +304,8 @@ static int64_t make_plan(struct reading *reading)
 /* Go on with it, with so many reads at most. Waits for some, if `least` is not 0. */
 static int go_on(struct reading *reading, long least, unsigned most)
 {
-    if (!reading->planned) {
+    if (!reading->rows && !reading->failed)
         reading->failed = make_plan(reading);
-        reading->planned = 1;
-    }
     if (reading->under_way)
         reap(reading, least, most);
     if (reading->next < reading->pieces.n && !reading->failed) {

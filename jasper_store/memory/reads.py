@@ -97,15 +97,14 @@ class RowReader:
         self._needed: tuple[object, ...] = ()
         self._addresses = np.empty(0, np.int64)
 
-    def begin(self, which: np.ndarray, rows: np.ndarray, zeros: int, target: int, keep: object = None) -> None:
-        """Begin to have rows in memory; :meth:`finish` it before the next.
+    def begin(self, which: np.ndarray, rows: np.ndarray, zeros: int, target: int) -> None:
+        """Begin to have rows in memory; :meth:`finish` it before the next, and before the memory named here goes.
 
         Args:
             which: tensor number of each, int64 [n]; less than 0 is the row at address ``zeros``.
             rows: row of each, int64 [n].
             zeros: address of a row.
             target: address of room for those rows that are in files.
-            keep: what has to live until it is finished, as the memory that these addresses are of.
 
         Raises:
             ValueError: the reader is closed, or has begun something already.
@@ -121,7 +120,7 @@ class RowReader:
         )
         if not begun:
             raise MemoryError(f"no memory to read {len(rows)} rows by")
-        self._needed = (which, rows, keep)
+        self._needed = (which, rows)
         _busy.add(self)
 
     def finish(self) -> np.ndarray:

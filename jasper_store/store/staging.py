@@ -103,7 +103,7 @@ class Staging:
         """
         count = int(np.count_nonzero(self._from_files[which]))
         self._memory = empty_rows((count, *self.row_shape), self.dtype, count * self._row_nbytes)
-        self._reader.begin(which, rows, self._zeros.data_ptr(), self._memory.data_ptr(), keep=self._memory)
+        self._reader.begin(which, rows, self._zeros.data_ptr(), self._memory.data_ptr())
 
     def finish(self) -> tuple[np.ndarray, torch.Tensor]:
         """Wait for what was begun.

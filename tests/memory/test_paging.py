@@ -55,6 +55,8 @@ def test_rows_of_every_integer_type(dtype):
 def test_nothing_to_announce():
     assert row_ranges(BASE, 8, 8, np.array([], dtype=np.int64)).shape == (0, 2)
     assert row_ranges(BASE, 0, 0, np.array([1, 2])).shape == (0, 2)
+    assert span(BASE, 0).shape == (0, 2)
+    announcer().announce(np.empty((0, 2), dtype=np.int64))
 
 
 def test_one_range():

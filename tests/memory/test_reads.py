@@ -205,7 +205,7 @@ from jasper_store.memory.reads import RowReader, RowsOf
 descriptor = os.open({str(path)!r}, os.O_RDONLY)
 target = np.empty({SIZE}, np.uint8)
 reader = RowReader([RowsOf(descriptor, 0, 1000, 1000, 1000_000)], 1000)
-reader.begin(np.zeros(1000), np.arange(1000), 0, target.__array_interface__["data"][0], keep=target)
+reader.begin(np.zeros(1000), np.arange(1000), 0, target.__array_interface__["data"][0])
 """
     for _ in range(5):
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard jasper_store/memory/*.[ch])
+$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard jasper_store/native/*.[ch])
 	@echo "Setting up $(VENV) (once; about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) hatchling editables

@@ -1,4 +1,4 @@
-"""Builds the C of ``jasper_store/memory`` with the package, where there is a C compiler.
+"""Builds the C of ``jasper_store/native`` with the package, where there is a C compiler.
 
 The library needs neither Python's headers nor torch's, so one file serves every Python version of a platform. Without
 a compiler the package is built all the same, for any platform, and gathers by torch alone.
@@ -16,8 +16,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = tuple(Path("jasper_store/memory", name) for name in ("rows.c", "reads.c", "helpers.c"))
-TARGET = Path("jasper_store/memory/_rows.so")
+SOURCES = tuple(Path("jasper_store/native", name) for name in ("rows.c", "reads.c", "helpers.c"))
+TARGET = Path("jasper_store/native/_rows.so")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 
 

@@ -17,17 +17,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import jasper_store.convert  # noqa: F401  # the room first, so that it cannot take the function's place later
 from jasper_store import errors
-from jasper_store.jasper.converting import convert
 
 if TYPE_CHECKING:
-    from jasper_store.convert.report import ConversionReport
-    from jasper_store.convert.verify import VerifyReport
-    from jasper_store.jasper.api import DatasetWriter, open, plan, verify, warm_up  # noqa: A004
+    from jasper_store.conversion.report import ConversionReport
+    from jasper_store.conversion.verify import VerifyReport
+    from jasper_store.jasper.api import DatasetWriter, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
-    from jasper_store.jasper.device import to_device
-    from jasper_store.jasper.loader import create_loader, set_epoch, validate_first_batch
+    from jasper_store.loading.device import to_device
+    from jasper_store.loading.loader import create_loader, set_epoch, validate_first_batch
     from jasper_store.memory.report import MemoryReport, memory_report
     from jasper_store.store.placement import Plan
     from jasper_store.store.store import TensorStore
@@ -62,22 +60,23 @@ __all__ = [
 # Where the names above live. Each is imported when it is first used: a program that asks for one pays for that one,
 # and a program that only looks at the version pays for nothing. Type checkers see the imports at the top.
 _HOMES = {
-    "ConversionReport": "convert.report",
+    "ConversionReport": "conversion.report",
     "DatasetWriter": "jasper.api",
     "JASPERSteeringDataset": "jasper.dataset",
     "MemoryReport": "memory.report",
     "Plan": "store.placement",
     "StoredTensor": "store.tensors",
     "TensorStore": "store.store",
-    "VerifyReport": "convert.verify",
+    "VerifyReport": "conversion.verify",
     "WarmupReport": "store.warmup",
-    "create_loader": "jasper.loader",
+    "convert": "jasper.api",
+    "create_loader": "loading.loader",
     "memory_report": "memory.report",
     "open": "jasper.api",
     "plan": "jasper.api",
-    "set_epoch": "jasper.loader",
-    "to_device": "jasper.device",
-    "validate_first_batch": "jasper.loader",
+    "set_epoch": "loading.loader",
+    "to_device": "loading.device",
+    "validate_first_batch": "loading.loader",
     "verify": "jasper.api",
     "warm_up": "jasper.api",
 }
@@ -94,5 +93,5 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    """Public names too, though they may not be here yet."""
-    return sorted({*globals(), *__all__})
+    """The public names, whether they were used already or not."""
+    return [*__all__, "__version__"]

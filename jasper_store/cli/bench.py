@@ -8,10 +8,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from jasper_store.bench.disk import DiskRate
+from jasper_store.bench.run import BenchReport, bench as measure
 from jasper_store.cli.console import print_json, progress, results, table
 from jasper_store.cli.options import Directory, FormatOption, Json
-from jasper_store.jasper.bench.disk import DiskRate
-from jasper_store.jasper.bench.run import BenchReport, bench as measure
 from jasper_store.memory.budget import format_bytes
 
 __all__ = ["bench"]

@@ -22,9 +22,9 @@ from jasper_store.cli.epochs import curriculum_table, recall_table, run_epochs
 from jasper_store.cli.options import Json, Seed
 from jasper_store.cli.plan import show_plan
 from jasper_store.errors import DatasetNotFoundError, PerformanceWarning
-from jasper_store.jasper.predictor import dataset_of, evaluate, question_alone
-from jasper_store.jasper.training import Trainer, TrainingOptions
 from jasper_store.memory.budget import format_bytes
+from jasper_store.model.predictor import dataset_of, evaluate, question_alone
+from jasper_store.model.training import Trainer, TrainingOptions
 
 __all__ = ["SAMPLE", "demo"]
 

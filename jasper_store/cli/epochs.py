@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from jasper_store.cli.console import errors, table
 from jasper_store.jasper.steering import VARIANTS
-from jasper_store.jasper.training import EpochReport, Trainer
+from jasper_store.model.training import EpochReport, Trainer
 
 __all__ = ["curriculum_table", "epoch_line", "recall_table", "run_epochs"]
 

@@ -16,7 +16,7 @@ from jasper_store.formats.registry import Located, locate
 from jasper_store.jasper.config import CONFIG_NAME, read_config
 from jasper_store.jasper.schema import SCHEMA
 from jasper_store.memory.budget import format_bytes
-from jasper_store.memory.residency import cached_bytes
+from jasper_store.paging.residency import cached_bytes
 
 __all__ = ["inspect"]
 

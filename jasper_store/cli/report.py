@@ -10,10 +10,10 @@ import typer
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.errors import FINDINGS
 from jasper_store.cli.options import FormatOption, Json
-from jasper_store.cli.page.document import page
-from jasper_store.convert.atomic import write_bytes
 from jasper_store.errors import ConversionError
-from jasper_store.jasper.report.gather import make_report
+from jasper_store.files.atomic import write_bytes
+from jasper_store.report.gather import make_report
+from jasper_store.report.page.document import page
 
 __all__ = ["report"]
 

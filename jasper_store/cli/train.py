@@ -13,8 +13,8 @@ from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.epochs import curriculum_table, recall_table, run_epochs
 from jasper_store.cli.options import Device, FormatOption, Json, MemoryLimit, Mmap, Seed
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.jasper.predictor import dataset_of, evaluate, question_alone
-from jasper_store.jasper.training import Trainer, TrainingOptions
+from jasper_store.model.predictor import dataset_of, evaluate, question_alone
+from jasper_store.model.training import Trainer, TrainingOptions
 
 __all__ = ["train"]
 

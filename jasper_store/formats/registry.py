@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, UnknownNameError
 from jasper_store.formats.flat import stem_of
-from jasper_store.formats.hdf5 import Hdf5Format
+from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
-from jasper_store.formats.pt import PtFormat
+from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from jasper_store.convert import writer
-from jasper_store.convert.verify import Finding, VerifyReport, verify_files
+from jasper_store.conversion import converter, writer
+from jasper_store.conversion.report import ConversionReport
+from jasper_store.conversion.verify import Finding, VerifyReport, verify_files
 from jasper_store.errors import JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Schema
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import CONFIG_NAME, read_config
-from jasper_store.jasper.converting import convert
 from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.schema import SCHEMA, SPLITS, TENSORS, schema_for, split_tensor
 from jasper_store.store.placement import Plan
@@ -127,6 +127,55 @@ def warm_up(
         return warm(store_or_path, tensors=tensors, budget=budget, progress=progress)
     with _quietly_opened(Path(store_or_path)) as store:
         return warm(store, tensors=tensors, budget=budget, progress=progress)
+
+
+def convert(
+    src: str | PathLike[str],
+    dst: str | PathLike[str] | None = None,
+    format: str = "safetensors",  # noqa: A002
+    compression: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    *,
+    tensors: Collection[str] | None = None,
+    source_format: str = "auto",
+) -> ConversionReport:
+    """Write a dataset, or one file, in another format: bounded memory, published whole, proven by checksums.
+
+    Args:
+        src: a dataset directory, or one file.
+        dst: directory to write to; the source's own by default. For HDF5 also a file name.
+        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
+        compression: HDF5 only: ``None``, ``"gzip"``, ``"lzf"``, or a filter of hdf5plugin.
+        dtype: narrow floating tensors to this dtype; the largest error is reported.
+        overwrite: replace targets that hold something else.
+        progress: called as ``progress(tensor, done_bytes, total_bytes)`` after each block.
+        tensors: names of the tensors to convert; all by default.
+        source_format: format to read where the source has its tensors in several.
+
+    Returns:
+        A report with sizes, seconds and checksums per tensor; ``str(report)`` is a table.
+
+    Raises:
+        ConversionError: no room, read-only, another conversion at work, a target that holds other values, a source
+            that changed meanwhile, or values that read back differently.
+        IncompatibleOptionsError, UnknownNameError: options.
+        IntegrityError: ``dtype`` would make a finite value infinite.
+        DatasetNotFoundError, CorruptFileError: the source.
+    """
+    return converter.convert(
+        src,
+        dst,
+        format=format,
+        compression=compression,
+        dtype=dtype,
+        overwrite=overwrite,
+        progress=progress,
+        tensors=tensors,
+        source_format=source_format,
+        schema=schema_at(Path(src)),
+    )
 
 
 def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], None] | None = None) -> VerifyReport:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from jasper_store.convert.verify import Finding, Visitor
+from jasper_store.conversion.verify import Finding, Visitor
 from jasper_store.errors import IntegrityError
 from jasper_store.jasper.integrity import check_bounds, index_rules
 from jasper_store.jasper.schema import SPLITS, TENSORS, split_tensor

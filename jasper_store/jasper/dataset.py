@@ -15,23 +15,23 @@ import xxhash
 from torch.utils.data import Dataset
 from typing_extensions import Self
 
-from jasper_store.convert.converter import convert
-from jasper_store.convert.report import ConversionReport
+from jasper_store.conversion.converter import convert
+from jasper_store.conversion.report import ConversionReport
 from jasper_store.errors import ClosedError, UnknownNameError
-from jasper_store.jasper.batch import Batch, Sample
-from jasper_store.jasper.control import Control
 from jasper_store.jasper.gather import KEYS, Draw, Rows, chain_of, gather, rows_of, steering_rows
 from jasper_store.jasper.negatives import reopened_negatives, warn_kept
 from jasper_store.jasper.opened import OpenedDataset, open_dataset
 from jasper_store.jasper.schema import SCHEMA, SPLITS, Split, check_split, split_tensor
 from jasper_store.jasper.steering import VARIANTS, variant_number
-from jasper_store.jasper.subset import ArraySubset
-from jasper_store.store.chain import Chain
+from jasper_store.samples.batch import Batch, Sample
+from jasper_store.samples.shared_state import SharedState
+from jasper_store.samples.subset import ArraySubset
+from jasper_store.store.compiled_gather import CompiledGather
 from jasper_store.store.resident import empty_rows, pinned_rows
 from jasper_store.store.store import TensorStore
 
 if TYPE_CHECKING:
-    from jasper_store.jasper.staged import StagedSteering
+    from jasper_store.loading.window_prefetcher import WindowPrefetcher
 
 __all__ = ["JASPERSteeringDataset"]
 
@@ -107,14 +107,14 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
 
     def _attach(self, opened: OpenedDataset, split: Split, epoch: int, seed: int) -> None:
         self._opened: OpenedDataset | None = opened.join()
-        self._control = Control(epoch)
+        self._control = SharedState(epoch)
         self._negatives_seen = 0
         self._draw: Draw | None = None
-        self._chain: tuple[Draw, int, Chain | None] | None = None
+        self._chain: tuple[Draw, int, CompiledGather | None] | None = None
         # Whether a batch announces its own rows; a loader that looks ahead has done so before.
         self.announces = True
         # Steering rows that a loader has read ahead of its batches, while it serves a pass.
-        self.staged: StagedSteering | None = None
+        self.staged: WindowPrefetcher | None = None
         self._size = opened.sizes[split]
         self.split: Split = split
         self.seed = seed
@@ -179,7 +179,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             indices: positions [B] in the split; an int64 tensor is fastest.
 
         Returns:
-            A :class:`~jasper_store.jasper.batch.Batch` of B samples: ``question_emb [B, D]``,
+            A :class:`~jasper_store.samples.batch.Batch` of B samples: ``question_emb [B, D]``,
             ``target_source_emb [B, D]``, ``steering [B, D]``, ``negative_embs [B, n_neg, D]``, ``cluster_id [B]``,
             ``relevance [B]``, ``centroid_distance [B]``, ``steering_variant [B]`` (0 none, 1 centroid,
             2 keyword_weighted, 3 residual), ``negative_tiers [B, n_neg]``.
@@ -249,7 +249,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             self._follow_negatives(generation)
         return self._draw_of(self._open(), epoch, forced)
 
-    def _chain_now(self) -> Chain | None:
+    def _chain_now(self) -> CompiledGather | None:
         """The whole gather as one call, where everything is in memory; of the present epoch and negatives."""
         draw = self.draw_now()
         opened = self._open()

@@ -14,11 +14,11 @@ import torch
 
 from jasper_store.jasper.schema import STEERING_TENSORS, Split, split_tensor
 from jasper_store.jasper.steering import Probabilities, draw_variants
-from jasper_store.memory.gather import Source, source_of, widening
-from jasper_store.store.chain import INPUT, Chain, Step, Via
+from jasper_store.native.gather import Source, source_of, widening
+from jasper_store.store.compiled_gather import INPUT, CompiledGather, IndexRef, Step
+from jasper_store.store.gather_many import GatherRequest, gather_many
 from jasper_store.store.store import TensorStore
 from jasper_store.store.tensors import StoredTensor
-from jasper_store.store.together import Take, take_together
 
 __all__ = ["KEYS", "Draw", "Rows", "Staged", "chain_of", "gather", "rows_of", "steering_rows"]
 
@@ -47,12 +47,12 @@ class Draw:
         self._pairs = pairs
         self._tables: tuple[Source, Source] | None = None
 
-    def takes(self, pairs: torch.Tensor) -> tuple[Take, Take] | None:
+    def takes(self, pairs: torch.Tensor) -> tuple[GatherRequest, GatherRequest] | None:
         """The variants of pairs [B] and their rows of the stack, to be looked up; ``None`` where there are no tables."""
         tables = self.tables(pairs.device)
         if tables is None:
             return None
-        return Take(tables[0], pairs, torch.int64), Take(tables[1], pairs, torch.int64)
+        return GatherRequest(tables[0], pairs, torch.int64), GatherRequest(tables[1], pairs, torch.int64)
 
     def tables(self, device: torch.device) -> tuple[Source, Source] | None:
         """Of every pair: its variant, int8, and its row of the stack of steering tensors, int32."""
@@ -68,7 +68,7 @@ class Draw:
         # Tables are of use to whoever asks often; who asks for them first is not made to wait here.
         if self._tables is None:
             return self._of(pairs)
-        return take_together([Take(self._tables[0], pairs, torch.int64)])[0]
+        return gather_many([GatherRequest(self._tables[0], pairs, torch.int64)])[0]
 
     def _of(self, pairs: torch.Tensor) -> torch.Tensor:
         if self.forced is not None:
@@ -109,13 +109,16 @@ def steering_rows(pairs: torch.Tensor, variants: torch.Tensor) -> dict[str, torc
 
 def rows_of(store: TensorStore, split: Split, positions: torch.Tensor, draw: Draw) -> Rows:
     """Rows of the large tensors for samples at ``positions`` [B] of a split; reads the index tensors."""
-    (pairs,) = take_together([Take(store[split_tensor(split)], positions, torch.int64)])
-    takes = [Take(store["pair_index"], pairs, torch.int64), Take(store["hard_negatives"], pairs, torch.int64)]
+    (pairs,) = gather_many([GatherRequest(store[split_tensor(split)], positions, torch.int64)])
+    takes = [
+        GatherRequest(store["pair_index"], pairs, torch.int64),
+        GatherRequest(store["hard_negatives"], pairs, torch.int64),
+    ]
     drawn = draw.takes(pairs)
     if drawn is None:
-        index, negatives = take_together(takes)
+        index, negatives = gather_many(takes)
         return Rows(pairs, draw.variants(pairs), index, negatives)
-    index, negatives, variants, stacked = take_together([*takes, *drawn])
+    index, negatives, variants, stacked = gather_many([*takes, *drawn])
     return Rows(pairs, variants, index, negatives, stacked)
 
 
@@ -132,21 +135,21 @@ def gather(store: TensorStore, rows: Rows, staged: torch.Tensor | None = None) -
     """
     pairs, sources = rows.pairs, store["source_embs"]
     takes = {
-        "question_emb": Take(store["question_embs"], rows.index[:, 0]),
-        "target_source_emb": Take(sources, rows.index[:, 1]),
-        "negative_embs": Take(sources, rows.negatives.view(-1)),
-        "cluster_id": Take(store["pair_cluster_id"], pairs, torch.int64),
-        "relevance": Take(store["pair_relevance"], pairs),
-        "centroid_distance": Take(store["centroid_distances"], pairs),
-        "negative_tiers": Take(store["negative_tiers"], pairs, torch.int64),
+        "question_emb": GatherRequest(store["question_embs"], rows.index[:, 0]),
+        "target_source_emb": GatherRequest(sources, rows.index[:, 1]),
+        "negative_embs": GatherRequest(sources, rows.negatives.view(-1)),
+        "cluster_id": GatherRequest(store["pair_cluster_id"], pairs, torch.int64),
+        "relevance": GatherRequest(store["pair_relevance"], pairs),
+        "centroid_distance": GatherRequest(store["centroid_distances"], pairs),
+        "negative_tiers": GatherRequest(store["negative_tiers"], pairs, torch.int64),
     }
     stack = store.stacked(STEERING_TENSORS)
     if stack is not None:
         rows_of_stack = rows.stacked
         if rows_of_stack is None:
             rows_of_stack = _stacked_rows(pairs, rows.variants, (stack.n_rows - 1) // len(STEERING_TENSORS))
-        takes["steering"] = Take(stack, rows_of_stack)
-    taken = dict(zip(takes, take_together(list(takes.values())), strict=True))
+        takes["steering"] = GatherRequest(stack, rows_of_stack)
+    taken = dict(zip(takes, gather_many(list(takes.values())), strict=True))
     negatives = taken["negative_embs"]
     taken["negative_embs"] = negatives.view(*rows.negatives.shape, *negatives.shape[1:])
     taken["steering_variant"] = rows.variants
@@ -162,7 +165,9 @@ class Staged(Protocol):
         """Two steps that end with the rows, by the extra input; ``first`` is the number of the first."""
 
 
-def chain_of(store: Mapping[str, StoredTensor], split: Split, draw: Draw, staged: Staged | None = None) -> Chain | None:
+def chain_of(
+    store: Mapping[str, StoredTensor], split: Split, draw: Draw, staged: Staged | None = None
+) -> CompiledGather | None:
     """What :func:`rows_of` and :func:`gather` do, as one call; the results are in the order of :data:`KEYS`.
 
     Args:
@@ -188,24 +193,24 @@ def chain_of(store: Mapping[str, StoredTensor], split: Split, draw: Draw, staged
         stack = store.stacked(STEERING_TENSORS) if isinstance(store, TensorStore) else None
         if stack is None:
             return None
-        steering = [_table_step(tables[1], Via(pairs), result=False), _step(stack, Via(stacked))]
+        steering = [_table_step(tables[1], IndexRef(pairs), result=False), _step(stack, IndexRef(stacked))]
     steps = [
         _step(store[split_tensor(split)], INPUT, ids, result=False),
-        _step(store["pair_index"], Via(pairs), ids, result=False),
-        _step(store["hard_negatives"], Via(pairs), ids, result=False),
+        _step(store["pair_index"], IndexRef(pairs), ids, result=False),
+        _step(store["hard_negatives"], IndexRef(pairs), ids, result=False),
         steering[0],
-        _step(store["question_embs"], Via(index, 0)),
-        _step(source, Via(index, 1)),
+        _step(store["question_embs"], IndexRef(index, 0)),
+        _step(source, IndexRef(index, 1)),
         steering[1],
-        _step(source, Via(negatives)),
-        _step(store["pair_cluster_id"], Via(pairs), ids),
-        _step(store["pair_relevance"], Via(pairs)),
-        _step(store["centroid_distances"], Via(pairs)),
-        _table_step(tables[0], Via(pairs)),
-        _step(store["negative_tiers"], Via(pairs), ids),
+        _step(source, IndexRef(negatives)),
+        _step(store["pair_cluster_id"], IndexRef(pairs), ids),
+        _step(store["pair_relevance"], IndexRef(pairs)),
+        _step(store["centroid_distances"], IndexRef(pairs)),
+        _table_step(tables[0], IndexRef(pairs)),
+        _step(store["negative_tiers"], IndexRef(pairs), ids),
     ]
     found = [step for step in steps if step is not None]
-    return Chain(found) if len(found) == len(steps) else None
+    return CompiledGather(found) if len(found) == len(steps) else None
 
 
 KEYS = (
@@ -222,14 +227,16 @@ KEYS = (
 """Keys of a batch, in their order."""
 
 
-def _step(tensor: StoredTensor, rows: Via, dtype: torch.dtype | None = None, *, result: bool = True) -> Step | None:
+def _step(
+    tensor: StoredTensor, rows: IndexRef, dtype: torch.dtype | None = None, *, result: bool = True
+) -> Step | None:
     source, dtype = tensor.in_memory, dtype or tensor.dtype
     if source is None or widening(tensor.dtype, dtype) is None:
         return None
     return Step(tensor.name, source, rows, dtype, result)
 
 
-def _table_step(source: Source, rows: Via, *, result: bool = True) -> Step | None:
+def _table_step(source: Source, rows: IndexRef, *, result: bool = True) -> Step | None:
     return Step("steering", source, rows, torch.int64, result) if source.numbers else None
 
 

@@ -1,6 +1,6 @@
 """A ``LightningDataModule`` over a JASPER dataset. Importing this needs the extra ``integrations``.
 
-Lightning does most of it by itself with loaders of :func:`~jasper_store.jasper.loader.create_loader`: it saves and
+Lightning does most of it by itself with loaders of :func:`~jasper_store.loading.loader.create_loader`: it saves and
 restores their state, tells their sampler each epoch, and leaves a ``DistributedSampler`` alone. The data module gives
 it such loaders, and corrects the one count that Lightning keeps for itself.
 """
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import IncompatibleOptionsError, JasperStoreError
 from jasper_store.jasper.api import warm_up
-from jasper_store.jasper.loader import JasperLoader, create_loader
-from jasper_store.jasper.samplers import Padding
 from jasper_store.jasper.schema import Split
+from jasper_store.loading.loader import JasperLoader, create_loader
+from jasper_store.loading.samplers import Padding
 
 try:
     from lightning.pytorch import LightningDataModule
@@ -51,7 +51,7 @@ class JasperDataModule(LightningDataModule):
             ranks may have counts that differ by one; ``"wrap"`` repeats samples until all have the same, which a
             ``validation_step`` needs if it talks to the other ranks itself.
         warm: bring the files into the page cache before training, once per node.
-        **options: of :func:`~jasper_store.jasper.loader.create_loader`: ``seed``, ``storage_format``, ``use_mmap``,
+        **options: of :func:`~jasper_store.loading.loader.create_loader`: ``seed``, ``storage_format``, ``use_mmap``,
             ``memory_limit``, ``order``, ``persistent_workers``...
 
     Raises:

@@ -98,7 +98,7 @@ def open_dataset(
 def _check_indices_once(store: TensorStore, sizes: Mapping[str, int], splits: Sequence[Split]) -> None:
     """Check the indices, unless the manifest says that these very files were checked before."""
     check = "indices:" + ",".join(splits)
-    if store.vouched(check) or store.vouched("indices:" + ",".join(SPLITS)):
+    if store.is_verified(check) or store.is_verified("indices:" + ",".join(SPLITS)):
         return
     check_indices(store, sizes, splits)
     store.remember(check)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from jasper_store.convert.writer import DatasetWriter
+from jasper_store.conversion.writer import DatasetWriter
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.jasper.order import order
 from jasper_store.jasper.schema import PAIR_KEYWORDS, SCHEMA
+from jasper_store.loading.order import order
 
 __all__ = ["SynthOptions", "synthesize"]
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from jasper_store.memory.mapping import FileMap
+from jasper_store.paging.mapping import FileMap
 from jasper_store.store.chunked import ChunkedTensor
+from jasper_store.store.concat_buffer import allocate_concat_buffers
 from jasper_store.store.device import DeviceLoader
 from jasper_store.store.load import load, stored_nbytes
 from jasper_store.store.mapped import MappedTensor
 from jasper_store.store.planning import target_dtype
 from jasper_store.store.resident import DeviceTensor, ResidentTensor
-from jasper_store.store.stack import allocate_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +61,7 @@ class Builder:
             stored_nbytes(spec) for spec in specs if self._plan.placement(spec.name) not in {"mmap", "chunked"}
         )
         dtypes = {spec.name: target_dtype(spec, self._dtype) for spec in specs}
-        stacks = allocate_stacks(groups, {spec.name: spec for spec in specs}, self._plan, dtypes)
+        stacks = allocate_concat_buffers(groups, {spec.name: spec for spec in specs}, self._plan, dtypes)
         for stack in stacks:
             self._places.update(stack.parts)
         tensors = {spec.name: self.open(spec) for spec in specs}
@@ -72,7 +72,7 @@ class Builder:
         placement = self._plan.placement(spec.name)
         dtype = target_dtype(spec, self._dtype)
         if placement == "chunked":
-            from jasper_store.formats.hdf5_chunks import ChunkedReader
+            from jasper_store.formats.hdf5.chunks import ChunkedReader
 
             return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
         if placement == "mmap":

@@ -11,7 +11,7 @@ from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
-    from jasper_store.formats.hdf5_chunks import ChunkedReader
+    from jasper_store.formats.hdf5.chunks import ChunkedReader
     from jasper_store.store.rows import Rows
 
 __all__ = ["ChunkedTensor"]

@@ -15,7 +15,7 @@ import torch
 from jasper_store.errors import InsufficientMemoryError
 from jasper_store.formats.base import Chunked, Extent
 from jasper_store.memory.budget import format_bytes
-from jasper_store.memory.reader import RangeReader
+from jasper_store.paging.reader import RangeReader
 from jasper_store.store.load import block_rows, load
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import TensorSpec
 
-__all__ = ["BUFFERS", "BUFFER_NBYTES", "CudaLane", "DeviceLoader", "Lane"]
+__all__ = ["BUFFERS", "BUFFER_NBYTES", "CopyStream", "CudaCopyStream", "DeviceLoader"]
 
 BUFFER_NBYTES = 32 << 20
 BUFFERS = 3
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     """The way from host buffers to the device. Copies finish in the order they were started."""
 
     pinned: bool
@@ -44,7 +44,7 @@ class Lane(Protocol):
         """Return once every copy is done and every target may be used."""
 
 
-class DirectLane:
+class DirectCopyStream:
     """Copies at once, for devices that share the host's memory, and for tests."""
 
     pinned = False
@@ -60,7 +60,7 @@ class DirectLane:
         """Nothing is under way."""
 
 
-class CudaLane:
+class CudaCopyStream:
     """Copies on a stream of its own, beside whatever the caller's stream does."""
 
     pinned = True
@@ -105,12 +105,12 @@ class DeviceLoader:
         self,
         device: torch.device,
         *,
-        lane: Lane | None = None,
+        lane: CopyStream | None = None,
         buffers: int = BUFFERS,
         buffer_nbytes: int = BUFFER_NBYTES,
     ) -> None:
         self.device = device
-        self._lane: Lane = lane or (CudaLane(device) if device.type == "cuda" else DirectLane())
+        self._lane: CopyStream = lane or (CudaCopyStream(device) if device.type == "cuda" else DirectCopyStream())
         self._nbytes = buffer_nbytes
         self._ring: list[torch.Tensor | None] = [None] * buffers
         self._tickets: list[Any] = [None] * buffers
@@ -186,7 +186,7 @@ class DeviceLoader:
 
     def _unpacked(self, spec: TensorSpec, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[int, torch.Tensor]]:
         """Pieces of a chunked dataset, each unpacked into a buffer."""
-        from jasper_store.formats.hdf5_chunks import ChunkedReader
+        from jasper_store.formats.hdf5.chunks import ChunkedReader
 
         reader = ChunkedReader(spec)
         step = block_rows(spec)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.memory import report
 from jasper_store.memory.budget import format_bytes
-from jasper_store.memory.gather import kernel
 from jasper_store.memory.mounts import file_system
-from jasper_store.memory.paging import announcer
+from jasper_store.native.gather import kernel
+from jasper_store.paging.madvise import madvise_batcher
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
 
@@ -102,7 +102,7 @@ def memory_of(store: TensorStore) -> StoreMemory:
 def explain(store: TensorStore) -> str:
     """The plan, and how the store talks to the machine it is on."""
     fstype, network = file_system(store.path)
-    backend = announcer().backend
+    backend = madvise_batcher().backend
     mapped = [tensor for tensor in store.values() if isinstance(tensor, MappedTensor)]
     lines = [
         f"{store.path} ({store.format}), {len(store)} tensors",
@@ -119,7 +119,7 @@ def explain(store: TensorStore) -> str:
             "madvise": "one range per call (madvise); process_madvise is not allowed or not there",
             "none": "not at all: this system has no such call",
         }[backend]
-        cold = [tensor.name for tensor in mapped if tensor.announcing]
+        cold = [tensor.name for tensor in mapped if tensor.prefetching]
         lines.append(f"announcing rows: {how}; " + (f"on for {', '.join(cold)}" if cold else "off, all in memory"))
         lines.append("page advice: " + "; ".join(f"{tensor.name} {tensor.advice}" for tensor in mapped))
     lines.append(

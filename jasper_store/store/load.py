@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jasper_store.formats.base import Chunked, Extent, Inline
-from jasper_store.memory import preload
+from jasper_store.paging import preload
 from jasper_store.store.tensors import BLOCK_NBYTES, span_nbytes
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def load(
 
 def _unpack(spec: TensorSpec, out: torch.Tensor, on_bytes: Callable[[int], None] | None) -> None:
     """Read chunked data in blocks of whole chunks."""
-    from jasper_store.formats.hdf5_chunks import ChunkedReader
+    from jasper_store.formats.hdf5.chunks import ChunkedReader
 
     step = block_rows(spec)
     reader = ChunkedReader(spec)

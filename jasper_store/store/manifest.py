@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.store.stamp import Stamp
+from jasper_store.files.fingerprint import FileFingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +40,9 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_NAME",
     "FileEntry",
+    "FileFingerprint",
     "Manifest",
     "Source",
-    "Stamp",
     "TensorEntry",
     "dtype_name",
     "read",
@@ -84,7 +84,7 @@ class Source:
     """
 
     path: str
-    stamp: Stamp
+    stamp: FileFingerprint
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -101,7 +101,7 @@ class FileEntry:
         made_from: the files that it was converted from; empty if it was written from memory.
     """
 
-    stamp: Stamp
+    stamp: FileFingerprint
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     made_from: tuple[Source, ...] = ()
 
@@ -126,7 +126,7 @@ class Manifest:
 
     directory: Path
     files: Mapping[str, FileEntry] = field(default_factory=dict)
-    verified: Mapping[str, Mapping[str, Stamp]] = field(default_factory=dict)
+    verified: Mapping[str, Mapping[str, FileFingerprint]] = field(default_factory=dict)
 
     def check(self, specs: Sequence[TensorSpec]) -> list[str]:
         """Compare files with their entries; milliseconds, whatever their size.
@@ -176,7 +176,7 @@ class Manifest:
         tensor = entry.tensors.get(spec.name) if entry else None
         return tensor.xxh3_128 if tensor else None
 
-    def vouches(self, specs: Sequence[TensorSpec], check: str) -> bool:
+    def is_verified(self, specs: Sequence[TensorSpec], check: str) -> bool:
         """Whether all files of these tensors passed ``check`` together and have not changed since."""
         marks = self.verified.get(check, {})
         for path in dict.fromkeys(spec.path for spec in specs):
@@ -234,7 +234,7 @@ def _key(directory: Path, path: Path) -> str | None:
         return None
 
 
-def _replaced(path: Path, stamp: Stamp) -> CorruptFileError:
+def _replaced(path: Path, stamp: FileFingerprint) -> CorruptFileError:
     facts = path.stat()
     if facts.st_size < stamp.size:
         what = f"it is truncated: expected {stamp.size:,} bytes, found {facts.st_size:,}"
@@ -313,12 +313,12 @@ def _parse_file(raw: Any) -> FileEntry:
     return FileEntry(_parse_stamp(raw), tensors, sources)
 
 
-def _parse_stamp(raw: Any) -> Stamp:
+def _parse_stamp(raw: Any) -> FileFingerprint:
     size, mtime = _typed(raw["size"], int), _typed(raw["mtime_ns"], int)
     if size < 0:
         msg = f"size {size}"
         raise ValueError(msg)
-    return Stamp(size, mtime, _hex(raw.get("sample")))
+    return FileFingerprint(size, mtime, _hex(raw.get("sample")))
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -383,7 +383,7 @@ def remember(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], che
             key = _key(directory, path)
             if key is None:
                 return False
-            marks[key] = Stamp.of(path)
+            marks[key] = FileFingerprint.of(path)
         update(directory, lambda old: replace(old, verified={**old.verified, check: marks}))
     except OSError:
         return False

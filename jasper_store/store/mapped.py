@@ -13,17 +13,17 @@ import torch
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Extent, contiguous_strides
-from jasper_store.memory import paging
-from jasper_store.memory.mapping import mappable, view
-from jasper_store.memory.watch import Watch
+from jasper_store.paging import madvise as paging
+from jasper_store.paging.mapping import mappable, view
+from jasper_store.paging.prefetch_policy import PrefetchPolicy
 from jasper_store.store.resident import HostTensor, empty_rows
 from jasper_store.store.rows import as_rows, out_of_range
 from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
-    from jasper_store.memory.mapping import FileMap
-    from jasper_store.memory.paging import Access
+    from jasper_store.paging.madvise import Access
+    from jasper_store.paging.mapping import FileMap
     from jasper_store.store.rows import Rows
 
 __all__ = ["MappedTensor", "rows_are_runs", "why_not_mappable"]
@@ -98,8 +98,8 @@ class MappedTensor(HostTensor):
         self._row_stride = spec.row_nbytes if not strides else strides[0] * spec.dtype.itemsize
         self._runs = rows_are_runs(spec) and self._span > 0
         # Tensors that are a few pages, and rows that are not runs, are read in whole or left to page faults.
-        self._watch = Watch() if self._runs and self._span > _SMALL_TENSOR else None
-        self._ahead = Watch(probe_every=_PROBE_EVERY)
+        self._watch = PrefetchPolicy() if self._runs and self._span > _SMALL_TENSOR else None
+        self._ahead = PrefetchPolicy(probe_every=_PROBE_EVERY)
         self._looks_ahead = False
         self._announced = 0
         # What was named ahead and is handed over by turns with what is gathered, in pieces; see announce().
@@ -127,10 +127,10 @@ class MappedTensor(HostTensor):
         if self._announced:
             # Somebody looks ahead and has announced these rows, or rows like them.
             self._announced -= 1
-        elif watch.should_announce():
+        elif watch.should_prefetch():
             self._advise("random")
             watch.announce(self._ranges(rows))
-        if (self._ahead if self._looks_ahead else watch).announcing:
+        if (self._ahead if self._looks_ahead else watch).prefetching:
             # The disk sets the pace. Threads that wait for each other at the end of a gather are woken late after
             # such waits: 7 ms instead of 0.1 to 1 ms a batch on two busy cores. Of this thread's own setting, 0.2 us.
             threads = torch.get_num_threads()
@@ -193,7 +193,7 @@ class MappedTensor(HostTensor):
         if not self._settled:
             self._settled = True
             if self._span:
-                paging.announcer().announce(paging.span(self._address, self._span))
+                paging.madvise_batcher().announce(paging.span(self._address, self._span))
 
     def _ranges(self, rows: torch.Tensor) -> np.ndarray:
         wanted = rows.numpy()
@@ -224,13 +224,13 @@ class MappedTensor(HostTensor):
             return
         self._looks_ahead = True
         self._announced = min(self._announced + 1, _MAX_AHEAD)
-        if not self._ahead.announcing:
+        if not self._ahead.prefetching:
             self._later.clear()
         while self._later:
             self._hand_over()
         by_turns = self._taken_by == threading.get_ident()
         self._taken_by = 0
-        if self._ahead.should_announce():
+        if self._ahead.should_prefetch():
             self._advise("random")
             if by_turns and len(named) > _TURN:
                 self._later.extend(named[start : start + _TURN] for start in range(_TURN, len(named), _TURN))
@@ -238,9 +238,9 @@ class MappedTensor(HostTensor):
             self._ahead.announce(self._ranges(named))
 
     @property
-    def announcing(self) -> bool:
+    def prefetching(self) -> bool:
         """Whether announced rows are passed on now: not once those announced lately were in memory already."""
-        return self._watch is not None and self._ahead.announcing
+        return self._watch is not None and self._ahead.prefetching
 
     def residency(self) -> int:
         """Bytes of its file range that are in the page cache now."""
@@ -305,7 +305,7 @@ class MappedTensor(HostTensor):
         """
         self._require_open()
         # Where read-ahead is off, populating alone would wait for one page after the other.
-        paging.announcer().announce(paging.span(self._address + start, ahead - start))
+        paging.madvise_batcher().announce(paging.span(self._address + start, ahead - start))
         return paging.populate(self._address + start, stop - start)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
@@ -314,7 +314,7 @@ class MappedTensor(HostTensor):
             if length > _LARGE_VIEW:
                 self._advise("normal")
             elif length > _SMALL_VIEW:
-                paging.announcer().announce(paging.span(self._address + begin, length))
+                paging.madvise_batcher().announce(paging.span(self._address + begin, length))
         return super()._rows(start, stop)
 
     def _part(self, start: int, stop: int) -> torch.Tensor:
@@ -324,7 +324,7 @@ class MappedTensor(HostTensor):
     def _scan_ahead(self, start: int, stop: int) -> None:
         if self._runs:
             begin, length = self._byte_range(start, stop)
-            paging.announcer().announce(paging.span(self._address + begin, length))
+            paging.madvise_batcher().announce(paging.span(self._address + begin, length))
 
     def _scan_behind(self, start: int, stop: int) -> None:
         if self._runs:

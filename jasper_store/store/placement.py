@@ -59,7 +59,7 @@ class Item:
         return self.reads_per_sample * self.row_nbytes
 
     @property
-    def worth(self) -> float:
+    def priority(self) -> float:
         """Bytes read per sample over bytes held: what a byte of memory spent on it saves."""
         return self.bytes_per_sample / self.nbytes if self.nbytes else self.reads_per_sample
 
@@ -237,7 +237,7 @@ def make_plan(
     must = _must_load(items, device, use_mmap)
     _require_fit([item for item in items if item.inline or item.name in must], items, budget, device, use_mmap)
     chosen = must if use_mmap is not None else _choose(items, must, budget.nbytes)
-    ranks = {item.name: place for place, item in enumerate(_by_worth(items), start=1)}
+    ranks = {item.name: place for place, item in enumerate(_by_priority(items), start=1)}
     left = budget.nbytes - sum(item.nbytes for item in items if item.name in chosen or item.inline)
     entries = []
     for item in items:
@@ -298,9 +298,9 @@ def make_auto_plan(
     return make_plan(items, host, use_mmap=use_mmap, notes=(*notes, why), network=network)
 
 
-def _by_worth(items: Sequence[Item]) -> list[Item]:
+def _by_priority(items: Sequence[Item]) -> list[Item]:
     """Most bytes read per sample per byte held first; of equals the smallest, then by name."""
-    return sorted(items, key=lambda item: (-item.worth, item.nbytes, item.name))
+    return sorted(items, key=lambda item: (-item.priority, item.nbytes, item.name))
 
 
 def _must_load(items: Sequence[Item], device: str | None, use_mmap: bool | None) -> set[str]:
@@ -322,7 +322,7 @@ def _choose(items: Sequence[Item], must: set[str], nbytes: int) -> set[str]:
     """
     chosen = set(must)
     left = nbytes - sum(item.nbytes for item in items if item.name in must or item.inline)
-    free = [item for item in _by_worth(items) if not item.inline and item.name not in must]
+    free = [item for item in _by_priority(items) if not item.inline and item.name not in must]
     for item in free:
         if item.reads_per_sample > 0 and item.nbytes <= left:
             chosen.add(item.name)

@@ -11,8 +11,8 @@ import torch
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.formats.base import Chunked, Extent, Inline
 from jasper_store.memory.budget import device_budget, format_bytes, measure
-from jasper_store.memory.mapping import mappable
 from jasper_store.memory.mounts import file_system
+from jasper_store.paging.mapping import mappable
 from jasper_store.store.guard import NARROW, is_cuda, normalize_device
 from jasper_store.store.mapped import rows_are_runs, why_not_mappable
 from jasper_store.store.placement import Item, make_auto_plan, make_plan

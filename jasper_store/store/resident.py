@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.memory.buffers import BufferPool
-from jasper_store.memory.gather import Jobs, Source, source_of
+from jasper_store.native.gather import Jobs, Source, source_of
+from jasper_store.paging.buffers import BufferPool
 from jasper_store.store.rows import as_rows, out_of_range, refused, require_in_range
 from jasper_store.store.tensors import StoredTensor
 

@@ -25,7 +25,7 @@ from jasper_store.store.explain import explain, memory_of
 from jasper_store.store.guard import check_options
 from jasper_store.store.planning import plan_for
 from jasper_store.store.ragged import RaggedTensor
-from jasper_store.store.recipe import Recipe, digest_of, same, stats_of
+from jasper_store.store.reopen import ReopenSpec, digest_of, same, stats_of
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def open_store(
         warnings.warn(text, StaleDataWarning, stacklevel=3)
     for text in plan.warnings:
         warnings.warn(text, PerformanceWarning, stacklevel=3)
-    recipe = Recipe(path, located.format, schema, dtype, digest_of(located.specs, stats))
+    recipe = ReopenSpec(path, located.format, schema, dtype, digest_of(located.specs, stats))
     return TensorStore(recipe, located, plan, manifest=manifest, stats=stats, progress=progress)
 
 
@@ -148,7 +148,7 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: ReopenSpec,
         located: Located,
         plan: Plan,
         *,
@@ -225,7 +225,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         return RaggedTensor(name, self._tensors[f"{name}.values"], self._tensors[f"{name}.offsets"])
 
     def stacked(self, names: tuple[str, ...]) -> StoredTensor | None:
-        """Several tensors as one, for gathering each row from one of them: see :mod:`jasper_store.store.stack`.
+        """Several tensors as one, for gathering each row from one of them: see :mod:`jasper_store.store.concat_buffer`.
 
         Returns:
             All rows of the tensors in this order, then one row of zeros; ``None`` where they do not lie so, because
@@ -250,9 +250,9 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     # --- trust ------------------------------------------------------------------------------------------------
 
-    def vouched(self, check: str) -> bool:
+    def is_verified(self, check: str) -> bool:
         """Whether the manifest says that these very files passed a check before."""
-        return self.manifest is not None and self.manifest.vouches(self.specs, check)
+        return self.manifest is not None and self.manifest.is_verified(self.specs, check)
 
     def remember(self, check: str) -> bool:
         """Note in the manifest that the files passed a check; a convenience that never fails.

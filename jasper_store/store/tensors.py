@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jasper_store.errors import ClosedError, IncompatibleOptionsError, InsufficientMemoryError
-from jasper_store.memory import residency
 from jasper_store.memory.budget import format_bytes, measure
+from jasper_store.paging import residency
 from jasper_store.store.rows import as_rows, wrap_negative
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from jasper_store.formats.base import TensorSpec
-    from jasper_store.memory.gather import Source
+    from jasper_store.native.gather import Source
     from jasper_store.store.rows import Rows
 
 __all__ = ["BLOCK_NBYTES", "StoredTensor", "file_range", "span_nbytes"]
@@ -244,7 +244,7 @@ class StoredTensor(ABC):
         self._require_open()
 
     @property
-    def announcing(self) -> bool:
+    def prefetching(self) -> bool:
         """Whether :meth:`announce` would ask for anything now: the data is mapped, and lately was not in memory."""
         return False
 

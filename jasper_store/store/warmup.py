@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jasper_store.errors import UnknownNameError
-from jasper_store.memory import preload, residency
 from jasper_store.memory.budget import format_bytes, measure
+from jasper_store.paging import preload, residency
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tools.bench import cli, jasper_data, measure_rows, row_files
-from tools.bench.assets import MARK, Assets, Recipe
+from tools.bench.assets import MARK, Assets, ReopenSpec
 from tools.bench.measure import CASES
 from tools.bench.plain_dataset import PlainDataset
 from tools.bench.readers.registry import READERS, peers
@@ -135,7 +135,7 @@ def test_an_asset_without_its_mark_is_not_trusted(assets: Assets) -> None:
 def test_the_oldest_asset_goes_to_make_room(assets: Assets) -> None:
     assets.ensure("rows.npy")
     assets.ensure("rows.raw")
-    recipe = Recipe("tools.bench.row_files:write", {"layout": "rows.raw", "rows": 10, "dim": 4, "seed": 1}, 50_000)
+    recipe = ReopenSpec("tools.bench.row_files:write", {"layout": "rows.raw", "rows": 10, "dim": 4, "seed": 1}, 50_000)
     assets.ensure("big", keep={"rows.raw"}, recipe=recipe)
     assert not assets.path("rows.npy").exists()
     assert assets.path("rows.raw").exists()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.jasper.bench import disk, run as bench_run
+from jasper_store.bench import disk, run as bench_run
 from tests.cli.conftest import Run
 
 SHORT = ("--seconds", "0.2", "--batch-size", "8")

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_store.cli.page.document import SECTIONS
-from jasper_store.cli.page.svg import ticks
-from jasper_store.jasper.report import figures as figures_module
-from jasper_store.jasper.report.figures import histogram, project, spread
-from jasper_store.jasper.report.gather import curriculum_by_epoch
 from jasper_store.jasper.steering import LinearCurriculum, default_curriculum
+from jasper_store.report import figures as figures_module
+from jasper_store.report.figures import histogram, project, spread
+from jasper_store.report.gather import curriculum_by_epoch
+from jasper_store.report.page.document import SECTIONS
+from jasper_store.report.page.svg import ticks
 from tests.cli.conftest import Run
 
 VOID = {"meta", "br"}

@@ -40,7 +40,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run("train", data, *SMALL, "4", "--out", whole).exit_code == 0
-    from jasper_store.jasper.training import Trainer
+    from jasper_store.model.training import Trainer
 
     saved = Trainer.save
 

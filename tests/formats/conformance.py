@@ -22,7 +22,7 @@ from jasper_store.errors import (
 )
 from jasper_store.formats.base import Chunked, Extent, FileWriter, Format, FormatName, Schema, TensorSpec
 from jasper_store.formats.files import tensor_bytes
-from jasper_store.formats.hdf5_chunks import ChunkedReader
+from jasper_store.formats.hdf5.chunks import ChunkedReader
 from jasper_store.formats.registry import FORMATS
 
 if TYPE_CHECKING:

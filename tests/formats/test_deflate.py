@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from jasper_store.formats.deflate import InflateError, Workspace, inflate, shuffle
+from jasper_store.formats.hdf5.deflate import InflateError, Workspace, inflate, shuffle
 
 KINDS = {
     "noise": lambda rng, n: rng.integers(0, 256, n, dtype=np.uint8),

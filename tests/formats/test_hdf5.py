@@ -20,7 +20,7 @@ from jasper_store.errors import (
     UnknownNameError,
 )
 from jasper_store.formats.base import Chunked, Extent, Inline, Schema
-from jasper_store.formats.hdf5_writer import CHUNK_NBYTES
+from jasper_store.formats.hdf5.writer import CHUNK_NBYTES
 from tests.formats.conformance import FormatSuite, read, relaxed, same, values, write
 
 PLUGINS = ("blosc", "zstd", "lz4") if importlib.util.find_spec("hdf5plugin") else ()

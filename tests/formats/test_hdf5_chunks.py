@@ -17,11 +17,11 @@ import torch
 from hypothesis import given, strategies as st
 
 from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats import hdf5_chunks
 from jasper_store.formats.base import Chunked, Schema
-from jasper_store.formats.deflate import inflate
-from jasper_store.formats.hdf5 import Hdf5Format
-from jasper_store.formats.hdf5_chunks import ChunkedReader
+from jasper_store.formats.hdf5 import chunks as hdf5_chunks
+from jasper_store.formats.hdf5.chunks import ChunkedReader
+from jasper_store.formats.hdf5.deflate import inflate
+from jasper_store.formats.hdf5.format import Hdf5Format
 from tests.formats.conformance import relaxed, same, values
 
 # What a file may have been written with, and whether its chunks are read around the library.

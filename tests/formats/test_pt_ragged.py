@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from jasper_store.formats import pt_ragged
+from jasper_store.formats.pt import ragged as pt_ragged
 from tests.formats.conformance import relaxed
 
 NUMBERED = 260

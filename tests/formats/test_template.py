@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.convert import converter, writer
+from jasper_store.conversion import converter, writer
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats import registry
 from jasper_store.formats.base import Extent, TensorSpec

@@ -24,7 +24,7 @@ train = program["train"]
 
 def watched(config: dict[str, Any]) -> None:
     """The program's function, in a worker."""
-    from jasper_store.jasper import loader as loader_module
+    from jasper_store.loading import loader as loader_module
 
     rank = ray.train.get_context().get_world_rank()
     handed_out = loader_module._Pass.__next__

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jasper_store.convert.converter import convert
+from jasper_store.conversion.converter import convert
 from jasper_store.jasper.schema import SCHEMA
 from tests.builders import build_pt_dataset
 from tests.integrations.launch import ROOT

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jasper_store.jasper import loader as loader_module
+from jasper_store.loading import loader as loader_module
 
 DIRECTORY = Path(os.environ["WATCH_DIR"])
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -11,7 +11,7 @@ import torch
 from jasper_store.errors import ClosedError
 from jasper_store.jasper import gather as way
 from jasper_store.jasper.dataset import JASPERSteeringDataset
-from jasper_store.memory import gather
+from jasper_store.native import gather
 from tests.builders import build_pt_dataset
 
 pytestmark = pytest.mark.skipif(gather.kernel() is None, reason="the kernel was not built: no C compiler here")

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate, random_split
 
 from jasper_store.errors import ClosedError, DatasetNotFoundError, IntegrityError, UnknownNameError
-from jasper_store.jasper.batch import Batch, Sample
 from jasper_store.jasper.dataset import JASPERSteeringDataset
+from jasper_store.samples.batch import Batch, Sample
 from tests.builders import build_pt_dataset, jasper_tensors, write_pt
 from tests.jasper.expected import assert_same, expected_batch, expected_sample
 

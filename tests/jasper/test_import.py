@@ -40,10 +40,7 @@ def test_the_import_brings_no_module_of_others() -> None:
     ours = {name for name in brought if name.split(".")[0] == "jasper_store"}
     assert ours == {
         "jasper_store",
-        "jasper_store.convert",
         "jasper_store.errors",
-        "jasper_store.jasper",
-        "jasper_store.jasper.converting",
     }
     assert not {name.split(".")[0] for name in brought - ours} - set(sys.stdlib_module_names)
 
@@ -51,7 +48,7 @@ def test_the_import_brings_no_module_of_others() -> None:
 def test_all_public_names_together_bring_nothing_that_is_seldom_needed() -> None:
     brought = imported_by("import jasper_store as js\nfor name in js.__all__: getattr(js, name)")
     assert not brought & SELDOM
-    assert "jasper_store.jasper.loader" in brought
+    assert "jasper_store.loading.loader" in brought
     assert not {name for name in brought if name.startswith("jasper_store.cli")}
 
 
@@ -59,8 +56,9 @@ def test_convert_stays_the_function_whatever_is_imported_later() -> None:
     imported_by(
         "import jasper_store as js\n"
         "js.create_loader, js.verify\n"
-        "import jasper_store.convert.run\n"
-        "from jasper_store.convert.atomic import atomic_file\n"
+        "import jasper_store.conversion.run\n"
+        "import jasper_store.conversion.report as room\n"
+        "from jasper_store.files.atomic import atomic_file\n"
         "assert callable(js.convert), js.convert"
     )
 

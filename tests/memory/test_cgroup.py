@@ -77,13 +77,13 @@ def test_a_cap_smaller_than_a_batch_still_makes_progress(cgroup, tmp_path):
     out = run_inside(
         cgroup,
         "import sys, numpy as np, torch\n"
-        "from jasper_store.memory import mapping, paging\n"
+        "from jasper_store.paging import madvise, mapping\n"
         "fmap = mapping.FileMap(sys.argv[1])\n"
         "values = mapping.view(fmap, 0, torch.int64, (320 << 8, 512))\n"
-        "paging.drop(fmap.address, fmap.nbytes, fmap.fileno())\n"
-        "paging.advise(fmap.address, fmap.nbytes, 'random')\n"
+        "madvise.drop(fmap.address, fmap.nbytes, fmap.fileno())\n"
+        "madvise.advise(fmap.address, fmap.nbytes, 'random')\n"
         "rows = np.random.default_rng(0).permutation(320 << 8)\n"
-        "paging.announcer().announce(paging.row_ranges(fmap.address, 4096, 4096, rows))\n"
+        "madvise.madvise_batcher().announce(madvise.row_ranges(fmap.address, 4096, 4096, rows))\n"
         "total = sum(int(values[torch.from_numpy(part)].sum()) for part in np.array_split(rows, 50))\n"
         "print(total)",
         tmp_path / "data",

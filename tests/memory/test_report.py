@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from jasper_store.errors import JasperStoreError
-from jasper_store.memory.mapping import FileMap
-from jasper_store.memory.preload import empty
 from jasper_store.memory.report import memory_report, total, tree_report
+from jasper_store.paging.mapping import FileMap
+from jasper_store.paging.preload import empty
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")

@@ -12,7 +12,7 @@ from jasper_store.errors import CorruptFileError, StaleDataWarning
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest as manifests
-from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, Source, Stamp, TensorEntry
+from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, FileFingerprint, Manifest, Source, TensorEntry
 from jasper_store.store.store import open_store
 
 
@@ -33,7 +33,9 @@ def dataset(tmp_path):
 
 def enter(directory, **facts):
     entries = {
-        path.name: FileEntry(Stamp.of(path), {path.stem: TensorEntry("float32", (300_000,), "0" * 32)}, **facts)
+        path.name: FileEntry(
+            FileFingerprint.of(path), {path.stem: TensorEntry("float32", (300_000,), "0" * 32)}, **facts
+        )
         for path in directory.glob("*.safetensors")
     }
     return manifests.update(directory, lambda old: replace(old, files=entries))
@@ -60,11 +62,11 @@ def test_a_directory_without_one_opens(tmp_path):
     assert manifests.read(tmp_path) is None
     with open_store(tmp_path) as store:
         assert store.manifest is None
-        assert not store.vouched("anything")
+        assert not store.is_verified("anything")
 
 
 def test_round_trip(dataset):
-    source = Source("../raw/a.pt", Stamp(10, 20, "f" * 32))
+    source = Source("../raw/a.pt", FileFingerprint(10, 20, "f" * 32))
     written = enter(dataset, made_from=(source,))
     manifests.remember(dataset, specs(dataset), "check")
     again = read(dataset)
@@ -113,8 +115,8 @@ def test_a_copy_with_new_times_is_the_same_dataset(dataset, tmp_path):
     for path in copy.iterdir():
         touch(path)
     with open_store(copy) as store:
-        assert store.vouched("check")
-        assert not store.vouched("another check")
+        assert store.is_verified("check")
+        assert not store.is_verified("another check")
 
 
 def test_a_header_that_says_something_else_is_refused(dataset):
@@ -131,13 +133,13 @@ def test_marks_fall_when_a_file_changes_and_cover_all_files_together(dataset):
     both = specs(dataset)
     assert manifests.remember(dataset, both[:1], "check")
     manifest = read(dataset)
-    assert manifest.vouches(both[:1], "check")
-    assert not manifest.vouches(both, "check")
+    assert manifest.is_verified(both[:1], "check")
+    assert not manifest.is_verified(both, "check")
     write(both[0].path, value=3.0)
     touch(both[0].path)
-    assert not manifest.vouches(both[:1], "check")
+    assert not manifest.is_verified(both[:1], "check")
     both[0].path.unlink()
-    assert not manifest.vouches(both[:1], "check")
+    assert not manifest.is_verified(both[:1], "check")
     # Files that only a mark knows may change: nobody wrote them here, so nobody vouches for their bytes.
     write(both[0].path, value=4.0)
     open_store(dataset).close()
@@ -145,11 +147,11 @@ def test_marks_fall_when_a_file_changes_and_cover_all_files_together(dataset):
 
 def test_a_store_remembers_and_is_vouched_for_next_time(dataset):
     with open_store(dataset) as store:
-        assert not store.vouched("check")
+        assert not store.is_verified("check")
         assert store.remember("check")
-        assert store.vouched("check")
+        assert store.is_verified("check")
     with open_store(dataset) as store:
-        assert store.vouched("check")
+        assert store.is_verified("check")
 
 
 def test_a_file_that_changed_since_opening_is_not_remembered(dataset):
@@ -163,7 +165,7 @@ def test_a_single_file_uses_the_manifest_beside_it(dataset):
         assert store.remember("check")
     write(dataset / "a.safetensors", rows=10)
     with open_store(dataset / "b.safetensors") as store:
-        assert store.vouched("check")
+        assert store.is_verified("check")
 
 
 def test_directories_that_cannot_be_written_are_no_error(dataset, monkeypatch):
@@ -180,13 +182,13 @@ def test_files_outside_the_directory_are_not_remembered(dataset, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     assert not manifests.remember(other, specs(dataset), "check")
-    assert not manifests.Manifest(other).vouches(specs(dataset), "check")
+    assert not manifests.Manifest(other).is_verified(specs(dataset), "check")
 
 
 def test_a_stale_conversion_is_warned_of_by_content_not_by_time(dataset, tmp_path):
     source = tmp_path / "raw.pt"
     source.write_bytes(b"before")
-    enter(dataset, made_from=(Source("../raw.pt", Stamp.of(source)),))
+    enter(dataset, made_from=(Source("../raw.pt", FileFingerprint.of(source)),))
     touch(source)
     open_store(dataset).close()
     source.write_bytes(b"behind")
@@ -261,19 +263,19 @@ def test_a_stamp_samples_all_over_a_large_file(tmp_path):
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(60 << 30)
-    stamp = Stamp.of(path)
+    stamp = FileFingerprint.of(path)
     for position in (0, (60 << 30) - 1):
         with path.open("r+b") as file:
             file.seek(position)
             file.write(b"x")
-        changed = Stamp.of(path)
+        changed = FileFingerprint.of(path)
         assert changed.sample != stamp.sample
         stamp = changed
-    assert Stamp(stamp.size, 0, stamp.sample).matches(path)
-    assert not Stamp(stamp.size, 0, None).matches(path)
-    assert not Stamp(stamp.size - 1, stamp.mtime_ns, stamp.sample).matches(path)
+    assert FileFingerprint(stamp.size, 0, stamp.sample).matches(path)
+    assert not FileFingerprint(stamp.size, 0, None).matches(path)
+    assert not FileFingerprint(stamp.size - 1, stamp.mtime_ns, stamp.sample).matches(path)
 
 
 def test_only_regular_files_are_stamped(tmp_path):
     with pytest.raises(OSError, match=r"directory|regular|denied"):
-        Stamp.of(tmp_path)
+        FileFingerprint.of(tmp_path)

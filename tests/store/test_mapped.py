@@ -6,8 +6,8 @@ import torch
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked, Extent, TensorSpec
-from jasper_store.memory import paging
-from jasper_store.memory.mapping import FileMap
+from jasper_store.paging import madvise as paging
+from jasper_store.paging.mapping import FileMap
 from jasper_store.store import mapped
 from jasper_store.store.mapped import MappedTensor, rows_are_runs, why_not_mappable
 
@@ -28,7 +28,7 @@ def tensor(tmp_path):
 def announced(monkeypatch):
     """Everything that is handed to the kernel."""
     seen = []
-    monkeypatch.setattr(paging.Announcer, "announce", lambda self, ranges: seen.append(ranges.copy()))
+    monkeypatch.setattr(paging.MadviseBatcher, "announce", lambda self, ranges: seen.append(ranges.copy()))
     return seen
 
 
@@ -38,7 +38,7 @@ def rows(*numbers):
 
 def test_cold_rows_are_announced_before_they_are_gathered(tensor, announced):
     x, values = tensor
-    if paging.announcer().backend == "none":
+    if paging.madvise_batcher().backend == "none":
         pytest.skip("this system cannot announce")
     index = rows(7, 4000, 7, 0)
     assert torch.equal(x.take(index), values[index])
@@ -49,7 +49,7 @@ def test_cold_rows_are_announced_before_they_are_gathered(tensor, announced):
 
 def test_rows_announced_ahead_are_not_announced_again(tensor, announced):
     x, values = tensor
-    if paging.announcer().backend == "none":
+    if paging.madvise_batcher().backend == "none":
         pytest.skip("this system cannot announce")
     batches = [torch.randint(ROWS, (64,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
     for batch in batches[:3]:
@@ -68,7 +68,7 @@ def test_rows_announced_ahead_are_not_announced_again(tensor, announced):
 
 def test_large_batches_are_announced_by_turns_with_their_gathers(tensor, announced):
     x, values = tensor
-    if paging.announcer().backend == "none":
+    if paging.madvise_batcher().backend == "none":
         pytest.skip("this system cannot announce")
     x._ahead._patience = 1 << 40  # nothing is read here, and it would soon be found out
     batches = [torch.randint(ROWS, (1000,), generator=torch.Generator().manual_seed(i)) for i in range(5)]
@@ -92,7 +92,7 @@ def test_large_batches_are_announced_by_turns_with_their_gathers(tensor, announc
 
 def test_a_thread_that_only_announces_does_not_wait_for_gathers(tensor, announced):
     x, _ = tensor
-    if paging.announcer().backend == "none":
+    if paging.madvise_batcher().backend == "none":
         pytest.skip("this system cannot announce")
     index = torch.arange(0, ROWS, 3)
     x.take(index)
@@ -110,19 +110,19 @@ def pages(ranges):
 
 def test_warm_rows_stop_being_announced(tensor, monkeypatch):
     x, values = tensor
-    if paging.announcer().backend == "none":
+    if paging.madvise_batcher().backend == "none":
         pytest.skip("this system cannot announce")
     x.take(range(ROWS))
     for i in range(20):
         index = torch.randint(ROWS, (256,), generator=torch.Generator().manual_seed(i))
         assert torch.equal(x.take(index), values[index])
-    assert x.announcing
+    assert x.prefetching
     for _ in range(20):
         x.announce(index)
         assert torch.equal(x.take(index), values[index])
-    assert not x.announcing
+    assert not x.prefetching
     seen = []
-    monkeypatch.setattr(paging.Announcer, "announce", lambda self, ranges: seen.append(ranges))
+    monkeypatch.setattr(paging.MadviseBatcher, "announce", lambda self, ranges: seen.append(ranges))
     for i in range(20):
         x.take(torch.randint(ROWS, (256,), generator=torch.Generator().manual_seed(i)))
     assert not seen
@@ -149,7 +149,7 @@ def test_a_small_tensor_is_announced_once_and_whole(tmp_path, announced):
         x.announce(rows(1))
     (ranges,) = announced
     assert ranges[:, 1].sum() == -(-40_000 // paging.PAGE) * paging.PAGE
-    assert not x.announcing
+    assert not x.prefetching
 
 
 def test_a_scan_announces_one_block_ahead_and_all_of_it(tensor, announced):
@@ -172,7 +172,7 @@ def test_large_views_bring_read_ahead_back_until_rows_are_taken(tensor, monkeypa
     monkeypatch.setattr(mapped, "_LARGE_VIEW", 1 << 20)
     x.tensor()
     assert x.advice == "normal"
-    if paging.announcer().backend != "none":
+    if paging.madvise_batcher().backend != "none":
         x.take(rows(1))
         assert x.advice == "random"
 

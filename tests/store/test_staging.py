@@ -13,10 +13,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.memory import gather
-from jasper_store.memory.gather import Jobs
-from jasper_store.store import staging
-from jasper_store.store.staging import Staging, stagings_of
+from jasper_store.native import gather
+from jasper_store.native.gather import Jobs
+from jasper_store.store import direct_rows as staging
+from jasper_store.store.direct_rows import DirectRowReader, direct_readers_for
 from jasper_store.store.store import TensorStore, open_store
 
 ROWS, WIDTH = 700, 97
@@ -45,8 +45,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorStore]:
 
 
 @pytest.fixture
-def staged(store: TensorStore) -> Iterator[Staging]:
-    (found,) = stagings_of([store[name] for name in "abc"], 1)
+def staged(store: TensorStore) -> Iterator[DirectRowReader]:
+    (found,) = direct_readers_for([store[name] for name in "abc"], 1)
     yield found
     found.close()
     found.close()
@@ -56,7 +56,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def values_at(staging: Staging, addresses: np.ndarray) -> torch.Tensor:
+def values_at(staging: DirectRowReader, addresses: np.ndarray) -> torch.Tensor:
     out = torch.empty(len(addresses), *staging.row_shape)
     jobs = Jobs()
     rows = torch.from_numpy(addresses)
@@ -72,7 +72,7 @@ def expected(store: TensorStore, which: np.ndarray, rows: np.ndarray) -> torch.T
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_rows_are_those_of_the_files(store: TensorStore, staged: Staging, data: st.DataObject) -> None:
+def test_rows_are_those_of_the_files(store: TensorStore, staged: DirectRowReader, data: st.DataObject) -> None:
     pairs = data.draw(
         st.lists(st.tuples(st.integers(-1, 2), st.integers(0, ROWS - 1)), max_size=60, unique=True), label="rows"
     )
@@ -84,7 +84,7 @@ def test_rows_are_those_of_the_files(store: TensorStore, staged: Staging, data: 
     assert len(memory) == int((which >= 0).sum())
 
 
-def test_all_rows_at_once_and_again(store: TensorStore, staged: Staging) -> None:
+def test_all_rows_at_once_and_again(store: TensorStore, staged: DirectRowReader) -> None:
     for _ in range(2):
         which = np.arange(ROWS) % 3
         staged.begin(which, np.arange(ROWS))
@@ -95,18 +95,18 @@ def test_all_rows_at_once_and_again(store: TensorStore, staged: Staging) -> None
 
 def test_tensors_in_memory_are_used_as_they_are(tmp_path: Path, store: TensorStore) -> None:
     with open_store(store.path, use_mmap=False) as loaded:
-        (mixed,) = stagings_of([store["a"], loaded["b"], store["c"]], 1)
+        (mixed,) = direct_readers_for([store["a"], loaded["b"], store["c"]], 1)
         which, rows = np.arange(90) % 3, np.arange(90) * 7
         mixed.begin(which, rows)
         addresses, memory = mixed.finish()
         assert torch.equal(values_at(mixed, addresses), expected(store, which, rows))
         assert len(memory) == 60
         mixed.close()
-        assert stagings_of([loaded[name] for name in "abc"], 1) == []
+        assert direct_readers_for([loaded[name] for name in "abc"], 1) == []
 
 
 def test_what_cannot_be_staged(store: TensorStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stagings_of([store["a"], store["other"]], 1) == []
+    assert direct_readers_for([store["a"], store["other"]], 1) == []
     opened = open_files()
     real = os.open
     calls = []
@@ -118,11 +118,11 @@ def test_what_cannot_be_staged(store: TensorStore, monkeypatch: pytest.MonkeyPat
         return real(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refused)
-    assert stagings_of([store[name] for name in "abc"], 2) == []
+    assert direct_readers_for([store[name] for name in "abc"], 2) == []
     monkeypatch.undo()
     assert open_files() == opened
     monkeypatch.setattr(staging, "kernel", lambda: None)
-    assert stagings_of([store[name] for name in "abc"], 1) == []
+    assert direct_readers_for([store[name] for name in "abc"], 1) == []
 
 
 def test_a_file_that_was_cut_is_named(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_file_that_was_cut_is_named(tmp_path: Path) -> None:
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.ones((ROWS, WIDTH), dtype=np.float32))
     with open_store(tmp_path, use_mmap=True) as store:
-        (found,) = stagings_of([store["a"], store["b"]], 1)
+        (found,) = direct_readers_for([store["a"], store["b"]], 1)
         os.truncate(tmp_path / "b.npy", 100_000)
         found.begin(np.array([0, 0, 1, 1]), np.array([1, 600, 1, 600]))
         with pytest.raises(CorruptFileError, match=r"b\.npy: rows of b could not be read") as caught:

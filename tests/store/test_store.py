@@ -22,7 +22,7 @@ from jasper_store.errors import (
 )
 from jasper_store.formats.base import Schema
 from jasper_store.memory.budget import Bound, Budget
-from jasper_store.memory.paging import announcer
+from jasper_store.paging.madvise import madvise_batcher
 from jasper_store.store.store import open_store, plan_store
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.store.samples import WRITERS, tensors, write_safetensors
@@ -180,7 +180,7 @@ class TestOpening:
         assert open_files() == before
 
     def test_nothing_is_left_open_after_close(self, dataset):
-        announcer().backend  # noqa: B018 - it keeps one descriptor for the whole process
+        madvise_batcher().backend  # noqa: B018 - it keeps one descriptor for the whole process
         before = open_files()
         for use_mmap in (True, False):
             store = open_store(dataset, use_mmap=use_mmap)
@@ -372,7 +372,7 @@ class TestTelling:
             ):
                 assert part in text
         with open_store(dataset, use_mmap=False) as store:
-            assert "announcing" not in store.explain()
+            assert "prefetching" not in store.explain()
 
     def test_memory_report(self, dataset):
         with open_store(dataset, use_mmap=False) as store:

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from jasper_store.errors import ClosedError
-from jasper_store.memory import gather
-from jasper_store.memory.gather import source_of
-from jasper_store.store.chain import INPUT, Chain, Step, Via
+from jasper_store.native import gather
+from jasper_store.native.gather import source_of
+from jasper_store.store.compiled_gather import INPUT, CompiledGather, IndexRef, Step
+from jasper_store.store.gather_many import GatherRequest, gather_many
 from jasper_store.store.store import TensorStore, open_store
-from jasper_store.store.together import Take, take_together
 
 needs_kernel = pytest.mark.skipif(gather.kernel() is None, reason="the kernel was not built: no C compiler here")
 
@@ -48,15 +48,15 @@ def test_together_is_one_by_one(way: str, directory: Path, placement: str) -> No
     with opened(directory, placement) as store:
         rows = torch.randint(0, 40, (500,))
         wanted = [
-            Take(store["embs"], rows),
-            Take(store["ids"], rows, torch.int64),
-            Take(store["ids"], rows.flip(0)),
-            Take(store["words"], rows, torch.int64),
-            Take(store["scores"], rows),
-            Take(source_of(torch.arange(40, dtype=torch.int8)), rows, torch.int64),
-            Take(store["embs"], torch.empty(0, dtype=torch.int64)),
+            GatherRequest(store["embs"], rows),
+            GatherRequest(store["ids"], rows, torch.int64),
+            GatherRequest(store["ids"], rows.flip(0)),
+            GatherRequest(store["words"], rows, torch.int64),
+            GatherRequest(store["scores"], rows),
+            GatherRequest(source_of(torch.arange(40, dtype=torch.int8)), rows, torch.int64),
+            GatherRequest(store["embs"], torch.empty(0, dtype=torch.int64)),
         ]
-        for take, found in zip(wanted, take_together(wanted), strict=True):
+        for take, found in zip(wanted, gather_many(wanted), strict=True):
             whole = take.tensor.tensor if isinstance(take.tensor, tuple) else take.tensor.tensor()
             expected = torch.from_numpy(whole.numpy()[take.rows.numpy()])
             assert torch.equal(found, expected if take.dtype is None else expected.to(take.dtype))
@@ -66,14 +66,17 @@ def test_together_is_one_by_one(way: str, directory: Path, placement: str) -> No
 @pytest.mark.parametrize("placement", ["mapped", "ram"])
 def test_an_error_names_tensor_place_and_row(way: str, directory: Path, placement: str) -> None:
     with opened(directory, placement) as store:
-        takes = [Take(store["embs"], torch.tensor([1, 2])), Take(store["ids"], torch.tensor([3, 40, 1]), torch.int64)]
+        takes = [
+            GatherRequest(store["embs"], torch.tensor([1, 2])),
+            GatherRequest(store["ids"], torch.tensor([3, 40, 1]), torch.int64),
+        ]
         with pytest.raises(IndexError, match="ids: row 40 at position 1 is out of range: its 40 rows are 0 to 39"):
-            take_together(takes)
+            gather_many(takes)
 
 
 def test_a_table_out_of_range(way: str) -> None:
     with pytest.raises(IndexError):
-        take_together([Take(source_of(torch.ones(3)), torch.tensor([0, 3]))])
+        gather_many([GatherRequest(source_of(torch.ones(3)), torch.tensor([0, 3]))])
 
 
 def test_a_closed_store_says_so(way: str, directory: Path) -> None:
@@ -81,18 +84,18 @@ def test_a_closed_store_says_so(way: str, directory: Path) -> None:
     tensor = store["embs"]
     store.close()
     with pytest.raises(ClosedError):
-        take_together([Take(tensor, torch.tensor([0]))])
+        gather_many([GatherRequest(tensor, torch.tensor([0]))])
 
 
-def chain(embs: torch.Tensor, ids: torch.Tensor, first: torch.Tensor) -> Chain:
+def chain(embs: torch.Tensor, ids: torch.Tensor, first: torch.Tensor) -> CompiledGather:
     ints = torch.int64
-    return Chain(
+    return CompiledGather(
         [
             Step("first", source_of(first), INPUT, ints, result=False),
-            Step("ids", source_of(ids), Via(0), ints, result=False),
-            Step("embs", source_of(embs), Via(1), embs.dtype),
-            Step("embs", source_of(embs), Via(1, 2), embs.dtype),
-            Step("ids", source_of(ids), Via(0), ints),
+            Step("ids", source_of(ids), IndexRef(0), ints, result=False),
+            Step("embs", source_of(embs), IndexRef(1), embs.dtype),
+            Step("embs", source_of(embs), IndexRef(1, 2), embs.dtype),
+            Step("ids", source_of(ids), IndexRef(0), ints),
             Step("first", source_of(first), INPUT, ints),
         ]
     )

@@ -10,7 +10,7 @@ import torch
 
 from jasper_store.errors import ClosedError, UnknownNameError
 from jasper_store.formats.base import Schema
-from jasper_store.memory import paging, residency
+from jasper_store.paging import madvise as paging, residency
 from jasper_store.store import warmup
 from jasper_store.store.store import open_store
 from jasper_store.store.warmup import warm

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from tools.bench.settings import Settings
 
-__all__ = ["Assets", "Recipe"]
+__all__ = ["Assets", "ReopenSpec"]
 
 VERSION = 1
 MARK = ".made.json"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ReopenSpec:
     """How an asset is made: a function for a child process, its arguments, and the bytes it will take."""
 
     function: str
@@ -50,24 +50,24 @@ class Assets:
         """Where an asset lies, or will."""
         return self.root / name
 
-    def recipe(self, name: str) -> Recipe:
+    def recipe(self, name: str) -> ReopenSpec:
         """Of a row file (``rows.npy``), or of a dataset (``jasper.pt``, ``jasper-shared.safetensors``)."""
         s = self.settings
         if name in WRITERS:
             arguments = {"layout": name, "rows": s.rows, "dim": s.dim, "seed": s.seed}
             # tensors on their way to .pt lie there twice for a moment
-            return Recipe("tools.bench.row_files:write", arguments, s.rows_nbytes * (2 if name == "rows.pt" else 1))
+            return ReopenSpec("tools.bench.row_files:write", arguments, s.rows_nbytes * (2 if name == "rows.pt" else 1))
         base, _, layout = name.partition(".")
         return self.dataset(layout, Shape.named(base, s.pairs, s.dim, s.n_neg, s.seed))
 
     @staticmethod
-    def dataset(layout: str, shape: Shape, *, sparse: bool = False) -> Recipe:
+    def dataset(layout: str, shape: Shape, *, sparse: bool = False) -> ReopenSpec:
         """Of a dataset of any shape."""
         arguments = {"layout": layout, "sparse": sparse, **vars(shape)}
         nbytes = shape.pairs * 8 if sparse else shape.nbytes
-        return Recipe("tools.bench.jasper_data:write", arguments, nbytes)
+        return ReopenSpec("tools.bench.jasper_data:write", arguments, nbytes)
 
-    def ensure(self, name: str, keep: Iterable[str] = (), recipe: Recipe | None = None) -> Path:
+    def ensure(self, name: str, keep: Iterable[str] = (), recipe: ReopenSpec | None = None) -> Path:
         """Make the asset unless it is there; others go to make room, except those to ``keep``."""
         recipe = recipe or self.recipe(name)
         path, mark = self.path(name), self.path(name + MARK)

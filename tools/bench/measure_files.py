@@ -113,8 +113,8 @@ def convert(src: str, dst: str, layout: str, compression: str | None = None, *, 
         # As its peer has h5py before its clock starts.
         import h5py  # noqa: F401
 
-        import jasper_store.formats.hdf5_chunks
-        import jasper_store.formats.hdf5_writer  # noqa: F401
+        import jasper_store.formats.hdf5.chunks
+        import jasper_store.formats.hdf5.writer  # noqa: F401
 
     files = pagecache.files_under(Path(src))
     _fresh(Path(dst))

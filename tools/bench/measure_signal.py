@@ -131,11 +131,11 @@ def _candidates(file: _File) -> dict[str, tuple[str, Callable[[NDArray[np.int64]
 
 
 def _announcing(file: _File) -> Callable[[NDArray[np.int64]], float]:
-    from jasper_store.memory.paging import announcer, row_ranges
+    from jasper_store.paging.madvise import madvise_batcher, row_ranges
 
     def announce(rows: NDArray[np.int64]) -> float:
         ranges = row_ranges(file.address + HEADER, file.row_nbytes, file.row_nbytes, rows)
-        announcer().announce(ranges)
+        madvise_batcher().announce(ranges)
         return float(len(ranges)) / len(rows)
 
     return announce

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tools.bench.assets import Recipe
+from tools.bench.assets import ReopenSpec
 from tools.bench.jasper_data import Shape
 from tools.bench.results import CaseResult, Column, Table, target
 from tools.bench.timings import COLUMNS, Timings, Way
@@ -102,7 +102,7 @@ def _memory(context: Context, result: CaseResult) -> None:
         hole = size > LARGEST_WRITTEN_GB
         layout = "zeros.pt" if hole else "rows.pt"
         arguments = {"layout": layout, "rows": count, "dim": settings.dim, "seed": settings.seed}
-        recipe = Recipe("tools.bench.row_files:write", arguments, int(size * (1e9 if hole else 2e9)))
+        recipe = ReopenSpec("tools.bench.row_files:write", arguments, int(size * (1e9 if hole else 2e9)))
         src = context.assets.ensure(name, recipe=recipe)
         way = Way(
             f"{size:g} GB, zeros in a hole" if hole else f"{size:g} GB",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jasper_store.jasper.order import BLOCK, WINDOW
+from jasper_store.loading.order import BLOCK, WINDOW
 from tools.bench import spawn
 from tools.bench.results import CaseResult, Column, Table
 
@@ -38,8 +38,8 @@ def run(context: Context) -> CaseResult:
 
 def figures(rows: int, seed: int) -> dict[str, Any]:
     """Runs in a child."""
-    from jasper_store.jasper import order
-    from jasper_store.jasper.mixing import mixing
+    from jasper_store.loading import order
+    from jasper_store.loading.shuffle_quality import mixing
 
     orders = {
         "file order": order.SequentialOrder(rows),

@@ -1,0 +1,97 @@
+"""What a conversion tells the manifest: what every file holds and what it was made from."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jasper_store.files.atomic import translated
+from jasper_store.store.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    FileFingerprint,
+    Manifest,
+    Source,
+    TensorEntry,
+    dtype_name,
+    update,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from jasper_store.conversion.plan import FileTask
+
+__all__ = ["ManifestBatch"]
+
+_SECONDS = 1.0  # between two writes of the manifest: what a kill forgets is compared again by the next run
+
+
+class ManifestBatch:
+    """Entries of one directory's manifest, gathered and written together."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stamps: dict[Path, FileFingerprint] = {}
+        self._entries: dict[str, FileEntry] = {}
+        self._written = time.monotonic()
+
+    def entry(self, task: FileTask, path: Path, checksums: Mapping[str, str], wanted: torch.dtype | None) -> FileEntry:
+        """Describe a file that was written for a task, wherever it lies for now."""
+        paths = dict.fromkeys(spec.path for spec in task.specs)
+        tensors = {
+            spec.name: TensorEntry(dtype_name(dtype), spec.shape, checksums[spec.name])
+            for spec, dtype in task.written(wanted)
+        }
+        return FileEntry(FileFingerprint.of(path), tensors, tuple(self._source(source) for source in paths))
+
+    def _source(self, path: Path) -> Source:
+        if path not in self._stamps:
+            self._stamps[path] = FileFingerprint.of(path)
+        real = path.resolve()
+        try:
+            # Of the real places: ".." of a directory that is reached through a link leads elsewhere.
+            relative = Path(os.path.relpath(real, self._directory.resolve())).as_posix()
+        except ValueError:  # another drive
+            relative = real.as_posix()
+        return Source(relative, self._stamps[path])
+
+    def add(self, target: Path, entry: FileEntry) -> None:
+        """Remember an entry for the next write."""
+        self._entries[target.name] = entry
+
+    def write_now_and_then(self) -> None:
+        """Write what was added if the last time was a while ago."""
+        if time.monotonic() - self._written > _SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was added since the last time.
+
+        Raises:
+            ConversionError: the directory cannot be written.
+            CorruptFileError: the manifest that is there cannot be understood.
+        """
+        if self._entries:
+            entries, self._entries = self._entries, {}
+            with translated(self._directory / MANIFEST_NAME):
+                update(self._directory, lambda old: replace(old, files={**old.files, **entries}))
+        self._written = time.monotonic()
+
+    def forget(self, target: Path) -> None:
+        """Take a file's entry out of the manifest.
+
+        Raises:
+            ConversionError, CorruptFileError: as :meth:`write`.
+        """
+
+        def without(old: Manifest) -> Manifest:
+            return replace(old, files={name: entry for name, entry in old.files.items() if name != target.name})
+
+        with translated(self._directory / MANIFEST_NAME):
+            update(self._directory, without)

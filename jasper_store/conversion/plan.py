@@ -1,0 +1,254 @@
+"""What a conversion will read and write, decided from headers alone, before the first byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from jasper_store.conversion.narrow import narrowed
+from jasper_store.errors import (
+    ConversionError,
+    CorruptFileError,
+    DatasetNotFoundError,
+    IncompatibleOptionsError,
+    JasperStoreError,
+    UnknownNameError,
+)
+from jasper_store.formats.base import SupportsRagged
+from jasper_store.formats.files import check_name
+from jasper_store.formats.registry import AUTO_ORDER, base_name, locate
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from jasper_store.formats.base import Format, FormatName, Schema, TensorSpec
+
+__all__ = ["FileTask", "SourceFacts", "Sources", "find_sources", "make_tasks", "select", "target_of"]
+
+
+_HEADER_NBYTES = 16 << 10
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The tensors to convert and where they come from.
+
+    Attributes:
+        format: the format of most of them.
+        specs: the tensors.
+        notes: what the user should know about the choice.
+    """
+
+    format: FormatName
+    specs: tuple[TensorSpec, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """One file to be written.
+
+    Attributes:
+        target: its name in the end.
+        specs: the tensors that go into it, in the source.
+        ragged: base name of the ragged tensor that this file is (``.pt``), else ``None``.
+        kept: tensors of the file that is replaced which go into the new one as they are.
+    """
+
+    target: Path
+    specs: tuple[TensorSpec, ...]
+    ragged: str | None = None
+    kept: tuple[TensorSpec, ...] = ()
+
+    def written(self, wanted: torch.dtype | None) -> Iterator[tuple[TensorSpec, torch.dtype]]:
+        """Every tensor that goes into the file, and the dtype it is written in if floats are narrowed to ``wanted``."""
+        for spec in self.specs:
+            yield spec, narrowed(spec.dtype, wanted)
+        for spec in self.kept:
+            yield spec, spec.dtype
+
+    def needed(self, wanted: torch.dtype | None) -> int:
+        """Upper bound of the file's bytes: values uncompressed, headers, padding and the manifest's entry."""
+        values = [spec.nbytes // spec.dtype.itemsize * dtype.itemsize for spec, dtype in self.written(wanted)]
+        return sum(values) + _HEADER_NBYTES * (1 + len(values))
+
+
+class SourceFacts:
+    """What the source files were when their headers were read, to notice a change before and after each tensor."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._facts = {path: _facts(path) for path in paths}
+
+    def add(self, paths: Iterable[Path]) -> None:
+        """Remember more files as they are now."""
+        self._facts.update({path: _facts(path) for path in paths})
+
+    def check(self, paths: Iterable[Path]) -> None:
+        """Compare files with what they were.
+
+        Raises:
+            ConversionError: one of them was changed, replaced or removed.
+        """
+        for path in paths:
+            if _facts(path) != self._facts[path]:
+                msg = (
+                    f"{path}: expected the file to stay as it is while it is converted, found that it was changed, "
+                    "replaced or removed; the target was not published. Run again when nobody writes to the source"
+                )
+                raise ConversionError(msg, path=path)
+
+
+def _facts(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return (found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+
+
+def target_of(src: Path, dst: Path | None, fmt: Format) -> tuple[Path, str | None]:
+    """Directory to write to, and the name of the one file where ``dst`` names one.
+
+    Raises:
+        IncompatibleOptionsError: ``dst`` is a file, and the format has one file per tensor.
+    """
+    if dst is None:
+        return (src if src.is_dir() else src.parent), None
+    if fmt.one_file is not None and dst.name.lower().endswith(fmt.suffixes) and not dst.is_dir():
+        return dst.parent, dst.name
+    if dst.exists() and not dst.is_dir():
+        hint = "a directory" if fmt.one_file is None else f"a directory, or a file name ending in {fmt.suffixes[0]}"
+        msg = f"dst={str(dst)!r}: expected {hint} for format {fmt.name!r}, found a file; name another destination"
+        raise IncompatibleOptionsError(msg, path=dst)
+    return dst, None
+
+
+def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, schema: Schema) -> Sources:
+    """Locate the tensors of ``src``.
+
+    When a dataset is converted in its own directory, an earlier result of the same conversion lies there too and
+    must not be taken for the source: the other formats are asked, the most complete and then the newest first.
+
+    Raises:
+        IncompatibleOptionsError: the only tensors there are the files that would be written.
+        DatasetNotFoundError, CorruptFileError, UnknownNameError: as :func:`jasper_store.formats.registry.locate`.
+    """
+    in_place = src.is_dir() and directory.is_dir() and src.samefile(directory)
+    if source_format != "auto" or not in_place:
+        found = locate(src, source_format, schema)
+        return Sources(found.format, found.specs, found.warnings)
+    candidates: list[Sources] = []
+    refused: list[JasperStoreError] = []
+    for name in AUTO_ORDER:
+        if name == fmt.name:
+            continue
+        try:
+            found = locate(src, name, schema)
+        except DatasetNotFoundError:
+            continue
+        except CorruptFileError as exc:
+            refused.append(exc)
+        else:
+            candidates.append(Sources(name, found.specs, found.warnings))
+    if candidates:
+        return _merge(candidates, [f"passed over: {exc}" for exc in refused], schema)
+    if refused:
+        raise refused[0]
+    locate(src, "auto", schema)  # raises where there is nothing at all
+    msg = (
+        f"{src}: expected tensors in another format than {fmt.name!r}, found only that: source and destination would "
+        "be the same files. Name another directory as dst, or another format"
+    )
+    raise IncompatibleOptionsError(msg, path=src)
+
+
+def _merge(candidates: list[Sources], notes: list[str], schema: Schema) -> Sources:
+    """Each tensor from the most complete format that has it; among equally complete ones from the newest."""
+
+    def rank(sources: Sources) -> tuple[int, int]:
+        names = {base_name(spec.name) for spec in sources.specs}
+        wanted = names & schema.required if schema.required else names
+        return len(wanted), max((spec.path.stat().st_mtime_ns for spec in sources.specs), default=0)
+
+    candidates = sorted(candidates, key=rank, reverse=True)
+    chosen: dict[str, list[TensorSpec]] = {}
+    for sources in candidates:
+        missing = {base_name(spec.name) for spec in sources.specs} - chosen.keys()
+        if missing and chosen:
+            notes.append(f"{', '.join(sorted(missing))}: only there as {sources.format}, read from that")
+        for spec in sources.specs:
+            if base_name(spec.name) in missing:
+                chosen.setdefault(base_name(spec.name), []).append(spec)
+    specs = tuple(spec for parts in chosen.values() for spec in parts)
+    # A warning that the chosen files are stale holds whatever else is there.
+    return Sources(candidates[0].format, specs, (*candidates[0].notes, *notes))
+
+
+def select(specs: Sequence[TensorSpec], wanted: Collection[str] | None) -> tuple[TensorSpec, ...]:
+    """The tensors asked for (ragged ones by their base name), all if ``None``.
+
+    Raises:
+        UnknownNameError: a name that is not there.
+    """
+    if wanted is None:
+        return tuple(specs)
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    known = {name for spec in specs for name in (spec.name, base_name(spec.name))}
+    for name in wanted:
+        if name not in known:
+            msg = f"tensors: no tensor {name!r} in the source, found {', '.join(sorted(known))}"
+            raise UnknownNameError(msg, tensor=name)
+    return tuple(spec for spec in specs if spec.name in wanted or base_name(spec.name) in wanted)
+
+
+def make_tasks(specs: Sequence[TensorSpec], directory: Path, one_file: str | None, fmt: Format) -> list[FileTask]:
+    """The files to write.
+
+    Raises:
+        IncompatibleOptionsError: a tensor's name cannot be a file name (it would lead elsewhere, or be passed over on
+            opening), or a target is the very file that is read.
+    """
+    for spec in specs:
+        check_name(spec.name)
+    if fmt.one_file is not None:
+        tasks = [FileTask(directory / (one_file or fmt.one_file), tuple(specs))] if specs else []
+    else:
+        tasks = _file_per_tensor(specs, directory, fmt)
+    for task in tasks:
+        for spec in task.specs:
+            if task.target.exists() and task.target.samefile(spec.path):
+                msg = (
+                    f"{task.target}: source and destination are the same file; name another directory as dst, "
+                    "or another format"
+                )
+                raise IncompatibleOptionsError(msg, path=task.target, tensor=spec.name)
+    return tasks
+
+
+def _file_per_tensor(specs: Sequence[TensorSpec], directory: Path, fmt: Format) -> list[FileTask]:
+    by_name = {spec.name: spec for spec in specs}
+    tasks = []
+    for spec in specs:
+        base = base_name(spec.name)
+        parts = (by_name.get(f"{base}.values"), by_name.get(f"{base}.offsets"))
+        if base == spec.name or not isinstance(fmt, SupportsRagged) or not _is_ragged(*parts):
+            tasks.append(FileTask(directory / f"{spec.name}{fmt.suffixes[0]}", (spec,)))
+        elif spec is parts[0]:
+            both = tuple(part for part in parts if part is not None)
+            tasks.append(FileTask(directory / f"{base}{fmt.suffixes[0]}", both, base))
+    return tasks
+
+
+def _is_ragged(values: TensorSpec | None, offsets: TensorSpec | None) -> bool:
+    """Whether two tensors can be written as one list of lists of ints and come back as they are."""
+    return (
+        values is not None
+        and offsets is not None
+        and values.dtype == offsets.dtype == torch.int64
+        and len(values.shape) == len(offsets.shape) == 1
+        and offsets.shape[0] > 0
+    )

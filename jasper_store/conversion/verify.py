@@ -1,0 +1,353 @@
+"""Whether files still are what was written: headers, sizes, and the checksums of all values.
+
+Only the bytes are looked at here. What the values mean (indices in range, splits that overlap) is checked by the
+layer that knows the names, whose findings go into the same report.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from jasper_store.conversion.checksum import checksum
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
+from jasper_store.formats.base import Chunked, Schema
+from jasper_store.formats.registry import format_for
+from jasper_store.memory import budget
+from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, dtype_name, read
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable
+
+    import torch
+
+    from jasper_store.formats.base import TensorSpec
+
+__all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
+
+Severity = Literal["error", "warning", "fact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        severity: ``"error"`` (do not train on it), ``"warning"`` (know about it), ``"fact"`` (it was checked).
+        tensor: name of the tensor, or of the file where no tensor is meant; ``None`` for the whole dataset.
+        check: short name of the check, e.g. ``"checksum"``.
+        message: what was expected, what was found, what to do.
+        position: first row concerned, where there is one.
+    """
+
+    severity: Severity
+    tensor: str | None
+    check: str
+    message: str
+    position: int | None = None
+
+
+class Visitor(Protocol):
+    """Looks at the values of one tensor while they are read for their checksum; used by one thread at a time."""
+
+    def visit(self, start: int, rows: torch.Tensor) -> None:
+        """See rows ``start`` to ``start + len(rows)``; they are valid during the call."""
+
+    def findings(self) -> list[Finding]:
+        """What was found, after the last block."""
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What was found in a dataset. ``str(report)`` is for people, :meth:`to_dict` for machines.
+
+    Attributes:
+        path: what was verified.
+        errors: findings that make the data untrustworthy.
+        warnings: findings that one should know.
+        facts: what was checked and held.
+    """
+
+    path: Path
+    errors: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    facts: list[Finding] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error; warnings are allowed."""
+        return not self.errors
+
+    def add(self, findings: Iterable[Finding]) -> None:
+        """Take in findings, each where its severity says."""
+        for finding in findings:
+            {"error": self.errors, "warning": self.warnings, "fact": self.facts}[finding.severity].append(finding)
+
+    def merge(self, other: VerifyReport) -> VerifyReport:
+        """Take in another report's findings; returns self."""
+        self.errors += other.errors
+        self.warnings += other.warnings
+        self.facts += other.facts
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "path": str(self.path),
+            "ok": self.ok,
+            "errors": [asdict(finding) for finding in self.errors],
+            "warnings": [asdict(finding) for finding in self.warnings],
+            "facts": [asdict(finding) for finding in self.facts],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {_count(self.errors, 'error')}, {_count(self.warnings, 'warning')}"]
+        for mark, findings in (("ERROR", self.errors), ("warning", self.warnings), ("ok", self.facts)):
+            for found in findings:
+                at = f" (row {found.position})" if found.position is not None else ""
+                lines.append(f"  {mark:7}  {found.check}: {found.message}{at}")
+        return "\n".join(lines)
+
+
+def _count(findings: list[Finding], word: str) -> str:
+    return f"{len(findings)} {word}{'' if len(findings) == 1 else 's'}"
+
+
+def verify_files(
+    path: str | os.PathLike[str],
+    *,
+    schema: Schema | None = None,
+    visitor: Callable[[str], Visitor | None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    threads: int = 2,
+) -> VerifyReport:
+    """Check the files of a dataset directory, or one file, against the manifest.
+
+    Every tensor that the manifest knows is read whole and its checksum compared; memory stays at a few blocks per
+    thread. Files without an entry are checked as far as they carry checks of their own: headers, the CRCs of
+    ``.pt`` records, and whether compressed HDF5 chunks decompress; the report says so.
+
+    Args:
+        path: directory or file.
+        schema: names and HDF5 paths.
+        visitor: asked by name for somebody to look at a tensor's values, once per file that holds it.
+        progress: called as ``progress(tensor, done_bytes, total_bytes)``, from one thread at a time.
+        threads: tensors that are read at the same time.
+
+    Raises:
+        DatasetNotFoundError: there is nothing of that name, or no file of a known format in it.
+    """
+    path = Path(path)
+    report = VerifyReport(path)
+    check = _Check(path, Schema() if schema is None else schema, visitor or (lambda _: None), report)
+    check.headers()
+    check.contents(progress, threads)
+    return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A tensor to be read whole; without an entry to see that it can be read, or for its visitor."""
+
+    spec: TensorSpec
+    entry: TensorEntry | None
+    visitor: Visitor | None
+
+
+class _Check:
+    """One verification: headers first, then the values."""
+
+    def __init__(
+        self, path: Path, schema: Schema, visitor: Callable[[str], Visitor | None], report: VerifyReport
+    ) -> None:
+        self.schema = schema
+        self.visitor = visitor
+        self.report = report
+        self.root = path if path.is_dir() else path.parent
+        self.manifest = self._read_manifest()
+        if path.is_dir():
+            self.files = [file for file in sorted(path.iterdir()) if _is_data(file)]
+            listed = [self.root / name for name in self.manifest.files]
+        else:
+            self.files = listed = [path]
+        if not path.exists() or not (self.files or listed):
+            msg = f"{path}: expected a dataset directory or one file of a known format, found nothing of the kind"
+            raise DatasetNotFoundError(msg, path=path)
+        self.missing = [file for file in listed if not file.exists()]
+        self.jobs: list[_Job] = []
+        self.archives: list[Path] = []
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            found = read(self.root)
+        except CorruptFileError as exc:
+            self._add("error", None, "manifest", str(exc))
+            found = None
+        else:
+            if found is None:
+                text = (
+                    f"no {MANIFEST_NAME}: nobody recorded what the values were, so only the structure of the files is "
+                    "checked. js.convert and js.DatasetWriter write one"
+                )
+                self._add("warning", None, "manifest", text)
+        return found or Manifest(self.root)
+
+    def _add(self, severity: Severity, tensor: str | None, check: str, message: str) -> None:
+        self.report.add([Finding(severity, tensor, check, message)])
+
+    # ---- headers
+
+    def headers(self) -> None:
+        """Locate every file and compare it with its entry."""
+        names: set[str] = set()
+        for file in self.files:
+            specs = self._locate(file)
+            if specs is None:
+                continue
+            names |= {spec.name for spec in specs}
+            entry = self.manifest.files.get(file.name)
+            if entry is not None:
+                self._compare(file, entry, specs)
+            elif specs:
+                if self.manifest.files:
+                    text = f"{file}: the manifest has no entry for it, so only its structure is checked"
+                    self._add("warning", file.name, "manifest", text)
+                self._structure(file, specs)
+        for file in self.missing:
+            lost = self.manifest.files[file.name].tensors.keys() - names
+            text = f"{file}: the manifest lists it, and it is not there"
+            if lost:
+                self._add("error", file.name, "missing", f"{text}; no other file holds {', '.join(sorted(lost))}")
+            else:
+                self._add("warning", file.name, "missing", f"{text}; other files hold its tensors")
+
+    def _locate(self, file: Path) -> list[TensorSpec] | None:
+        fmt = format_for(file)
+        if fmt is None:
+            self._add("error", file.name, "header", f"{file}: its name does not say its format")
+            return None
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", JasperStoreWarning)
+                specs = fmt.locate(file, self.schema)
+        except JasperStoreError as exc:
+            self._add("error", file.name, "header", str(exc))
+            return None
+        for warning in caught:
+            self._add("warning", file.name, "header", str(warning.message))
+        return specs
+
+    def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
+        size = file.stat().st_size
+        if size != entry.stamp.size:
+            text = f"{file}: expected {entry.stamp.size:,} bytes, found {size:,}; restore the file or convert it again"
+            self._add("error", file.name, "size", text)
+        found = {spec.name: spec for spec in specs}
+        for name in entry.tensors.keys() - found.keys():
+            self._add("error", name, "header", f"{file}: {name} was written to it and is not in it now")
+        for name, spec in found.items():
+            tensor = entry.tensors.get(name)
+            if tensor is None:
+                self._add("warning", name, "manifest", f"{file}: {name} is in the file and not in the manifest")
+            elif (tensor.dtype, tensor.shape) != (dtype_name(spec.dtype), spec.shape):
+                text = (
+                    f"{file}: {name} was written as {tensor.dtype} {list(tensor.shape)}, its header now says "
+                    f"{dtype_name(spec.dtype)} {list(spec.shape)}; restore the file or convert it again"
+                )
+                self._add("error", name, "header", text)
+            else:
+                self.jobs.append(_Job(spec, tensor, self.visitor(name)))
+
+    def _structure(self, file: Path, specs: list[TensorSpec]) -> None:
+        """What a file without an entry offers to be checked."""
+        if zipfile.is_zipfile(file):
+            self.archives.append(file)
+        for spec in specs:
+            visitor = self.visitor(spec.name)
+            if visitor is not None or isinstance(spec.location, Chunked):
+                self.jobs.append(_Job(spec, None, visitor))
+
+    # ---- contents
+
+    def contents(self, progress: Callable[[str, int, int], None] | None, threads: int) -> None:
+        """Read what was listed for reading, the largest first, a few at a time."""
+        jobs = sorted(self.jobs, key=lambda job: job.spec.nbytes, reverse=True)
+        total = sum(job.spec.nbytes for job in jobs) + sum(file.stat().st_size for file in self.archives)
+        drop = total > budget.measure().nbytes // 2
+        lock = threading.Lock()
+        done = 0
+
+        def advance(name: str, nbytes: int) -> None:
+            nonlocal done
+            with lock:
+                done += nbytes
+                if progress is not None:
+                    progress(name, done, total)
+
+        with ThreadPoolExecutor(max(threads, 1), "verify") as pool:
+            try:
+                found = [
+                    *pool.map(lambda job: _verify_values(job, advance, drop=drop), jobs),
+                    *pool.map(lambda file: _verify_records(file, advance), self.archives),
+                ]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        self.report.add(finding for finding in found if finding is not None)
+        for job in jobs:
+            self.report.add(job.visitor.findings() if job.visitor is not None else ())
+        good = sum(1 for job, finding in zip(jobs, found, strict=False) if finding is None and job.entry is not None)
+        if good:
+            nbytes = sum(job.spec.nbytes for job in jobs if job.entry is not None)
+            text = f"{good} of {len(jobs)} tensors read hold the values that were written ({nbytes:,} bytes)"
+            self._add("fact", None, "checksum", text)
+        if self.archives:
+            self._add("fact", None, "records", f"the CRCs of {len(self.archives)} .pt files were compared")
+
+
+def _is_data(file: Path) -> bool:
+    return file.name[0] not in "._" and format_for(file) is not None and not file.is_dir()
+
+
+def _verify_values(job: _Job, advance: Callable[[str, int], None], *, drop: bool) -> Finding | None:
+    """Read a tensor whole and compare its checksum, where one is known."""
+    spec, entry, visitor = job.spec, job.entry, job.visitor
+
+    def look(start: int, rows: torch.Tensor) -> None:
+        if visitor is not None:
+            visitor.visit(start, rows)
+        advance(spec.name, rows.nbytes)
+
+    try:
+        found = checksum(spec, look, drop=drop)
+    except (JasperStoreError, OSError) as exc:
+        return Finding("error", spec.name, "read", f"{spec.path}: {spec.name} cannot be read whole: {exc}")
+    if entry is None or entry.xxh3_128 is None or found == entry.xxh3_128:
+        return None
+    text = (
+        f"{spec.path}: the values of {spec.name} have changed since they were written (xxh3-128 expected "
+        f"{entry.xxh3_128}, found {found}); restore the file or convert it again"
+    )
+    return Finding("error", spec.name, "checksum", text)
+
+
+def _verify_records(file: Path, advance: Callable[[str, int], None]) -> Finding | None:
+    """Compare the CRCs that a ``.pt`` carries; torch can be told not to write them, and then writes 0."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            for info in archive.infolist():
+                if info.CRC == 0 and info.file_size:
+                    continue
+                with archive.open(info) as record:
+                    while data := record.read(1 << 20):
+                        advance(file.name, len(data))
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as exc:
+        text = f"{file}: its bytes have changed since it was saved ({exc}); restore the file"
+        return Finding("error", file.name, "records", text)
+    return None

@@ -1,0 +1,414 @@
+"""``DatasetWriter``: a dataset larger than memory, appended block by block and published in one step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from jasper_store.conversion.checksum import Hasher
+from jasper_store.conversion.coerce import as_block, as_json, flatten
+from jasper_store.conversion.plan import FileTask, make_tasks
+from jasper_store.conversion.transfer import Options, write_file
+from jasper_store.errors import ClosedError, ConversionError, IntegrityError, UnknownNameError
+from jasper_store.files.atomic import (
+    clean_stale,
+    recover_directory,
+    remove,
+    require_space,
+    swap_directory,
+    sync_directory,
+    sync_file,
+    temporary_name,
+    translated,
+)
+from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.formats.base import Schema
+from jasper_store.formats.files import check_name
+from jasper_store.formats.registry import FORMATS, base_name, format_for
+from jasper_store.store.manifest import FileEntry, FileFingerprint, Manifest, TensorEntry, dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+
+    from jasper_store.formats.base import FileWriter, Format
+
+__all__ = ["DatasetWriter"]
+
+_SPOOL: Final = "safetensors"  # takes rows of unknown number, every dtype, and needs no second pass
+_CONFIG: Final = "config.json"
+
+
+@dataclass
+class _Part:
+    """One tensor being appended to, in a file of its own."""
+
+    path: Path
+    writer: FileWriter
+    dtype: torch.dtype
+    row_shape: tuple[int, ...] | None
+    rows: int = 0
+    hasher: Hasher = field(default_factory=Hasher)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of what has been appended."""
+        return () if self.row_shape is None else (self.rows, *self.row_shape)
+
+
+class DatasetWriter:
+    """Writes a dataset block by block; nothing is to be seen of it before :meth:`close` has published all of it.
+
+    Blocks may come in any order of tensors, and sizes need not be known. Memory is what the caller's block takes.
+    Everything is written into a hidden directory beside the target, which takes the target's name in the end, so a
+    reader finds the old dataset or the new one, never a mixture. Abandoned, or killed, it leaves nothing that opens:
+    the hidden directory is removed at once, or by the next writer to the same place. HDF5 needs the number of rows
+    beforehand and so takes twice the disk space until it is published.
+
+    Use it as a context manager; an exception inside the block abandons it. Not safe for concurrent use.
+
+    Args:
+        path: directory to make.
+        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
+        schema: names and HDF5 paths of the dataset; by default names are taken as they are.
+        compression: HDF5 only, as in ``convert``.
+        config: written as ``config.json``.
+        overwrite: replace a dataset that is there, with everything in its directory. A directory that holds anything
+            but datasets, JSON files and what this library leaves is never replaced.
+
+    Raises:
+        ConversionError: the target is there and ``overwrite`` is False, holds other things, cannot be written, or is
+            being written by somebody else.
+        UnknownNameError: an unknown format or compression.
+        IncompatibleOptionsError: a compression that the format does not have, or a config that is no JSON.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        format: str = "safetensors",  # noqa: A002 - the word that users pass
+        *,
+        schema: Schema | None = None,
+        compression: str | None = None,
+        config: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        chosen = next((name for name in FORMATS if name == format), None)
+        if chosen is None:
+            msg = f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}"
+            raise UnknownNameError(msg)
+        self._fmt: Format = FORMATS[chosen]
+        self._options = Options(self._fmt, Schema() if schema is None else schema, compression)
+        self._config = None if config is None else as_json(config)
+        # A link to a directory is followed: the dataset behind it is what gets replaced, not the link.
+        self._target = Path(os.path.realpath(path))
+        self._overwrite = overwrite
+        self._parts: dict[str, _Part] = {}
+        self._ragged: set[str] = set()
+        self._closed = False
+        self._published = False
+        with contextlib.ExitStack() as stack:
+            self._staging = self._prepare(stack)
+            stack.callback(_abort, self._parts)
+            # Runs on abandon(), when the writer is forgotten, and when the process ends in good order.
+            self._release = weakref.finalize(self, _release, stack.pop_all(), os.getpid())
+
+    def _prepare(self, stack: contextlib.ExitStack) -> Path:
+        """Lock the target, see that it may be written, make the hidden directory; undone by the stack."""
+        parent = self._target.parent
+        with translated(self._target):
+            parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(exclusive(parent / f".{self._target.name}{LOCK_NAME}", f"writing {self._target}"))
+        with translated(self._target):
+            recover_directory(self._target)
+            clean_stale(parent, self._target.name)
+            self._check_target()
+            staging = temporary_name(self._target, "staging")
+            stack.callback(remove, staging)
+            staging.mkdir()
+            # A compression that the format or this machine lacks is refused now, and not after the last block.
+            probe = staging / "probe"
+            self._fmt.writer(probe, self._options.schema, compression=self._options.compression).abort()
+            probe.unlink()
+        return staging
+
+    @property
+    def path(self) -> Path:
+        """The directory that will appear."""
+        return self._target
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was published or abandoned."""
+        return self._closed
+
+    def append(self, name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any] | float) -> None:
+        """Append a block of rows to a tensor; the first block decides its dtype and the shape of its rows.
+
+        Args:
+            name: the tensor.
+            rows: [n, ...] on any device, or a scalar (once).
+
+        Raises:
+            IntegrityError: another dtype or row shape than before, or a second block of a scalar; nothing was written.
+            IncompatibleOptionsError: a name that cannot be a file name, or a dtype that the format cannot hold.
+            ConversionError: the disk is full, or the system refused otherwise; the writer is abandoned.
+            ClosedError: it was published or abandoned.
+        """
+        self._check_open()
+        if base_name(name) in self._ragged or name in self._ragged:
+            msg = f"{name!r}: expected rows through append_ragged(), as before, found append(); the two cannot mix"
+            raise IntegrityError(msg, tensor=name)
+        self._append(name, as_block(name, rows))
+
+    def append_ragged(self, name: str, rows: Sequence[Sequence[int] | torch.Tensor]) -> None:
+        """Append rows of different lengths to a ragged tensor of ints.
+
+        Args:
+            name: base name of the tensor; it is stored as ``name.values`` and ``name.offsets``, in ``.pt`` as a list
+                of lists.
+            rows: one sequence of ints per row; they may be empty.
+
+        Raises:
+            IntegrityError, IncompatibleOptionsError, ConversionError, ClosedError: as :meth:`append`.
+        """
+        self._check_open()
+        if name in self._parts or (f"{name}.values" in self._parts and name not in self._ragged):
+            msg = f"{name!r}: expected rows through append(), as before, found append_ragged(); the two cannot mix"
+            raise IntegrityError(msg, tensor=name)
+        values, lengths = flatten(name, rows)
+        if name not in self._ragged:
+            check_name(name)
+            self._ragged.add(name)
+            self._append(f"{name}.values", torch.empty(0, dtype=torch.int64))
+            self._append(f"{name}.offsets", torch.zeros(1, dtype=torch.int64))
+        offsets = lengths.cumsum(0) + self._parts[f"{name}.values"].rows
+        self._append(f"{name}.values", values)
+        self._append(f"{name}.offsets", offsets)
+
+    def _append(self, name: str, block: torch.Tensor) -> None:
+        block = block.detach().cpu()
+        part = self._parts.get(name)
+        row_shape = tuple(block.shape[1:]) if block.ndim else None
+        if part is not None and (part.row_shape is None or (part.dtype, part.row_shape) != (block.dtype, row_shape)):
+            expected = "one block only" if part.row_shape is None else f"{part.dtype} [n, {_sizes(part.row_shape)}]"
+            msg = f"{name!r}: expected {expected}, as it began, found {block.dtype} {list(block.shape)}; nothing was written"
+            raise IntegrityError(msg, tensor=name)
+        if part is None:
+            part = self._begin(name, block.dtype, row_shape)
+        with self._abandoned_on_failure():
+            part.writer.append(block)
+            part.hasher.update(block)
+            part.rows += len(block) if block.ndim else 1
+
+    def _begin(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None) -> _Part:
+        check_name(name)
+        spooled = self._fmt.one_file is not None or (self._fmt.name == "pt" and base_name(name) in self._ragged)
+        rows = 1 if row_shape is None else None
+        try:
+            with translated(self._target):
+                if not spooled:
+                    path = self._staging / f"{name}{self._fmt.suffixes[0]}"
+                    writer = self._started(self._fmt, path, name, dtype, row_shape, rows)
+                else:
+                    # What the format cannot hold is refused now, and not after the last block.
+                    probe = self._spool / "probe"
+                    self._spool.mkdir(exist_ok=True)
+                    self._started(self._fmt, probe, name, dtype, row_shape, rows or 0).abort()
+                    probe.unlink()
+                    path = self._spool / f"{name}{FORMATS[_SPOOL].suffixes[0]}"
+                    writer = self._started(FORMATS[_SPOOL], path, name, dtype, row_shape, rows)
+        except ConversionError:
+            self.abandon()
+            raise
+        self._parts[name] = _Part(path, writer, dtype, row_shape)
+        return self._parts[name]
+
+    def _started(
+        self,
+        fmt: Format,
+        path: Path,
+        name: str,
+        dtype: torch.dtype,
+        row_shape: tuple[int, ...] | None,
+        rows: int | None,
+    ) -> FileWriter:
+        """A writer of ``path`` with its tensor begun; nothing is left where that is refused."""
+        writer = fmt.writer(path, self._options.schema)
+        try:
+            writer.begin(name, dtype, row_shape, rows)
+        except BaseException:
+            writer.abort()
+            path.unlink()
+            raise
+        return writer
+
+    @property
+    def _spool(self) -> Path:
+        return self._staging / ".spool"
+
+    # ---- the end
+
+    def close(self) -> Path:
+        """Publish the dataset with its manifest; does nothing if it was published before.
+
+        Returns:
+            The directory.
+
+        Raises:
+            ConversionError: nothing was appended, no room, or the system refused; nothing was published.
+            ClosedError: it was abandoned.
+        """
+        if self._published:
+            return self._target
+        self._check_open()
+        with self._abandoned_on_failure():
+            if not self._parts:
+                msg = f"{self._target}: expected at least one tensor before close(), found none; nothing was published"
+                raise ConversionError(msg, path=self._target)
+            for part in self._parts.values():
+                part.writer.end()
+                part.writer.close()
+            files = self._finish_files()
+            if self._config is not None:
+                (self._staging / _CONFIG).write_text(self._config, encoding="utf-8")
+            Manifest(self._staging, files).write()
+            for file in self._staging.iterdir():
+                sync_file(file)
+            sync_directory(self._staging)
+            self._publish()
+        self._end()
+        return self._target
+
+    def _publish(self) -> None:
+        with contextlib.ExitStack() as stack:
+            if self._target.is_dir():
+                # Not under the hands of a conversion into the old directory.
+                stack.enter_context(exclusive(self._target / LOCK_NAME, f"replacing {self._target}"))
+            self._check_target()
+            if sys.platform == "win32":
+                stack.close()  # a directory that holds an open file cannot be renamed there; the lock beside it stays
+            swap_directory(self._staging, self._target)
+            self._published = True
+
+    def _finish_files(self) -> dict[str, FileEntry]:
+        """Turn spooled tensors into the files of the format, and describe every file."""
+        entries: dict[str, FileEntry] = {}
+        spooled: list[str] = []
+        for name, part in self._parts.items():
+            if part.path.parent != self._staging:
+                spooled.append(name)
+                continue
+            tensor = TensorEntry(dtype_name(part.dtype), part.shape, part.hasher.hexdigest())
+            entries[part.path.name] = FileEntry(FileFingerprint.of(part.path), {name: tensor})
+        if spooled:
+            specs = [FORMATS[_SPOOL].locate(self._parts[name].path, self._options.schema)[0] for name in spooled]
+            tasks = make_tasks(specs, self._staging, None, self._fmt)
+            needed = sum(task.needed(None) for task in tasks)
+            require_space(self._staging, needed, what=f"building {self._fmt.name} files beside the spooled tensors")
+            for task in tasks:
+                entries[task.target.name] = self._build(task)
+            remove(self._spool)
+        return entries
+
+    def _build(self, task: FileTask) -> FileEntry:
+        tensors = {}
+        for item in write_file(task, task.target, self._options):
+            part = self._parts[item.spec.name]
+            if item.checksum != part.hasher.hexdigest():
+                msg = (
+                    f"{item.spec.name}: the values read back from the hidden directory are not those appended; nothing "
+                    "was published. The disk or the memory is faulty: check both, and write it again"
+                )
+                raise ConversionError(msg, path=self._target, tensor=item.spec.name)
+            tensors[item.spec.name] = TensorEntry(dtype_name(part.dtype), part.shape, item.checksum)
+        return FileEntry(FileFingerprint.of(task.target), tensors)
+
+    def abandon(self) -> None:
+        """Give up: everything written is removed. Does nothing after it was published or abandoned."""
+        if not self._closed:
+            self._end()
+
+    def _end(self) -> None:
+        self._closed = True
+        self._release()
+        self._parts.clear()
+
+    @contextlib.contextmanager
+    def _abandoned_on_failure(self) -> Iterator[None]:
+        """A block that was half written cannot be taken back, so a failure ends the writer."""
+        try:
+            with translated(self._target):
+                yield
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _check_open(self) -> None:
+        if self._closed:
+            done = "published" if self._published else "abandoned"
+            msg = f"{self._target}: this writer was {done}; make a new one to write more"
+            raise ClosedError(msg, path=self._target)
+
+    def _check_target(self) -> None:
+        """Refuse to replace what must not be lost."""
+        if not self._target.exists():
+            return
+        if not self._target.is_dir():
+            msg = f"{self._target}: expected a directory or nothing at this name, found a file; name another directory"
+            raise ConversionError(msg, path=self._target)
+        there = sorted(path for path in self._target.iterdir() if path.name != LOCK_NAME)
+        if there and not self._overwrite:
+            msg = (
+                f"{self._target}: expected no directory of this name, or an empty one, found {len(there)} entries "
+                f"({there[0].name}, ...); pass overwrite=True to replace all of it, or name another directory"
+            )
+            raise ConversionError(msg, path=self._target)
+        foreign = [path.name for path in there if not _replaceable(path)]
+        if foreign:
+            msg = (
+                f"{self._target}: expected nothing but data and JSON files in the directory that is replaced, found "
+                f"{', '.join(foreign[:5])}; move them away, or name another directory"
+            )
+            raise ConversionError(msg, path=self._target)
+
+    def __enter__(self) -> DatasetWriter:  # noqa: PYI034 - typing.Self needs Python 3.11
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.abandon()
+        elif not self._closed:
+            self.close()
+
+
+def _abort(parts: dict[str, _Part]) -> None:
+    for part in parts.values():
+        part.writer.abort()
+
+
+def _release(stack: contextlib.ExitStack, owner: int) -> None:
+    """Remove the hidden directory and free the lock; not from a forked child, which merely inherited the writer."""
+    if os.getpid() == owner:
+        stack.close()
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a file in a directory that is replaced is part of a dataset, and not something of the user's."""
+    return path.is_file() and (format_for(path) is not None or path.suffix == ".json" or path.name.startswith("."))
+
+
+def _sizes(row_shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, row_shape))

@@ -1,0 +1,1 @@
+"""One atomic write, one lock, one fingerprint of a file."""

@@ -1,0 +1,78 @@
+"""What a file was at one moment, and whether it still is: size, time, and a sample of its content."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+__all__ = ["FileFingerprint"]
+
+_WINDOWS = 16
+_WINDOW_NBYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class FileFingerprint:
+    """What a file was at one moment.
+
+    Attributes:
+        size: bytes.
+        mtime_ns: modification time.
+        sample: hash of 16 windows of the content, in hex; ``None`` where only size and time are known.
+    """
+
+    size: int
+    mtime_ns: int
+    sample: str | None = None
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> FileFingerprint:
+        """Stamp of a file as it is now; reads at most 1 MiB.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+        """
+        with Path(path).open("rb", buffering=0) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+            return cls(facts.st_size, facts.st_mtime_ns, _sample(file.fileno(), facts.st_size))
+
+    def matches(self, path: str | os.PathLike[str]) -> bool:
+        """Whether a file still is what it was: size and time equal, or size and sample equal.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+        """
+        facts = Path(path).stat()
+        if facts.st_size != self.size:
+            return False
+        if facts.st_mtime_ns == self.mtime_ns:
+            return True
+        return self.sample is not None and FileFingerprint.of(path).sample == self.sample
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"size": self.size, "mtime_ns": self.mtime_ns, "sample": self.sample}
+
+
+def _sample(fd: int, size: int) -> str:
+    digest = xxhash.xxh3_128(size.to_bytes(8, "little"))
+    if size <= _WINDOWS * _WINDOW_NBYTES:
+        starts, length = [0], size
+    else:
+        starts, length = [(size - _WINDOW_NBYTES) * i // (_WINDOWS - 1) for i in range(_WINDOWS)], _WINDOW_NBYTES
+    with open(fd, "rb", buffering=0, closefd=False) as file:
+        for start in starts:
+            file.seek(start)
+            left = length
+            while left > 0 and (data := file.read(left)):
+                digest.update(data)
+                left -= len(data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""HDF5: headers, chunk index, heap, parallel chunk reading and writing."""

@@ -1,0 +1,356 @@
+"""HDF5: one file that holds every tensor of a dataset under a path of its own.
+
+A contiguous dataset is one run of bytes, so it becomes an :class:`Extent` and is mapped like any other file. A
+chunked or compressed one becomes :class:`Chunked`. Soft and external links are never followed. h5py is imported
+inside the calls: it takes a tenth of a second.
+
+Source: https://support.hdfgroup.org/documentation/hdf5/latest/ and https://docs.h5py.org.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import torch
+
+from jasper_store.errors import CorruptFileError, JasperStoreError, JasperStoreWarning
+from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
+from jasper_store.formats.files import check_shape, open_for_reading
+from jasper_store.formats.hdf5.heap import check_heaps
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from jasper_store.formats.base import FileWriter, FormatName, Location, Schema
+
+__all__ = ["Hdf5Format", "open_file", "translated"]
+
+_DTYPES = {
+    np.dtype(name): getattr(torch, name)
+    for name in (
+        "bool",
+        "uint8",
+        "int8",
+        "uint16",
+        "int16",
+        "uint32",
+        "int32",
+        "uint64",
+        "int64",
+        "float16",
+        "float32",
+        "float64",
+    )
+}
+# A row per dataset below this depth of groups is a damaged file, not a layout.
+_MAX_DEPTH = 32
+_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
+_PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
+
+
+class Hdf5Format:
+    """Reads any HDF5 file of numeric datasets; writes contiguous or compressed ones."""
+
+    name: FormatName = "hdf5"
+    suffixes: tuple[str, ...] = (".h5", ".hdf5", ".hdf")
+    one_file: str | None = "dataset.h5"
+
+    def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:
+        """See :meth:`jasper_store.formats.base.Format.locate`.
+
+        A dataset is named by ``schema.hdf5_paths`` and ``schema.hdf5_aliases``, else by its path. A group of
+        ``values`` and ``offsets``, a group of datasets ``"0"`` to ``"N-1"`` and a variable-length dataset of
+        ints are ragged tensors. What cannot be a tensor (texts, compounds) is skipped with a warning.
+        """
+        with open_file(path) as (file, size):
+            return _Walk(path, size, schema).run(file)
+
+    def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
+        """See :meth:`jasper_store.formats.base.Format.writer`; several tensors, rows must be known.
+
+        Args:
+            path: the file to create.
+            schema: says under which HDF5 path a tensor is written.
+            compression: ``None`` (contiguous, aligned to 4096 bytes, can be mapped), ``"gzip"`` (with the shuffle
+                filter, compressed in parallel), ``"lzf"``, or with hdf5plugin ``"blosc"``, ``"zstd"``, ``"lz4"``.
+        """
+        from jasper_store.formats.hdf5.writer import make_writer
+
+        return make_writer(path, schema, compression)
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Whatever h5py raises on a damaged file, as CorruptFileError."""
+    try:
+        yield
+    except JasperStoreError:
+        raise
+    # h5py has no error tree of its own: each of these was seen on a file with flipped bytes.
+    except (
+        OSError,
+        RuntimeError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        MemoryError,
+    ) as exc:
+        _corrupt(path, f"{type(exc).__name__}: {exc!s:.200}.", cause=exc)
+
+
+def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:
+    msg = f"{path}: not an HDF5 file that can be read: {what} Write or convert it again."
+    raise CorruptFileError(msg, path=path, tensor=tensor) from cause
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[tuple[Any, int]]:
+    """Open an HDF5 file read-only and yield it with its size, also on file systems that have no locks.
+
+    Raises:
+        DatasetNotFoundError: there is no such file, or it may not be read.
+        CorruptFileError: anything else that h5py stumbles over, also inside the ``with`` block.
+    """
+    with open_for_reading(path) as (_, size):
+        pass  # only for its errors: h5py's do not tell a missing file from a damaged one
+    with translated(path):
+        file = _open(path)
+        try:
+            yield file, size
+        finally:
+            file.close()
+
+
+def _open(path: Path) -> Any:
+    import h5py
+
+    # The library's own default first. It fails on NFS without a lock daemon; and a file that this process has open
+    # already must be opened with the same choice.
+    *choices, last = None, False, True
+    for locking in choices:
+        try:
+            return h5py.File(path, "r", locking=locking)
+        except OSError as exc:  # noqa: PERF203 - three times at most
+            _refuse_busy(path, exc)
+            if "lock" not in str(exc):
+                raise
+    return h5py.File(path, "r", locking=last)
+
+
+def _refuse_busy(path: Path, exc: OSError) -> None:
+    if isinstance(exc, BlockingIOError):
+        raise CorruptFileError(
+            f"{path}: another process has it open for writing; wait until it has finished.", path=path
+        ) from exc
+    if "already open for write" in str(exc):
+        raise CorruptFileError(
+            f"{path}: its writer was killed, or is still at work; wait for it, or write the file again.", path=path
+        ) from exc
+
+
+class _UnsupportedError(Exception):
+    """A dataset that cannot be a tensor and is skipped, with the reason."""
+
+
+class _Walk:
+    """One pass over the objects of an open file."""
+
+    def __init__(self, path: Path, size: int, schema: Schema) -> None:
+        self.path = path
+        self.size = size
+        self.required = schema.required
+        self.names = {p.strip("/"): name for name, p in schema.hdf5_paths.items()}
+        self.names.update(
+            {p.strip("/"): name for p, name in schema.hdf5_aliases.items() if p.strip("/") not in self.names}
+        )
+        self.specs: dict[str, TensorSpec] = {}
+        self.heaps_checked = False
+
+    def run(self, file: Any) -> list[TensorSpec]:
+        self.group(file, "", frozenset())
+        return list(self.specs.values())
+
+    def name_of(self, key: str) -> str:
+        """Name of the tensor at an HDF5 path."""
+        if key in self.names:
+            return self.names[key]
+        group, slash, part = key.rpartition("/")
+        if slash and part in {"values", "offsets"} and group in self.names:
+            return f"{self.names[group]}.{part}"
+        return key
+
+    def add(self, spec: TensorSpec) -> None:
+        if spec.name in self.specs:
+            _corrupt(self.path, f"two of its datasets mean {spec.name!r:.100}.", tensor=spec.name)
+        self.specs[spec.name] = spec
+
+    def group(self, group: Any, key: str, above: frozenset[Any]) -> None:
+        import h5py
+
+        # A hard link to a group further up would be walked for ever.
+        here = h5py.h5o.get_info(group.id)
+        identity = (here.fileno, here.addr)
+        if identity in above or len(above) >= _MAX_DEPTH:
+            _corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
+        members = {
+            name: f"{key}/{name}" if key else name
+            for name in group
+            if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type == h5py.h5l.TYPE_HARD
+        }
+        if members and members.keys() == {str(i) for i in range(len(members))}:
+            rows = self.rows(group, len(members))
+            if rows is not None:
+                self.ragged(self.name_of(key), rows)
+                return
+        for name, member_key in members.items():
+            member = group[name]
+            if isinstance(member, h5py.Group):
+                self.group(member, member_key, above | {identity})
+            elif isinstance(member, h5py.Dataset):
+                self.dataset(member, member_key)
+
+    def dataset(self, dataset: Any, key: str) -> None:
+        import h5py
+
+        name = self.name_of(key)
+        try:
+            base = h5py.check_vlen_dtype(dataset.dtype)
+            if base is not None and np.issubdtype(base, np.integer) and dataset.ndim == 1:
+                self.ragged(name, self.variable(dataset))
+                return
+            self.add(self.spec(dataset, key, name))
+        except _UnsupportedError as exc:
+            if name in self.required:
+                _corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
+            warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
+
+    def rows(self, group: Any, n: int) -> list[NDArray[np.int64]] | None:
+        """The rows of a ragged tensor that has a small dataset for each, or ``None`` if the group is something else."""
+        import h5py
+
+        rows = []
+        for i in range(n):
+            # Below h5py's own objects, which cost five times as much for each of perhaps many thousand rows.
+            row = h5py.h5o.open(group.id, str(i).encode())
+            if not isinstance(row, h5py.h5d.DatasetID):
+                return None
+            space = row.get_space()
+            length = space.get_simple_extent_npoints()
+            # An empty Python list becomes an empty float dataset in the builders that write a dataset per row.
+            if length and (row.dtype.kind not in "iu" or space.get_simple_extent_ndims() > 1):
+                return None
+            if length > self.size:
+                _corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
+            values = np.empty(length, dtype=np.int64)
+            if length:
+                row.read(h5py.h5s.create_simple((length,)), h5py.h5s.ALL, values)
+            rows.append(values)
+        return rows
+
+    def variable(self, dataset: Any) -> list[NDArray[np.int64]]:
+        """The rows of a variable-length dataset of ints."""
+        self.check_heaps()
+        # Each row takes 16 bytes in the file beside its values.
+        if dataset.size * 16 > max(self.size, 1024) and dataset.chunks is None:
+            _corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
+        return [row.astype(np.int64, casting="unsafe") for row in dataset[()]]
+
+    def check_heaps(self) -> None:
+        if not self.heaps_checked:
+            check_heaps(self.path)
+            self.heaps_checked = True
+
+    def ragged(self, name: str, rows: list[NDArray[np.int64]]) -> None:
+        values = np.concatenate([np.empty(0, dtype=np.int64), *rows])
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        for part, array in (("values", values), ("offsets", offsets)):
+            tensor = torch.from_numpy(array)
+            self.add(TensorSpec(f"{name}.{part}", tensor.dtype, tuple(tensor.shape), Inline(self.path, tensor)))
+
+    def spec(self, dataset: Any, key: str, name: str) -> TensorSpec:
+        dtype = self.dtype(dataset, key)
+        if dataset.shape is None:
+            raise _UnsupportedError("it has no shape (a null dataspace)")
+        shape, nbytes = check_shape(dataset.shape, dtype.itemsize, path=self.path, tensor=name)
+        return TensorSpec(name, dtype, shape, self.location(dataset, key, dtype, shape, nbytes))
+
+    def dtype(self, dataset: Any, key: str) -> torch.dtype:
+        import h5py
+
+        tid = dataset.id.get_type()
+        stored: np.dtype[Any] = dataset.dtype
+        if stored.kind not in "biuf":
+            raise _UnsupportedError(f"{stored} is no number")
+        if stored.byteorder == ">":
+            _corrupt(
+                self.path,
+                f"dataset {key!r:.100} is big-endian; write it as little-endian ({stored.newbyteorder('<')}).",
+            )
+        # h5py widens what numpy cannot express (12-bit ints, 24-bit floats); the bytes would then be something else.
+        if stored not in _DTYPES or not h5py.h5t.py_create(stored, logical=True).equal(tid):
+            _corrupt(self.path, f"dataset {key!r:.100} has a number type that torch does not have ({stored}).")
+        marked = self.mark(dataset)
+        if marked is None:
+            found: torch.dtype = _DTYPES[stored]
+            return found
+        if marked not in ("bfloat16", b"bfloat16") or stored != np.uint16:
+            _corrupt(self.path, f"dataset {key!r:.100}: {stored} with torch_dtype={marked!r:.40} is unknown.")
+        return torch.bfloat16
+
+    def mark(self, dataset: Any) -> object:
+        """The attribute that names a torch dtype which HDF5 does not have."""
+        import h5py
+
+        if "torch_dtype" not in dataset.attrs:
+            return None
+        kind = h5py.h5a.open(dataset.id, b"torch_dtype").get_type()
+        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+            self.check_heaps()
+        return dataset.attrs["torch_dtype"]
+
+    def location(self, dataset: Any, key: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> Location:
+        import h5py
+
+        plist = dataset.id.get_create_plist()
+        layout = plist.get_layout()
+        if nbytes == 0:
+            return Inline(self.path, torch.empty(shape, dtype=dtype))
+        if layout == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0:
+            offset = dataset.id.get_offset()
+            if offset is not None:
+                # get_offset() already counts the user block.
+                if offset + nbytes > self.size:
+                    _corrupt(
+                        self.path,
+                        f"dataset {key!r:.100} should end at byte {offset + nbytes}, the file has {self.size} "
+                        "(was it truncated?).",
+                        tensor=key,
+                    )
+                return Extent(self.path, offset)
+        if layout == h5py.h5d.COMPACT or not shape:
+            raw = torch.from_numpy(np.ascontiguousarray(dataset[()]).reshape(shape))
+            return Inline(self.path, raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw)
+        chunks = dataset.chunks
+        if chunks is not None and (0 in chunks or math.prod(chunks) * dtype.itemsize >= 2**32):
+            _corrupt(self.path, f"dataset {key!r:.100} has the impossible chunk shape {chunks}.", tensor=key)
+        return Chunked(self.path, key, chunks, describe_filters(plist))
+
+
+def describe_filters(plist: Any) -> str:
+    """The filter pipeline of a dataset, in the order it is applied on writing, e.g. ``"shuffle+gzip(4)"``."""
+    words = []
+    for i in range(plist.get_nfilters()):
+        code, _, values, name = plist.get_filter(i)
+        word = _FILTERS.get(code) or _PLUGINS.get(code) or name.decode("utf-8", "replace") or str(code)
+        words.append(f"{word}({values[0]})" if word == "gzip" and values else word)
+    return "+".join(words)

@@ -1,0 +1,1 @@
+"""Zip ``.pt`` files: records, their pickle, ragged lists, the writer."""

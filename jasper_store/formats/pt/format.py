@@ -1,0 +1,268 @@
+"""``.pt``: a zip of stored records, one pickle that describes the tensors and one record of bytes per storage.
+
+Reading parses the zip directory and the pickle (:mod:`jasper_store.formats.pt.unpickle`), and returns where in
+the file each tensor's bytes lie. ``torch.load`` is not used: it would execute what the pickle asks for (or
+parse it after a second of imports), and its map of a file larger than memory is refused.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+import torch
+
+from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
+from jasper_store.formats.base import Extent, Inline, TensorSpec, contiguous_strides
+from jasper_store.formats.files import check_shape, open_for_reading, read_at
+from jasper_store.formats.flat import stem_of
+from jasper_store.formats.pt import ragged as pt_ragged, unpickle as pt_pickle
+from jasper_store.formats.pt.unpickle import PickleError, PtTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from jasper_store.formats.base import FileWriter, FormatName, Schema
+
+__all__ = ["PtFormat"]
+
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+class PtFormat:
+    """Reads what ``torch.save`` writes for tensors, dicts of tensors and lists of lists; writes one tensor per file."""
+
+    name: FormatName = "pt"
+    suffixes: tuple[str, ...] = (".pt", ".pth")
+    one_file: str | None = None
+
+    def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
+        """See :meth:`jasper_store.formats.base.Format.locate`.
+
+        A tensor is named by its file, tensors in a dictionary by their keys. A list of lists of ints, or of 1-D
+        tensors of ints, is a ragged tensor: ``X.values`` and ``X.offsets``. A number or a flat list of numbers
+        becomes a tensor as ``torch.tensor`` would make it.
+        """
+        with open_for_reading(path) as (file, size), _translated(path):
+            archive = _Archive(path, file, size)
+            name = stem_of(path, self.suffixes)
+            pickled = archive.pickle()
+            ragged = pt_ragged.parse(pickled)
+            if ragged is not None and len(ragged[1]) > 1:
+                return archive.ragged(name, *ragged)
+            found = pt_pickle.load(pickled)
+            if not isinstance(found, dict):
+                return archive.specs(name, found)
+            return [spec for key, value in found.items() for spec in archive.specs(_key(path, key), value)]
+
+    def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
+        """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
+        from jasper_store.formats.pt.writer import PtWriter
+
+        if compression is not None:
+            raise IncompatibleOptionsError(
+                f".pt has no compression, found compression={compression!r}; use None, or format='hdf5'.", path=path
+            )
+        return PtWriter(path)
+
+    def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
+        """See :class:`jasper_store.formats.base.SupportsRagged`: a list of lists of ints."""
+        from jasper_store.formats.pt.writer import write_ragged
+
+        write_ragged(path, offsets, blocks)
+
+
+def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:
+    msg = f"{path}: not a .pt file that can be read: {what} Save its tensors again with torch.save."
+    raise CorruptFileError(msg, path=path, tensor=tensor) from cause
+
+
+def _key(path: Path, key: object) -> str:
+    if not isinstance(key, str):
+        _corrupt(path, f"a dictionary of tensors needs texts as keys, found {key!r:.60}.")
+    return key
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Every way in which a damaged zip or pickle can fail, as CorruptFileError."""
+    try:
+        yield
+    except PickleError as exc:
+        _corrupt(path, f"its pickle is refused: {exc}.", cause=exc)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError) as exc:
+        _corrupt(path, f"its zip archive is damaged or truncated: {exc}.", cause=exc)
+    except CorruptFileError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        OverflowError,
+        struct.error,
+        RuntimeError,
+        OSError,
+    ) as exc:  # zipfile on odd directories
+        _corrupt(path, f"its zip directory is damaged: {type(exc).__name__}: {exc!s:.100}.", cause=exc)
+
+
+class _Archive:
+    """The zip directory of one file, while it is open."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+        self.path = path
+        self.file = file
+        self.size = size
+        # Values that rows may hold in all; every value that is not a repetition takes at least two bytes.
+        self.budget = 64 * size
+        magic = read_at(file, 0, 4)
+        if magic != b"PK\x03\x04":
+            if magic[:1] == b"\x80":
+                _corrupt(
+                    path,
+                    "it has the legacy form of before torch 1.6, which cannot be mapped; "
+                    "rewrite it with torch.save(torch.load(path, weights_only=True), path).",
+                )
+            _corrupt(path, f"a zip archive was expected, found {magic!r} (was it truncated?).")
+        self.zip = zipfile.ZipFile(file)
+        pickles = [
+            i.filename for i in self.zip.infolist() if i.filename.count("/") == 1 and i.filename.endswith("/data.pkl")
+        ]
+        if len(pickles) != 1:
+            _corrupt(path, f"exactly one record */data.pkl was expected, found {len(pickles)}.")
+        self.prefix = pickles[0].removesuffix("data.pkl")
+        names = self.zip.NameToInfo
+        if len(names) != len(self.zip.infolist()):
+            _corrupt(path, "two records have the same name.")
+        if self.prefix + "constants.pkl" in names or any(n.startswith(self.prefix + "code/") for n in names):
+            _corrupt(path, "it is a TorchScript archive, which holds a program and not tensors.")
+        self._check_byte_order()
+
+    def _check_byte_order(self) -> None:
+        if self.prefix + "byteorder" in self.zip.NameToInfo:
+            order = self._small("byteorder")
+            if order != b"little":
+                _corrupt(self.path, f"its byte order must be little, found {order!r:.40}.")
+
+    def _small(self, record: str) -> bytes:
+        info = self.zip.NameToInfo[self.prefix + record]
+        offset = self._extent(info)
+        if info.CRC == 0:
+            # torch.serialization.set_crc32_options(False) leaves it out, and zipfile would take 0 for a checksum.
+            return read_at(self.file, offset, info.file_size)
+        return self.zip.read(info)
+
+    def pickle(self) -> bytes:
+        """The pickle, its checksum verified by zipfile."""
+        return self._small("data.pkl")
+
+    def _extent(self, info: zipfile.ZipInfo) -> int:
+        """Offset of a record's bytes, after its local header was compared with the directory."""
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
+            _corrupt(self.path, f"record {info.filename!r:.100} is compressed or encrypted; torch.save stores plainly.")
+        # Python's zipfile takes a directory in the wrong place for a prefix before the archive, and subtracts it.
+        if info.header_offset < 0:
+            _corrupt(self.path, f"record {info.filename!r:.100} lies before the file begins.")
+        header = read_at(self.file, info.header_offset, _LOCAL_HEADER.size)
+        if len(header) != _LOCAL_HEADER.size:
+            _corrupt(self.path, f"record {info.filename!r:.100} lies beyond the end of the file (was it truncated?).")
+        signature, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        name = read_at(self.file, info.header_offset + _LOCAL_HEADER.size, name_length)
+        expected = info.orig_filename.encode("utf-8" if flags & 0x800 else "cp437")
+        if signature != b"PK\x03\x04" or method != zipfile.ZIP_STORED or name != expected:
+            _corrupt(self.path, f"record {info.filename!r:.100} and the zip directory disagree.")
+        offset: int = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if offset + info.file_size > self.size:
+            _corrupt(self.path, f"record {info.filename!r:.100} ends beyond the end of the file (was it truncated?).")
+        return offset
+
+    def specs(self, name: str, value: Any) -> list[TensorSpec]:
+        """The one or two specs of one saved value."""
+        if isinstance(value, PtTensor):
+            return [self._tensor(name, value)]
+        if isinstance(value, bool | int | float):
+            return [self._inline(name, torch.tensor(value))]
+        if isinstance(value, list | tuple):
+            return self._list(name, list(value))
+        _corrupt(
+            self.path,
+            f"{name!r:.100} should be a tensor, a list of lists of ints or a number, found a {type(value).__name__}.",
+            tensor=name,
+        )
+
+    def _inline(self, name: str, values: torch.Tensor) -> TensorSpec:
+        return TensorSpec(name, values.dtype, tuple(values.shape), Inline(self.path, values))
+
+    def ragged(self, name: str, values: torch.Tensor, offsets: torch.Tensor) -> list[TensorSpec]:
+        """The two specs of a ragged tensor whose values came with the pickle."""
+        return [self._inline(f"{name}.values", values), self._inline(f"{name}.offsets", offsets)]
+
+    def _list(self, name: str, rows: list[Any]) -> list[TensorSpec]:
+        if rows and all(type(row) in (int, float, bool) for row in rows):
+            return [self._inline(name, _as_tensor(self.path, name, rows))]
+        parts = [self._row(name, i, row) for i, row in enumerate(rows)]
+        offsets = torch.tensor([0, *(len(part) for part in parts)], dtype=torch.int64).cumsum(0)
+        return self.ragged(name, torch.cat([torch.empty(0, dtype=torch.int64), *parts]), offsets)
+
+    def _row(self, name: str, i: int, row: object) -> torch.Tensor:
+        """One row of a ragged tensor as int64."""
+        if isinstance(row, list | tuple) and all(type(v) is int for v in row):
+            # A pickle may name one list many times: the rows together must not outgrow what a file explains.
+            self.budget -= len(row)
+            if self.budget >= 0:
+                return _as_tensor(self.path, name, list(row)) if row else torch.empty(0, dtype=torch.int64)
+        if isinstance(row, PtTensor) and len(row.shape) == 1 and row.dtype in _INTEGERS:
+            location = self._tensor(f"{name}[{i}]", row).location
+            if isinstance(location, Inline):
+                return location.values.to(torch.int64)
+            step, n = row.strides[0], row.shape[0]
+            self.budget -= n
+            if self.budget >= 0 and isinstance(location, Extent):
+                raw = bytearray(read_at(self.file, location.offset, ((n - 1) * step + 1) * row.dtype.itemsize))
+                return torch.frombuffer(raw, dtype=row.dtype).as_strided((n,), (step,)).to(torch.int64)
+        _corrupt(
+            self.path,
+            f"row {i} of {name!r:.100} should be a list of ints or a 1-D tensor of ints, found {row!r:.80}.",
+            tensor=name,
+        )
+
+    def _tensor(self, name: str, value: PtTensor) -> TensorSpec:
+        """Where one tensor lies, checked against the bytes of its storage's record."""
+        itemsize = value.dtype.itemsize
+        shape, nbytes = check_shape(value.shape, itemsize, path=self.path, tensor=name)
+        if len(value.strides) != len(shape) or min(value.strides, default=0) < 0 or value.offset < 0:
+            _corrupt(
+                self.path,
+                f"tensor {name!r:.100} has shape {shape}, strides {value.strides} and offset {value.offset}.",
+                tensor=name,
+            )
+        if nbytes == 0:
+            return TensorSpec(name, value.dtype, shape, Inline(self.path, torch.empty(shape, dtype=value.dtype)))
+        info = self.zip.NameToInfo.get(f"{self.prefix}data/{value.storage.key}")
+        if info is None or info.file_size != value.storage.nbytes:
+            held = "no record" if info is None else f"a record of {info.file_size} bytes"
+            _corrupt(
+                self.path,
+                f"the storage of tensor {name!r:.100} should have {value.storage.nbytes} bytes, found {held}.",
+                tensor=name,
+            )
+        last = value.offset + sum((n - 1) * step for n, step in zip(shape, value.strides, strict=True))
+        if (last + 1) * itemsize > info.file_size:
+            _corrupt(
+                self.path,
+                f"tensor {name!r:.100} reaches to byte {(last + 1) * itemsize} of a storage of {info.file_size}.",
+                tensor=name,
+            )
+        plain = all(n == 1 or s == e for n, s, e in zip(shape, value.strides, contiguous_strides(shape), strict=True))
+        offset = self._extent(info) + value.offset * itemsize
+        return TensorSpec(name, value.dtype, shape, Extent(self.path, offset, None if plain else value.strides))
+
+
+def _as_tensor(path: Path, name: str, values: list[Any]) -> torch.Tensor:
+    try:
+        return torch.tensor(values)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as exc:
+        _corrupt(path, f"the numbers of {name!r:.100} do not fit a tensor: {exc!s:.100}.", cause=exc, tensor=name)

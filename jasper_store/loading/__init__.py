@@ -1,0 +1,1 @@
+"""When rows are read: order, ranks, prefetching, workers, state, the loader."""

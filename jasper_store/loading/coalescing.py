@@ -1,0 +1,126 @@
+"""Batches made in the trainer's process: several are gathered at once and handed over as parts.
+
+A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
+samples. So a loader without workers gathers some batches together (measured in docs/notes-paging.md). The parts
+are disjoint, each with a version counter of its own, so that a trainer may write to a batch as it likes. What the
+trainer sets meanwhile, an epoch, a forced variant, new negatives, holds from its next batch on: what was
+gathered before is gathered anew.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from jasper_store.samples.batch import Batch, Sample, collate_samples
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from jasper_store.jasper.dataset import JASPERSteeringDataset
+
+__all__ = ["CoalescingIterator", "batches_at_once"]
+
+_SAMPLES: Final = 1024
+_NBYTES: Final = 16 << 20
+"""Bytes gathered at once, at most: beyond it the parts leave the processor's cache before the trainer reads them, and
+a batch that is kept would keep too much alive."""
+
+
+def batches_at_once(batch_size: int, sample_nbytes: int) -> int:
+    """How many batches to gather together.
+
+    Args:
+        batch_size: samples per batch.
+        sample_nbytes: bytes of a sample in a batch.
+
+    Returns:
+        At least 1.
+    """
+    samples = min(_SAMPLES, _NBYTES // max(sample_nbytes, 1))
+    return max(1, samples // batch_size)
+
+
+class CoalescingIterator:
+    """The batches of one pass. Iterate it from one thread.
+
+    Args:
+        dataset: what they are gathered from.
+        indices: positions of the samples of each batch.
+        collate: makes of a :class:`~jasper_store.samples.batch.Batch` what the trainer gets.
+        at_once: batches that are gathered together.
+        pin: copy them to pinned memory.
+    """
+
+    def __init__(
+        self,
+        dataset: JASPERSteeringDataset,
+        indices: Iterator[Any],
+        collate: Callable[[Any], Any],
+        at_once: int,
+        *,
+        pin: bool = False,
+    ) -> None:
+        self._dataset = dataset
+        self._indices = indices
+        # To ask the default collation, which looks at a sample first, costs 20 us.
+        self._collate = attrgetter("tensors") if _is_identity_collate(collate) else collate
+        self._at_once = at_once
+        self._pin = pin
+        self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not yet handed over
+        self._parts: deque[dict[str, torch.Tensor]] = deque()  # what was gathered for them
+        self._made_for: object = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch has been gathered, and still holds."""
+        return bool(self._waiting) and self._made_for == self._dataset.settings()
+
+    def __next__(self) -> Any:
+        if not self._waiting:
+            self._waiting.extend(islice(self._indices, self._at_once))
+            if not self._waiting:
+                raise StopIteration
+            self._gather()
+        elif self._made_for != self._dataset.settings():
+            self._gather()
+        size = len(self._waiting.popleft())
+        return self._collate(Batch(self._parts.popleft(), size))
+
+    def _gather(self) -> None:
+        """Gather what is waiting."""
+        self._made_for = self._dataset.settings()
+        wanted = self._waiting[0]
+        if len(self._waiting) > 1:
+            # A last batch that is not full may be a list, where the others are tensors on a device.
+            device = self._dataset.device
+            wanted = torch.cat(
+                [torch.as_tensor(indices, dtype=torch.int64, device=device) for indices in self._waiting]
+            )
+        tensors = self._dataset.gathered(wanted, pinned=self._pin).tensors
+        if self._pin:
+            tensors = {key: value.pin_memory() for key, value in tensors.items()}  # itself where it is pinned already
+        self._parts = _split(tensors, [len(indices) for indices in self._waiting])
+
+
+def _split(tensors: dict[str, torch.Tensor], sizes: list[int]) -> deque[dict[str, torch.Tensor]]:
+    """The tensors of each batch, in order."""
+    if len(sizes) == 1:
+        return deque([tensors])
+    # .data: a view that autograd does not know to be one, so writing to one batch is no write to another.
+    columns = [[part.data for part in value.split_with_sizes(sizes)] for value in tensors.values()]
+    return deque(dict(zip(tensors, parts, strict=True)) for parts in zip(*columns, strict=True))
+
+
+def _is_identity_collate(collate: Callable[[Any], Any]) -> bool:
+    """Whether a collation hands a batch's tensors back as they are."""
+    return collate is default_collate and default_collate_fn_map.get(Sample) is collate_samples

@@ -1,0 +1,1 @@
+"""A model to train on a JASPER dataset, and its training."""

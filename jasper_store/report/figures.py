@@ -1,0 +1,173 @@
+"""What the values of a dataset look like, from samples of bounded size.
+
+Scalars are read in runs of neighbouring rows spread over the tensor, which costs a disk little; embeddings as rows at
+random, a few thousand of them. Memory and time do not grow with the dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from jasper_store.report.model import Figures, Histogram, Point, Projection, Tier
+from jasper_store.store.store import TensorStore
+from jasper_store.store.tensors import StoredTensor
+
+__all__ = ["figures", "histogram", "project", "spread"]
+
+_SCALARS = 1 << 22
+_RUNS = 256
+_PAIRS = 2048
+_POINTS = 1500
+_PAIRS_AT_A_TIME = 128
+_BINS = 40
+
+
+def figures(store: TensorStore, sizes: Mapping[str, int]) -> Figures:
+    """Look at a dataset whose structure and indices were checked.
+
+    Args:
+        store: the open dataset.
+        sizes: as ``integrity.check_structure`` returned them.
+    """
+    ids = spread(store["pair_cluster_id"])
+    counts = torch.bincount(ids.long(), minlength=sizes["clusters"])
+    rows = _random_rows(sizes["pairs"], _PAIRS)
+    tiers, positive = _negatives(store, rows, sizes["pairs"])
+    return Figures(
+        sizes={name: sizes[name] for name in sorted(sizes) if name not in {"D", "n_neg"}},
+        clusters=tuple(counts.tolist()),
+        clusters_rows=len(ids),
+        tiers=tiers,
+        positive=positive,
+        relevance=_of_scalars(store["pair_relevance"]),
+        distance=_of_scalars(store["centroid_distances"]),
+        projection=_projection(store, sizes["pairs"]),
+    )
+
+
+def spread(tensor: StoredTensor, at_most: int = _SCALARS, runs: int = _RUNS) -> torch.Tensor:
+    """All rows of a tensor, or ``at_most`` of them in runs of neighbours, spread evenly; an owned copy."""
+    if tensor.n_rows <= at_most:
+        return tensor[:].clone()
+    length = at_most // runs
+    starts = torch.linspace(0, tensor.n_rows - length, runs, dtype=torch.float64).long().tolist()
+    return torch.cat([tensor[start : start + length] for start in starts])
+
+
+def histogram(values: torch.Tensor, of: int, low: float | None = None, high: float | None = None) -> Histogram:
+    """Count the finite values; the edges are the smallest and the largest unless given."""
+    values = values.flatten().double()
+    values = values[values.isfinite()]
+    if not len(values):
+        return Histogram(low or 0.0, high if high is not None else 1.0, (0,) * _BINS, 0.0, 0, of)
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    if high <= low:  # all alike: one bar needs a width
+        low, high = low - 0.5, high + 0.5
+    counts = torch.histc(values.clamp(low, high), _BINS, low, high).long()
+    return Histogram(low, high, tuple(counts.tolist()), float(values.median()), len(values), of)
+
+
+def _of_scalars(tensor: StoredTensor) -> Histogram:
+    return histogram(spread(tensor), tensor.n_rows)
+
+
+def _random_rows(n: int, at_most: int) -> torch.Tensor:
+    """Rows in ascending order, the same ones each time."""
+    generator = torch.Generator().manual_seed(0)
+    if n <= 4 * at_most:
+        return torch.randperm(n, generator=generator)[:at_most].sort().values
+    return _distinct(torch.randint(n, (at_most,), generator=generator))
+
+
+def _distinct(values: torch.Tensor) -> torch.Tensor:
+    """Each value once, in ascending order."""
+    distinct: torch.Tensor = torch.unique(values)
+    return distinct
+
+
+def _negatives(store: TensorStore, rows: torch.Tensor, pairs: int) -> tuple[tuple[Tier, ...], Histogram]:
+    """Negatives by tier with their similarity to the positive, and the similarity of questions to it."""
+    similarities, tiers, positives = [], [], []
+    for start in range(0, len(rows), _PAIRS_AT_A_TIME):
+        part = rows[start : start + _PAIRS_AT_A_TIME]
+        index = store["pair_index"].take(part).long()
+        positive = _unit(store["source_embs"].take(index[:, 1]))
+        question = _unit(store["question_embs"].take(index[:, 0]))
+        chosen = store["hard_negatives"].take(part).long()
+        negative = _unit(store["source_embs"].take(chosen.flatten())).reshape(*chosen.shape, -1)
+        similarities.append(torch.einsum("nd,nkd->nk", positive, negative).flatten())
+        tiers.append(store["negative_tiers"].take(part).long().flatten())
+        positives.append((question * positive).sum(dim=1))
+    similarity, tier = torch.cat(similarities), torch.cat(tiers)
+    finite = similarity[similarity.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (-1.0, 1.0)
+    found = tuple(
+        Tier(
+            int(number),
+            float((tier == number).double().mean()),
+            histogram(similarity[tier == number], pairs * chosen.shape[1], low, high),
+        )
+        for number in _distinct(tier).tolist()
+    )
+    return found, histogram(torch.cat(positives), pairs)
+
+
+def _unit(values: torch.Tensor) -> torch.Tensor:
+    unit: torch.Tensor = torch.nn.functional.normalize(values.float(), dim=-1)
+    return unit
+
+
+def _projection(store: TensorStore, pairs: int) -> Projection | None:
+    rows = _random_rows(pairs, _POINTS)
+    sources = store["pair_index"].take(rows)[:, 1].long()
+    clusters = store["pair_cluster_id"].take(rows).long()
+    present = _distinct(clusters)
+    values = store["source_embs"].take(sources).float()
+    return project(values, clusters, store["centroid_embs"].take(present).float(), present, pairs)
+
+
+def project(
+    values: torch.Tensor, clusters: torch.Tensor, centroids: torch.Tensor, numbers: torch.Tensor, of: int
+) -> Projection | None:
+    """Principal components of embeddings; ``None`` where there are not two of them.
+
+    Args:
+        values: embeddings [n, D].
+        clusters: cluster of each [n].
+        centroids: embeddings of some clusters [k, D].
+        numbers: their numbers [k].
+        of: how many embeddings these were drawn from.
+    """
+    finite = values.isfinite().all(dim=1)
+    values, clusters = values[finite], clusters[finite]
+    if min(values.shape) < 2:
+        return None
+    known = centroids.isfinite().all(dim=1)
+    centroids, numbers = centroids[known], numbers[known]
+    mean = values.mean(dim=0)
+    centred = values - mean
+    total = float(centred.square().sum())
+    if not total > 0:
+        return None
+    with torch.random.fork_rng(devices=[]):  # the caller's stream of random numbers stays where it is
+        torch.manual_seed(0)
+        _, strength, axes = torch.pca_lowrank(centred, q=min(6, *values.shape), center=False)
+    axes = axes[:, :2]
+    # An axis has no direction of its own: let its largest component point up, so that pictures can be compared.
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
+    return Projection(
+        points=_points(centred @ axes, clusters),
+        centroids=_points((centroids - mean) @ axes, numbers),
+        explained=(float(strength[0] ** 2) / total, float(strength[1] ** 2) / total),
+        of=of,
+    )
+
+
+def _points(places: torch.Tensor, clusters: torch.Tensor) -> tuple[Point, ...]:
+    return tuple(
+        Point(round(x, 5), round(y, 5), cluster)
+        for (x, y), cluster in zip(places.tolist(), clusters.tolist(), strict=True)
+    )

@@ -1,0 +1,190 @@
+"""The values of a report. Plain numbers only, so that they can be drawn, saved as JSON, and tested."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jasper_store.bench.serving import LoaderRate
+from jasper_store.conversion.verify import VerifyReport
+
+__all__ = ["DatasetReport", "Figures", "Histogram", "Point", "Projection", "TensorRow", "Tier"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One tensor: what it is, where it would live, and how much of it is in memory now.
+
+    Attributes:
+        name: its name.
+        dtype: without ``torch.``.
+        shape: sizes.
+        nbytes: bytes of its values.
+        placement: where the planner would put it.
+        reads_per_sample: rows that a training sample reads, on average.
+        reason: why the planner put it there.
+        resident_nbytes: bytes in the page cache; ``None`` where the system cannot say.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    placement: str
+    reads_per_sample: float
+    reason: str
+    resident_nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts in bins of equal width.
+
+    Attributes:
+        low: left edge of the first bin.
+        high: right edge of the last one.
+        counts: values per bin.
+        median: of the values; 0 where there are none.
+        rows: values that were counted.
+        of: values that there are; more where a sample was looked at.
+    """
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    median: float
+    rows: int
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """Negatives of one tier.
+
+    Attributes:
+        tier: its number as stored.
+        share: of all negatives in the sample.
+        similarity: cosine of a negative with the positive of its pair.
+    """
+
+    tier: int
+    share: float
+    similarity: Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """An embedding in two dimensions, and its cluster."""
+
+    x: float
+    y: float
+    cluster: int
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Source embeddings in the plane that shows most of their variance.
+
+    Attributes:
+        points: one per sampled pair.
+        centroids: of the clusters that the points belong to, in the same plane.
+        explained: share of the variance along each of the two axes.
+        of: pairs that there are.
+    """
+
+    points: tuple[Point, ...]
+    centroids: tuple[Point, ...]
+    explained: tuple[float, float]
+    of: int
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the values look like.
+
+    Attributes:
+        sizes: pairs, questions, sources, keywords, clusters, and samples per split.
+        clusters: pairs per cluster, by cluster number, among ``clusters_rows`` pairs.
+        clusters_rows: pairs that were counted.
+        tiers: negatives by tier.
+        positive: cosine of a question with its positive, for comparison.
+        relevance: of pairs.
+        distance: of questions to their centroid.
+        projection: a picture of the embeddings; ``None`` where there is no plane (one dimension, one pair).
+    """
+
+    sizes: dict[str, int]
+    clusters: tuple[int, ...]
+    clusters_rows: int
+    tiers: tuple[Tier, ...]
+    positive: Histogram
+    relevance: Histogram
+    distance: Histogram
+    projection: Projection | None
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetReport:
+    """Everything that a report shows.
+
+    Attributes:
+        path: the dataset.
+        name: what it calls itself, or the directory's name.
+        created: when it was built, as it says; ``""`` where it does not.
+        format: storage format.
+        dim: embedding dimension.
+        n_neg: negatives per pair.
+        files: number of files that hold the tensors.
+        tensors: one row each, as they lie.
+        budget: what bounds preloading, in words.
+        curriculum: probabilities of the steering variants by epoch, until they change no more.
+        figures: what the values look like; ``None`` where they contradict each other.
+        why_no_figures: in that case, how.
+        speed: samples per second of the loader.
+        why_no_speed: why there is none.
+        verification: findings of ``js.verify``; ``None`` where it was not asked for.
+        made_at: when the report was made, in UTC.
+        machine: what it was made on.
+    """
+
+    path: Path
+    name: str
+    created: str
+    format: str
+    dim: int
+    n_neg: int
+    files: int
+    tensors: tuple[TensorRow, ...]
+    budget: str
+    curriculum: tuple[tuple[float, ...], ...]
+    figures: Figures | None
+    why_no_figures: str
+    speed: tuple[LoaderRate, ...]
+    why_no_speed: str
+    verification: VerifyReport | None
+    made_at: str
+    machine: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(row.nbytes for row in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        found = {key: getattr(self, key) for key in ("name", "created", "format", "dim", "n_neg", "files", "budget")}
+        return {
+            "path": str(self.path),
+            **found,
+            "nbytes": self.nbytes,
+            "tensors": [asdict(row) for row in self.tensors],
+            "curriculum": [list(stage) for stage in self.curriculum],
+            "figures": None if self.figures is None else asdict(self.figures),
+            "why_no_figures": self.why_no_figures,
+            "speed": [asdict(rate) for rate in self.speed],
+            "why_no_speed": self.why_no_speed,
+            "verification": None if self.verification is None else self.verification.to_dict(),
+            "made_at": self.made_at,
+            "machine": self.machine,
+        }

@@ -1,0 +1,135 @@
+"""Rows of mapped tensors read ahead past the page cache, into memory of their own.
+
+A block order names the rows of a window beforehand, and they lie in runs. Through the page cache such a run costs far
+more processor time than disk time: each page is allocated, announced, mapped by a fault and let go again, 5 us a page
+where two cores also gather. Here runs are read directly (O_DIRECT), many at a time, without the interpreter; the rows
+that are wanted are gathered out of them, and the rest is forgotten: memory for the rows alone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+from jasper_store.errors import CorruptFileError
+from jasper_store.native.gather import Source, kernel
+from jasper_store.native.reads import IN_MEMORY, RowReader, RowsOf, UnreadableError
+from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.resident import empty_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jasper_store.store.tensors import StoredTensor
+
+__all__ = ["DirectRowReader", "direct_readers_for"]
+
+_ANYWHERE: Final = 2**63 - 1
+
+
+def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[DirectRowReader]:
+    """Staging for tensors of one row shape and dtype, of which some are mapped and the others in memory.
+
+    Returns:
+        ``count`` of them; none where nothing is mapped, rows are no runs of bytes as they are handed
+        out, the kernel was not built, or the file system does not read directly.
+    """
+    kinds = {(tensor.dtype, tensor.row_shape) for tensor in tensors}
+    if kernel() is None or not hasattr(os, "O_DIRECT") or len(kinds) != 1:
+        return []
+    mapped = [isinstance(tensor, MappedTensor) and tensor.stageable for tensor in tensors]
+    if not any(mapped) or not all(m or t.in_memory for m, t in zip(mapped, tensors, strict=True)):
+        return []
+    made: list[DirectRowReader] = []
+    try:
+        made.extend(DirectRowReader(tensors) for _ in range(count))
+    except OSError:
+        for staging in made:
+            staging.close()
+        return []
+    return made
+
+
+class DirectRowReader:
+    """Reads rows of several tensors of one row shape and dtype, as their files have them, while other work goes on.
+
+    For one thread at a time.
+
+    Args:
+        tensors: whose rows; see :func:`direct_readers_for`. Those in memory need not be read.
+
+    Attributes:
+        anywhere: memory as a source: rows are named by their address.
+
+    Raises:
+        OSError: a file cannot be opened directly.
+    """
+
+    def __init__(self, tensors: Sequence[StoredTensor]) -> None:
+        self.tensors = tuple(tensors)
+        first = tensors[0]
+        self.row_shape, self.dtype, self._row_nbytes = tuple(first.row_shape), first.dtype, first.row_nbytes
+        self._zeros = self._memory = torch.zeros(self.row_shape, dtype=self.dtype, device="cpu")
+        self.anywhere = Source(self._zeros, self.row_shape, self._row_nbytes, (0, _ANYWHERE, self._row_nbytes, 1))
+        with ExitStack() as undo:
+            places = []
+            for tensor in tensors:
+                if isinstance(tensor, MappedTensor):
+                    file = os.open(tensor.path, os.O_RDONLY | os.O_DIRECT)
+                    undo.callback(os.close, file)
+                    offset, span = tensor.byte_range
+                    places.append(RowsOf(file, offset, tensor.row_stride, tensor.n_rows, offset + span))
+                else:
+                    assert tensor.in_memory is not None
+                    address, n_rows, _, stride = tensor.in_memory.numbers
+                    places.append(RowsOf(IN_MEMORY, address, stride, n_rows))
+            # By tensor number, the last for -1.
+            self._from_files = np.array([place.file != IN_MEMORY for place in places] + [False])
+            self._reader = RowReader(places, self._row_nbytes)
+            undo.callback(self._reader.close)
+            self._open = undo.pop_all()
+
+    def begin(self, which: np.ndarray, rows: np.ndarray) -> None:
+        """Begin to have rows in memory; :meth:`finish` it before the next.
+
+        Args:
+            which: tensor number of each, [n]; -1 is a row of zeros.
+            rows: row of each, int64 [n]; none twice of one tensor.
+        """
+        count = int(np.count_nonzero(self._from_files[which]))
+        self._memory = empty_rows((count, *self.row_shape), self.dtype, count * self._row_nbytes)
+        self._reader.begin(which, rows, self._zeros.data_ptr(), self._memory.data_ptr())
+
+    def finish(self) -> tuple[np.ndarray, torch.Tensor]:
+        """Wait for what was begun.
+
+        Returns:
+            The address of each row, int64 [n], and the memory that has to be kept as long as it is used.
+
+        Raises:
+            CorruptFileError: a file cannot be read to the end of a row.
+        """
+        memory, self._memory = self._memory, self._zeros
+        try:
+            return self._reader.finish(), memory
+        except UnreadableError as exc:
+            tensor = self.tensors[exc.tensor]
+            msg = f"{tensor.path}: rows of {tensor.name} could not be read; was the file cut, or is the disk faulty?"
+            raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
+
+    def close(self) -> None:
+        """Let go of the files, when what was begun is over; may be called twice."""
+        self._open.close()
+
+    # Of the class: at the interpreter's end this module's names are gone.
+    _ending = staticmethod(sys.is_finalizing)
+
+    def __del__(self) -> None:
+        # Without the attribute the constructor failed, and has closed what it had opened.
+        if hasattr(self, "_open") and not self._ending():
+            self.close()

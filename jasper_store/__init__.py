@@ -24,9 +24,13 @@ if TYPE_CHECKING:
     from jasper_store.conversion.verify import VerifyReport
     from jasper_store.jasper.api import DatasetWriter, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
+    from jasper_store.jasper.loader import create_loader
     from jasper_store.loading.device import to_device
-    from jasper_store.loading.loader import create_loader, set_epoch, validate_first_batch
+    from jasper_store.loading.epochs import set_epoch
+    from jasper_store.loading.first_batch import validate_first_batch
     from jasper_store.memory.report import MemoryReport, memory_report
+    from jasper_store.samples.dataset import Dataset
+    from jasper_store.samples.declaration import Choice, Variant
     from jasper_store.store.placement import Plan
     from jasper_store.store.store import TensorStore
     from jasper_store.store.tensors import StoredTensor
@@ -35,13 +39,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Choice",
     "ConversionReport",
+    "Dataset",
     "DatasetWriter",
     "JASPERSteeringDataset",
     "MemoryReport",
     "Plan",
     "StoredTensor",
     "TensorStore",
+    "Variant",
     "VerifyReport",
     "WarmupReport",
     "convert",
@@ -60,6 +67,9 @@ __all__ = [
 # Where the names above live. Each is imported when it is first used: a program that asks for one pays for that one,
 # and a program that only looks at the version pays for nothing. Type checkers see the imports at the top.
 _HOMES = {
+    "Choice": "samples.declaration",
+    "Dataset": "samples.dataset",
+    "Variant": "samples.declaration",
     "ConversionReport": "conversion.report",
     "DatasetWriter": "jasper.api",
     "JASPERSteeringDataset": "jasper.dataset",
@@ -70,13 +80,13 @@ _HOMES = {
     "VerifyReport": "conversion.verify",
     "WarmupReport": "store.warmup",
     "convert": "jasper.api",
-    "create_loader": "loading.loader",
+    "create_loader": "jasper.loader",
     "memory_report": "memory.report",
     "open": "jasper.api",
     "plan": "jasper.api",
-    "set_epoch": "loading.loader",
+    "set_epoch": "loading.epochs",
     "to_device": "loading.device",
-    "validate_first_batch": "loading.loader",
+    "validate_first_batch": "loading.first_batch",
     "verify": "jasper.api",
     "warm_up": "jasper.api",
 }

@@ -7,8 +7,9 @@
         ├── DatasetNotFoundError        also ValueError and FileNotFoundError
         ├── CorruptFileError            also ValueError; a file that cannot be trusted or understood
         ├── IntegrityError              also ValueError; files that are sound but contradict each other
-        ├── IncompatibleOptionsError    also ValueError; options that cannot hold together
-        │   └── UnknownNameError        also ValueError; a name that is not among the known ones
+        ├── IncompatibleOptionsError    also ValueError; options that are incompatible
+        │   ├── UnknownNameError        also ValueError; a name that is not among the known ones
+        │   └── DeclarationError        also ValueError; a declaration of samples that makes no sense
         ├── BatchError                  also AssertionError and ValueError; a batch that failed a check
         ├── ClosedError                 also ValueError; use after close()
         ├── ConversionError             also OSError; a conversion that could not be finished
@@ -38,6 +39,7 @@ __all__ = [
     "ConversionError",
     "CorruptFileError",
     "DatasetNotFoundError",
+    "DeclarationError",
     "IncompatibleOptionsError",
     "InsufficientMemoryError",
     "IntegrityError",
@@ -87,11 +89,15 @@ class IntegrityError(JasperStoreError, ValueError):
 
 
 class IncompatibleOptionsError(JasperStoreError, ValueError):
-    """Options that cannot hold together, refused before any data is touched."""
+    """Options that are incompatible, refused before any data is touched."""
 
 
 class UnknownNameError(IncompatibleOptionsError):
     """A format, split, tensor, steering variant or other name that is not among the known ones."""
+
+
+class DeclarationError(IncompatibleOptionsError):
+    """A declaration of samples that cannot be parsed, or that does not fit the tensors it names."""
 
 
 class BatchError(JasperStoreError, AssertionError, ValueError):

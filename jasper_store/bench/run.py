@@ -16,8 +16,7 @@ from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.formats.base import Extent, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.api import open as open_dataset, plan
-from jasper_store.jasper.config import CONFIG_NAME
-from jasper_store.jasper.schema import SCHEMA, SPLITS, Split, split_tensor
+from jasper_store.jasper.recognise import Known, known_at
 from jasper_store.memory.budget import measure
 from jasper_store.store.placement import Plan
 
@@ -133,7 +132,8 @@ class _Run:
     def __init__(self, path: Path, storage_format: str, seconds: float, step: Step, *, cold: bool) -> None:
         self.path, self.seconds, self.step = path, seconds, step
         with quietly():
-            located = locate(path, storage_format, SCHEMA)
+            self.known: Known = known_at(path)
+            located = locate(path, storage_format, self.known.schema)
         self.format = located.format
         self.specs: tuple[TensorSpec, ...] = located.specs
         self.files = sorted({spec.path for spec in located.specs})
@@ -219,12 +219,12 @@ class _Run:
 
     def loader(self, batch_sizes: tuple[int, ...]) -> None:
         """Batches of the training split, or of the first split there is, by placement and batch size."""
-        split = self._split()
-        if split is None:
-            self.report.notes.append(
-                f"loader: not measured, the directory is no JASPER dataset ({CONFIG_NAME}, splits)"
-            )
+        declaration = self.known.declaration
+        if declaration is None:
+            self.report.notes.append("loader: not measured, nothing is declared of samples (config.json, 'samples')")
             return
+        names = {spec.name for spec in self.specs}
+        split = next((split for split, name in declaration.splits.items() if name in names), None)
         ways: list[tuple[bool | None, bool]] = [(True, False)]
         if self.cold:
             ways.insert(0, (True, True))
@@ -251,12 +251,6 @@ class _Run:
                         cold=cold,
                     )
                 )
-
-    def _split(self) -> Split | None:
-        if not (self.path / CONFIG_NAME).is_file():
-            return None
-        names = {spec.name for spec in self.specs}
-        return next((split for split in SPLITS if split_tensor(split) in names), None)
 
     def _plan(self) -> Plan:
         with quietly():

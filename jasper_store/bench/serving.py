@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from jasper_store.errors import JasperStoreWarning
-from jasper_store.jasper.schema import Split
-from jasper_store.loading.loader import JasperLoader, create_loader
+from jasper_store.jasper.loader import create_loader
+from jasper_store.loading.loader import Loader
 from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["LoaderRate", "loader_rate", "quietly", "row_rate"]
@@ -56,7 +56,7 @@ def loader_rate(
     path: Path,
     batch_size: int,
     *,
-    split: Split = "train",
+    split: str | None = "train",
     storage_format: str = "auto",
     use_mmap: bool | None = None,
     seconds: float = 0.5,
@@ -67,9 +67,9 @@ def loader_rate(
     Args:
         path: dataset directory.
         batch_size: samples per batch.
-        split: split to serve.
+        split: split to serve; ``None`` for a dataset without.
         storage_format: format to read.
-        use_mmap: as :func:`~jasper_store.loading.loader.create_loader`.
+        use_mmap: as :func:`~jasper_store.jasper.loader.create_loader`.
         seconds: about how long to measure; at least one batch is served.
         cold: measure the first pass. Otherwise the same batches are served once before, so that it is the page
             cache that serves them, also where the dataset as a whole does not fit there.
@@ -90,7 +90,7 @@ def loader_rate(
     return LoaderRate(placement, "cold" if cold else "warm", batch_size, best, batches, opened)
 
 
-def _serve(loader: JasperLoader, seconds: float, limit: int | None, windows: int = 1) -> tuple[int, float]:
+def _serve(loader: Loader, seconds: float, limit: int | None, windows: int = 1) -> tuple[int, float]:
     """Batches served, and samples per second.
 
     Args:
@@ -105,12 +105,18 @@ def _serve(loader: JasperLoader, seconds: float, limit: int | None, windows: int
     while True:
         for served, batch in enumerate(loader, 1):
             batches += 1
-            if window.add(len(batch["question_emb"])) - began >= seconds:
+            if window.add(_samples_in(batch)) - began >= seconds:
                 return batches, window.best()
             if served == limit:
                 break
         if limit is None:  # one whole epoch is all there is to see
             return batches, window.best()
+
+
+def _samples_in(batch: Mapping[str, torch.Tensor]) -> int:
+    """Samples in a batch; offsets of a ragged field have one entry more."""
+    key, value = next((key, value) for key, value in batch.items() if not key.endswith(".values"))
+    return len(value) - key.endswith(".offsets")
 
 
 class _Window:

@@ -13,10 +13,11 @@ from jasper_store.cli.known import manifest_says
 from jasper_store.cli.options import Directory, FormatOption, Json
 from jasper_store.formats.base import Chunked, Extent, TensorSpec
 from jasper_store.formats.registry import Located, locate
-from jasper_store.jasper.config import CONFIG_NAME, read_config
-from jasper_store.jasper.schema import SCHEMA
+from jasper_store.jasper.config import read_config
+from jasper_store.jasper.recognise import is_jasper, known_at
 from jasper_store.memory.budget import format_bytes
 from jasper_store.paging.residency import cached_bytes
+from jasper_store.samples.opened import CONFIG_NAME, load_config
 
 __all__ = ["inspect"]
 
@@ -58,7 +59,7 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
       jasper-store inspect data/
       jasper-store inspect data/dataset.h5 --json | jq '.tensors[].name'
     """
-    located = locate(path, storage_format, SCHEMA)
+    located = locate(path, storage_format, known_at(path).schema)
     rows = [_Row(spec, _resident(spec)) for spec in located.specs]
     facts = _facts(path)
     warnings = [*located.warnings, *manifest_says(path, located)]
@@ -93,6 +94,8 @@ def _facts(path: Path) -> dict[str, Any]:
     """What the dataset says of itself; nothing for a directory that is no JASPER dataset."""
     if not (path / CONFIG_NAME).is_file():
         return {}
+    if not is_jasper(path):
+        return dict(load_config(path / CONFIG_NAME))
     config = read_config(path)
     return {
         **config.values,

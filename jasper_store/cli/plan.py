@@ -9,7 +9,7 @@ from jasper_store.cli.console import print_json, results, table
 from jasper_store.cli.known import manifest_says
 from jasper_store.cli.options import Device, Directory, FormatOption, Json, MemoryLimit, Mmap
 from jasper_store.formats.registry import locate
-from jasper_store.jasper.schema import SCHEMA
+from jasper_store.jasper.recognise import known_at
 from jasper_store.memory.budget import format_bytes
 from jasper_store.store.placement import Plan
 
@@ -33,7 +33,7 @@ def plan(
       jasper-store plan data/ --device cuda
     """
     made = js.plan(path, format=storage_format, device=device, use_mmap=mmap, memory_limit=memory_limit)
-    warnings = manifest_says(path, locate(path, storage_format, SCHEMA))
+    warnings = manifest_says(path, locate(path, storage_format, known_at(path).schema))
     if json:
         print_json({**made.to_dict(), "manifest": warnings})
         return

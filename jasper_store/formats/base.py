@@ -151,6 +151,7 @@ class Schema:
 
     Attributes:
         required: names that a complete dataset holds (ragged tensors by their base name).
+        optional: names that belong to it too, and that it may lack.
         hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
@@ -162,6 +163,7 @@ class Schema:
     hdf5_aliases: Mapping[str, str] = field(default_factory=dict)
     reads_per_sample: Mapping[str, float] = field(default_factory=dict)
     stacks: tuple[tuple[str, ...], ...] = ()
+    optional: frozenset[str] = frozenset()
 
     def hdf5_path(self, name: str) -> str:
         """HDF5 path of a tensor; of ``X.values`` and ``X.offsets``, the ragged group's path and the part."""

@@ -113,17 +113,18 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     files = _files(root)
     order = AUTO_ORDER if asked is None else (asked,)
     scans: dict[FormatName, _Scan] = {}
+    known = schema.required | schema.optional
     for name in order:
         if files[name]:
             scans[name] = _scan(FORMATS[name], files[name], schema)
             # The rest need not be opened (and h5py not be imported) once one format is known to be complete.
-            if schema.required and schema.required <= scans[name].names():
+            if schema.required and known <= scans[name].names():
                 break
     if not any(scan.names() for scan in scans.values()):
         raise DatasetNotFoundError(_nothing(root, asked), path=root)
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
-        wanted &= schema.required
+        wanted &= known
     chosen = max(scans, key=lambda name: len(wanted & scans[name].names()))
     specs, notes = _gather(root, chosen, scans, wanted, schema)
     return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])))

@@ -17,11 +17,11 @@ from jasper_store.conversion import converter, writer
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, verify_files
 from jasper_store.errors import JasperStoreError, JasperStoreWarning
-from jasper_store.formats.base import Schema
 from jasper_store.jasper.audit import relations, visitor
-from jasper_store.jasper.config import CONFIG_NAME, read_config
+from jasper_store.jasper.config import read_config
 from jasper_store.jasper.integrity import check_structure
-from jasper_store.jasper.schema import SCHEMA, SPLITS, TENSORS, schema_for, split_tensor
+from jasper_store.jasper.recognise import is_jasper, known_at
+from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore, open_store, plan_store
 from jasper_store.store.warmup import WarmupReport, warm
@@ -34,7 +34,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
     format: str = "auto",  # noqa: A002 (the word that users pass)
     use_mmap: bool | None = None,
     device: torch.device | str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     *,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
@@ -57,7 +57,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
         A :class:`~jasper_store.store.store.TensorStore`, a mapping of names to tensors.
 
     Raises:
-        IncompatibleOptionsError: options that cannot hold together; before anything is touched.
+        IncompatibleOptionsError: options that are incompatible; before anything is touched.
         DatasetNotFoundError: no such path, or no tensors there.
         CorruptFileError: a file is damaged, or not the one that the manifest vouches for.
         InsufficientMemoryError: what must be preloaded does not fit; nothing was loaded.
@@ -66,15 +66,17 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
         >>> with js.open("data/wordnet") as store:                      # doctest: +SKIP
         ...     rows = store["source_embs"].take([5, 3, 5])
     """
+    known = known_at(Path(path))
     return open_store(
         path,
         format=format,
         use_mmap=use_mmap,
         device=device,
         memory_limit=memory_limit,
-        schema=schema_at(Path(path)),
+        schema=known.schema,
         dtype=dtype,
         progress=progress,
+        describe=known.describe,
     )
 
 
@@ -82,7 +84,7 @@ def plan(
     path: str | PathLike[str],
     device: torch.device | str | None = None,
     use_mmap: bool | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     *,
     format: str = "auto",  # noqa: A002
     dtype: torch.dtype | None = None,
@@ -91,14 +93,16 @@ def plan(
 
     Args and errors are those of :func:`open`.
     """
+    known = known_at(Path(path))
     return plan_store(
         path,
         format=format,
         use_mmap=use_mmap,
         device=device,
         memory_limit=memory_limit,
-        schema=schema_at(Path(path)),
+        schema=known.schema,
         dtype=dtype,
+        describe=known.describe,
     )
 
 
@@ -174,7 +178,7 @@ def convert(
         progress=progress,
         tensors=tensors,
         source_format=source_format,
-        schema=schema_at(Path(src)),
+        schema=known_at(Path(src)).schema,
     )
 
 
@@ -196,8 +200,8 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
         DatasetNotFoundError: nothing there.
     """
     path = Path(path)
-    jasper = _is_jasper(path)
-    report = verify_files(path, schema=schema_at(path), visitor=visitor if jasper else None, progress=progress)
+    jasper = is_jasper(path)
+    report = verify_files(path, schema=known_at(path).schema, visitor=visitor if jasper else None, progress=progress)
     if jasper:
         known = {found.message for found in report.errors}  # a file that cannot be read is one finding, not two
         report.add([found for found in _meaning(path) if found.message not in known])
@@ -210,7 +214,7 @@ def _meaning(path: Path) -> list[Finding]:
         config = read_config(path)
         with _quietly_opened(path) as store:
             there = [split for split in SPLITS if split_tensor(split) in store]
-            sizes = check_structure(store, config, there)
+            sizes = check_structure(store, config, there, path)
             found = list(relations(store, sizes))
             found += [
                 Finding("warning", split_tensor(split), "missing split", f"there is no {split} split", None)
@@ -228,7 +232,7 @@ def _quietly_opened(path: Path) -> TensorStore:
     """A store that loads nothing, for looking at it; what a trainer would be warned of does not matter here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
-        return open_store(path, use_mmap=True, schema=schema_at(path))
+        return open_store(path, use_mmap=True, schema=known_at(path).schema)
 
 
 class DatasetWriter(writer.DatasetWriter):
@@ -264,30 +268,3 @@ class DatasetWriter(writer.DatasetWriter):
         super().__init__(
             path, format=format, compression=compression, config=config, overwrite=overwrite, schema=SCHEMA
         )
-
-
-def _is_jasper(path: Path) -> bool:
-    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files."""
-    if not path.is_dir():
-        return False
-    try:
-        read_config(path)
-    except JasperStoreError:
-        stems = {entry.name.split(".")[0] for entry in path.iterdir()}
-        return bool(stems & TENSORS.keys()) or ((path / "dataset.h5").is_file() and (path / CONFIG_NAME).is_file())
-    return True
-
-
-def schema_at(path: Path) -> Schema:
-    """What is known of the tensors at a path: nothing, unless it is a JASPER dataset or an HDF5 file with its paths."""
-    if not path.is_dir():
-        return Schema(hdf5_paths=SCHEMA.hdf5_paths, hdf5_aliases=SCHEMA.hdf5_aliases)
-    if not _is_jasper(path):
-        return Schema()
-    try:
-        config = read_config(path)
-    except JasperStoreError:
-        # Tensors can be looked at without their configuration; the dataset itself insists on it.
-        return SCHEMA
-    _, centroid, keyword, residual = config.curriculum.typical()
-    return schema_for(config.n_neg, (centroid, keyword, residual))

@@ -14,10 +14,12 @@ import torch
 
 from jasper_store.conversion.verify import Finding, Visitor
 from jasper_store.errors import IntegrityError
-from jasper_store.jasper.integrity import check_bounds, index_rules
-from jasper_store.jasper.schema import SPLITS, TENSORS, split_tensor
+from jasper_store.jasper.integrity import unread_bounds
+from jasper_store.jasper.schema import NOUNS, SPLITS, TENSORS, declaration_for, split_tensor
+from jasper_store.jasper.steering import default_curriculum
+from jasper_store.samples.graph import build_graph
+from jasper_store.samples.integrity import check_bound
 from jasper_store.store.store import TensorStore
-from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["relations", "visitor"]
 
@@ -133,18 +135,13 @@ def relations(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]
 
 def _bounds(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
     splits = [split for split in SPLITS if split in sizes]
-    for stored, column, symbol in index_rules(splits):
-        problem = _bound_problem(store[stored], column, symbol, sizes[symbol])
-        if problem:
-            yield Finding("error", stored.removesuffix(".values"), "index bounds", problem, None)
-
-
-def _bound_problem(tensor: StoredTensor, column: int | None, symbol: str, bound: int) -> str:
-    try:
-        check_bounds(tensor, column, symbol, bound)
-    except IntegrityError as exc:
-        return str(exc)
-    return ""
+    declaration = declaration_for(default_curriculum())
+    bounds = [bound for split in splits for bound in build_graph(declaration, store, split).bounds]
+    for bound in {str(bound): bound for bound in reversed([*bounds, *unread_bounds(store)])}.values():
+        try:
+            check_bound(store[bound.tensor], bound, NOUNS)
+        except IntegrityError as exc:
+            yield Finding("error", exc.tensor or bound.tensor, "index bounds", str(exc), None)
 
 
 def _negatives(store: TensorStore) -> Iterator[Finding]:

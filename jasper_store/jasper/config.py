@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IntegrityError
+from jasper_store.errors import DatasetNotFoundError, IntegrityError
 from jasper_store.jasper.schema import SPLITS
 from jasper_store.jasper.steering import Curriculum, parse_curriculum
+from jasper_store.samples.opened import CONFIG_NAME, load_config
 
 __all__ = ["CONFIG_NAME", "Config", "read_config"]
-
-CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +57,7 @@ def read_config(directory: Path) -> Config:
             f" the directory holds {found}.",
             path=path,
         )
-    return _parse(_load(path), path)
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise CorruptFileError(f"{path} is not valid JSON ({exc}); restore it or write it anew", path=path) from exc
-    if not isinstance(values, Mapping):
-        raise CorruptFileError(f"{path} should hold a JSON object, found {type(values).__name__}", path=path)
-    return values
+    return _parse(load_config(path), path)
 
 
 def _parse(values: Mapping[str, Any], path: Path) -> Config:

@@ -1,12 +1,13 @@
-"""What has to hold before a dataset may be served: tensors, shapes, dtypes, and every index within its bound.
+"""What has to hold of the headers of a JASPER dataset: tensors, shapes and dtypes that agree with each other.
 
-The checks read the index tensors once, in blocks, so they need no memory for large data. Values of embeddings are
-not read here; that is :mod:`jasper_store.jasper.audit`.
+Reads no data. Which values have to be rows of what follows from the declaration (:mod:`jasper_store.samples.graph`),
+but for the tensors that no sample reads: :func:`unread_bounds`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -14,20 +15,11 @@ import torch
 from jasper_store.errors import DatasetNotFoundError, IntegrityError
 from jasper_store.jasper.config import Config
 from jasper_store.jasper.schema import PAIR_KEYWORDS, SPLITS, TENSORS, Split, TensorRule, split_tensor
-from jasper_store.store.store import TensorStore
-from jasper_store.store.tensors import StoredTensor
+from jasper_store.samples.graph import Bound
 
-__all__ = ["check_bounds", "check_indices", "check_structure", "index_rules"]
+__all__ = ["check_structure", "unread_bounds"]
 
-_SINGULAR = {
-    "questions": "question",
-    "sources": "source",
-    "keywords": "keyword",
-    "clusters": "cluster",
-    "pairs": "pair",
-}
 _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
-_BLOCK_ROWS = 1 << 20
 
 
 class _Described(Protocol):
@@ -37,60 +29,87 @@ class _Described(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
-def check_structure(store: TensorStore, config: Config, splits: Iterable[Split] = SPLITS) -> Mapping[str, int]:
+def check_structure(
+    tensors: Mapping[str, _Described], config: Config, splits: Iterable[Split], where: Path
+) -> Mapping[str, int]:
     """Check that every tensor is there and that shapes and dtypes agree with each other and the configuration.
 
-    Reads no data. Splits that are not asked for may be missing.
+    Splits that are not asked for, and tensors that no sample reads, may be missing.
+
+    Args:
+        tensors: what the headers say, by stored name; or an open store.
+        config: the configuration.
+        splits: the splits that will be served.
+        where: the dataset's directory, for errors.
 
     Returns:
         Sizes by symbol: ``"pairs"``, ``"questions"``, ``"sources"``, ``"keywords"``, ``"clusters"``, and each split.
 
     Raises:
-        DatasetNotFoundError: a tensor is missing.
+        DatasetNotFoundError: tensors are missing; the message names all of them.
         IntegrityError: a shape or dtype is wrong; the message names the tensor, what it is and what it should be.
     """
     wanted = set(splits)
+    lists = {split_tensor(split) for split in SPLITS if split not in wanted}
+    there = [name for name in TENSORS if _is_there(tensors, name)]
+    _require_all([name for name in TENSORS if name not in there and name not in lists], tensors, where)
     sizes: dict[str, int] = {"D": config.embedding_dim, "n_neg": config.n_neg}
     origin = {"D": "embedding_dim in the configuration", "n_neg": "n_neg in the configuration"}
     # The tensor that defines a count comes before those that must agree with it.
-    for name in sorted(TENSORS, key=lambda name: name != "pair_index"):
-        if name in _optional_splits(wanted) and name not in store:
-            continue
+    for name in sorted(there, key=lambda name: name != "pair_index"):
         rule = TENSORS[name]
         if name == PAIR_KEYWORDS:
-            _match_shape(name, (_ragged_rows(store),), rule, sizes, origin)
+            _match_shape(name, (_ragged_rows(tensors),), rule, sizes, origin)
             continue
-        tensor = _present(store, name)
-        _match_dtype(name, tensor, rule)
-        _match_shape(name, tensor.shape, rule, sizes, origin)
+        _match_dtype(name, tensors[name], rule)
+        _match_shape(name, tensors[name].shape, rule, sizes, origin)
     _match_config(sizes, config, wanted)
     return sizes
 
 
-def _optional_splits(wanted: set[Split]) -> set[str]:
-    return {split_tensor(split) for split in SPLITS if split not in wanted}
+def unread_bounds(tensors: Mapping[str, _Described]) -> Iterator[Bound]:
+    """Which values are rows of what, of tensors that no sample reads or no sample follows."""
+    for name, rule in TENSORS.items():
+        stored = f"{name}.values" if name == PAIR_KEYWORDS else name
+        if rule.refers_to is not None and stored in tensors and rule.refers_to in tensors:
+            yield Bound(stored, None, rule.refers_to, tensors[rule.refers_to].shape[0])
 
 
-def _present(store: TensorStore, name: str) -> _Described:
-    if name in store:
-        return store[name]
+def _is_there(tensors: Mapping[str, _Described], name: str) -> bool:
+    return name in tensors or (name == PAIR_KEYWORDS and f"{name}.offsets" in tensors and f"{name}.values" in tensors)
+
+
+def _require_all(missing: list[str], tensors: Mapping[str, _Described], where: Path) -> None:
+    missing = [name for name in missing if not TENSORS[name].optional]
+    if not missing:
+        return
     hint = ""
-    if name.endswith("_idx"):
-        there = [split for split in SPLITS if split_tensor(split) in store]
-        hint = f" Splits found: {', '.join(there) or 'none'}."
+    if any(name.endswith("_idx") for name in missing):
+        splits = [split for split in SPLITS if split_tensor(split) in tensors]
+        hint = f" Splits found: {', '.join(splits) or 'none'}."
+    several = len(missing) > 1
     raise DatasetNotFoundError(
-        f"{name} is missing: no such tensor in {store.path} ({store.format} format).{hint}"
-        f" Write it, convert it (jasper-store convert), or open another format of this dataset.",
-        path=store.path,
-        tensor=name,
+        f"{', '.join(missing)} {'are' if several else 'is'} missing: no such tensor{'s' if several else ''} in {where}.{hint}"
+        f" Write {'them' if several else 'it'}, convert the dataset (jasper-store convert), or open another format of it.",
+        path=where,
+        tensor=missing[0],
     )
 
 
-def _ragged_rows(store: TensorStore) -> int:
-    for part in ("values", "offsets"):
-        if f"{PAIR_KEYWORDS}.{part}" not in store:
-            _present(store, PAIR_KEYWORDS)
-    return len(store.ragged(PAIR_KEYWORDS))
+def _ragged_rows(tensors: Mapping[str, _Described]) -> int:
+    name = PAIR_KEYWORDS
+    if name in tensors:
+        raise IntegrityError(
+            f"{name} should be ragged, a list of keyword rows for each pair, found one tensor", tensor=name
+        )
+    offsets, values = tensors[f"{name}.offsets"], tensors[f"{name}.values"]
+    if len(offsets.shape) != 1 or len(values.shape) != 1 or offsets.shape[0] < 1:
+        raise IntegrityError(
+            f"{name}: expected values [n] and offsets [pairs + 1], found {list(values.shape)} and {list(offsets.shape)};"
+            " convert the dataset again",
+            tensor=name,
+        )
+    return offsets.shape[0] - 1
 
 
 def _match_dtype(name: str, tensor: _Described, rule: TensorRule) -> None:
@@ -119,7 +138,7 @@ def _match_shape(
 
 
 def _match_config(sizes: Mapping[str, int], config: Config, wanted: set[Split]) -> None:
-    if config.n_clusters is not None and sizes["clusters"] != config.n_clusters:
+    if config.n_clusters is not None and sizes.get("clusters", config.n_clusters) != config.n_clusters:
         raise IntegrityError(
             f"centroid_embs has {sizes['clusters']} entries, expected {config.n_clusters} as n_clusters in the"
             " configuration says; correct whichever is wrong",
@@ -133,62 +152,3 @@ def _match_config(sizes: Mapping[str, int], config: Config, wanted: set[Split]) 
                 " configuration says; correct whichever is wrong",
                 tensor=split_tensor(split),
             )
-
-
-def index_rules(splits: Iterable[Split]) -> list[tuple[str, int | None, str]]:
-    """Which values are rows of what: (stored tensor, column or None for all, symbol of the bound)."""
-    rules: list[tuple[str, int | None, str]] = [("pair_index", 0, "questions"), ("pair_index", 1, "sources")]
-    wanted = {split_tensor(split) for split in splits}
-    for name, rule in TENSORS.items():
-        if rule.refers_to is None or (name.endswith("_idx") and name not in wanted):
-            continue
-        stored = f"{name}.values" if name == PAIR_KEYWORDS else name
-        rules.append((stored, None, rule.refers_to))
-    return rules
-
-
-def check_indices(store: TensorStore, sizes: Mapping[str, int], splits: Iterable[Split] = SPLITS) -> None:
-    """Check that every index lies within [0, n), negative ones included; streamed in blocks.
-
-    Args:
-        store: an open store.
-        sizes: as :func:`check_structure` returned them.
-        splits: splits whose index tensors are checked.
-
-    Raises:
-        IntegrityError: the message names tensor, position, value and bound.
-    """
-    for stored, column, symbol in index_rules(splits):
-        check_bounds(store[stored], column, symbol, sizes[symbol])
-
-
-def check_bounds(tensor: StoredTensor, column: int | None, symbol: str, bound: int) -> None:
-    """Check that the values of one tensor (or of one of its columns) are rows of ``symbol``, of which ``bound`` exist.
-
-    Raises:
-        IntegrityError: the message names tensor, position, value and bound.
-    """
-    start = 0
-    for block in tensor.blocks(_BLOCK_ROWS):
-        values = block if column is None else block[:, column]
-        if values.numel():
-            low, high = (int(value) for value in torch.aminmax(values))
-            if low < 0 or high >= bound:
-                raise _out_of_bounds(tensor.name, column, symbol, bound, values, start)
-        start += len(block)
-
-
-def _out_of_bounds(
-    stored: str, column: int | None, symbol: str, bound: int, values: torch.Tensor, start: int
-) -> IntegrityError:
-    position = ((values < 0) | (values >= bound)).nonzero()[0].tolist()
-    value = int(values[tuple(position)])
-    position[0] += start
-    if column is not None:
-        position.append(column)
-    name = stored.removesuffix(".values")
-    return IntegrityError(
-        f"{name} references {_SINGULAR[symbol]} {value}, but only {bound} {symbol} exist"
-        f" (at position {position}; valid rows are 0 to {bound - 1}); rebuild {name} or restore the missing rows",
-        tensor=name,
-    )

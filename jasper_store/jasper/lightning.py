@@ -1,6 +1,6 @@
 """A ``LightningDataModule`` over a JASPER dataset. Importing this needs the extra ``integrations``.
 
-Lightning does most of it by itself with loaders of :func:`~jasper_store.loading.loader.create_loader`: it saves and
+Lightning does most of it by itself with loaders of :func:`~jasper_store.jasper.loader.create_loader`: it saves and
 restores their state, tells their sampler each epoch, and leaves a ``DistributedSampler`` alone. The data module gives
 it such loaders, and corrects the one count that Lightning keeps for itself.
 """
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import IncompatibleOptionsError, JasperStoreError
 from jasper_store.jasper.api import warm_up
+from jasper_store.jasper.loader import create_loader
 from jasper_store.jasper.schema import Split
-from jasper_store.loading.loader import JasperLoader, create_loader
-from jasper_store.loading.samplers import Padding
+from jasper_store.loading.loader import Loader
+from jasper_store.loading.options import Padding
 
 try:
     from lightning.pytorch import LightningDataModule
@@ -51,7 +52,7 @@ class JasperDataModule(LightningDataModule):
             ranks may have counts that differ by one; ``"wrap"`` repeats samples until all have the same, which a
             ``validation_step`` needs if it talks to the other ranks itself.
         warm: bring the files into the page cache before training, once per node.
-        **options: of :func:`~jasper_store.loading.loader.create_loader`: ``seed``, ``storage_format``, ``use_mmap``,
+        **options: of :func:`~jasper_store.jasper.loader.create_loader`: ``seed``, ``storage_format``, ``use_mmap``,
             ``memory_limit``, ``order``, ``persistent_workers``...
 
     Raises:
@@ -86,7 +87,7 @@ class JasperDataModule(LightningDataModule):
         self.eval_padding: Padding = eval_padding
         self.warm = warm
         self.options = options
-        self._train: JasperLoader | None = None
+        self._train: Loader | None = None
         self._saved: dict[str, Any] | None = None
 
     def prepare_data(self) -> None:
@@ -94,7 +95,7 @@ class JasperDataModule(LightningDataModule):
         if self.warm:
             warm_up(self.dataset_dir)
 
-    def train_dataloader(self) -> JasperLoader:
+    def train_dataloader(self) -> Loader:
         """This rank's share of the training split, at the trainer's epoch."""
         self._train = self._loader(
             "train", self.batch_size, epoch=0 if self.trainer is None else self.trainer.current_epoch
@@ -102,19 +103,19 @@ class JasperDataModule(LightningDataModule):
         self._count_as_this_run_does(self._train)
         return self._train
 
-    def val_dataloader(self) -> JasperLoader:
+    def val_dataloader(self) -> Loader:
         """This rank's share of the validation split."""
         return self._loader("val", self.eval_batch_size, padding=self.eval_padding)
 
-    def test_dataloader(self) -> JasperLoader:
+    def test_dataloader(self) -> Loader:
         """This rank's share of the test split."""
         return self._loader("test", self.eval_batch_size, padding=self.eval_padding)
 
-    def predict_dataloader(self) -> JasperLoader:
+    def predict_dataloader(self) -> Loader:
         """This rank's share of the test split."""
         return self.test_dataloader()
 
-    def _loader(self, split: Split, batch_size: int, **options: Any) -> JasperLoader:
+    def _loader(self, split: Split, batch_size: int, **options: Any) -> Loader:
         trainer = self.trainer
         ranks = {} if trainer is None else {"rank": trainer.global_rank, "world_size": trainer.world_size}
         return create_loader(self.dataset_dir, split, batch_size, self.num_workers, **ranks, **options, **self.options)
@@ -129,7 +130,7 @@ class JasperDataModule(LightningDataModule):
         """Remember where the run stood until the loader is made."""
         self._saved = state_dict.get("train")
 
-    def _count_as_this_run_does(self, loader: JasperLoader) -> None:
+    def _count_as_this_run_does(self, loader: Loader) -> None:
         """Restate the batches that the interrupted epoch has had in batches of this run.
 
         Lightning ends an epoch by count: batches of the run that was interrupted plus those of this one against the

@@ -1,7 +1,7 @@
-"""The tensors of a JASPER dataset: names, shapes, HDF5 paths and how often training reads them.
+"""The tensors of a JASPER dataset: names, shapes, HDF5 paths, and what a sample reads of them.
 
-This table and the modules beside it are the only places that know a JASPER name; the storage layers are handed
-:data:`SCHEMA` and see nothing but names.
+This table and the modules beside it are the only places that know a JASPER name; the engine is handed
+:data:`SCHEMA` and :func:`declaration_for`, and sees nothing but names.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
+import torch
+
 from jasper_store.errors import UnknownNameError
 from jasper_store.formats.base import Schema
+from jasper_store.jasper.steering import Curriculum
+from jasper_store.samples.declaration import Choice, Declaration, Field, Variant
 
 __all__ = [
+    "NOUNS",
     "PAIR_KEYWORDS",
     "SCHEMA",
     "SPLITS",
@@ -23,7 +28,7 @@ __all__ = [
     "Split",
     "TensorRule",
     "check_split",
-    "schema_for",
+    "declaration_for",
     "split_tensor",
 ]
 
@@ -46,42 +51,38 @@ class TensorRule:
             and any other symbol (``"pairs"``, ``"questions"``, ...) is one count shared by all tensors that name it.
         kind: ``"float"`` (any floating dtype) or ``"int"`` (any integer dtype).
         hdf5_path: path in ``dataset.h5``.
-        reads: rows read per training sample; ``"1 + n_neg"`` is worked out from the configuration, and the
-            steering tensors are read as often as their variant is drawn.
-        refers_to: the symbol that the values are rows of, for index tensors.
+        refers_to: the tensor that the values are rows of, where no sample reads them.
+        optional: a dataset may lack it, because no sample reads it.
     """
 
     shape: tuple[str | int, ...]
     kind: Literal["float", "int"]
     hdf5_path: str
-    reads: float | str
     refers_to: str | None = None
+    optional: bool = False
 
 
 TENSORS: Final[Mapping[str, TensorRule]] = MappingProxyType(
     {
-        "question_embs": TensorRule(("questions", "D"), "float", "embeddings/questions", 1.0),
-        "source_embs": TensorRule(("sources", "D"), "float", "embeddings/sources", "1 + n_neg"),
-        "keyword_embs": TensorRule(("keywords", "D"), "float", "embeddings/keywords", 0.0),
-        "centroid_embs": TensorRule(("clusters", "D"), "float", "embeddings/centroids", 0.0),
-        "pair_index": TensorRule(("pairs", 2), "int", "pair_data/index", 1.0),
-        "pair_cluster_id": TensorRule(("pairs",), "int", "pair_data/cluster_id", 1.0, "clusters"),
-        "pair_relevance": TensorRule(("pairs",), "float", "pair_data/relevance", 1.0),
-        PAIR_KEYWORDS: TensorRule(("pairs",), "int", "pair_data/keyword_ids", 0.0, "keywords"),
-        "hard_negatives": TensorRule(("pairs", "n_neg"), "int", "negatives/hard", 1.0, "sources"),
-        "negative_tiers": TensorRule(("pairs", "n_neg"), "int", "negatives/tiers", 1.0),
-        "steering_centroid": TensorRule(("pairs", "D"), "float", "steering/centroid", "probability"),
-        "steering_keyword_weighted": TensorRule(("pairs", "D"), "float", "steering/keyword_weighted", "probability"),
-        "steering_residual": TensorRule(("pairs", "D"), "float", "steering/residual", "probability"),
-        "centroid_distances": TensorRule(("pairs",), "float", "steering/distances", 1.0),
-        "train_idx": TensorRule(("train",), "int", "splits/train", 1.0, "pairs"),
-        "val_idx": TensorRule(("val",), "int", "splits/val", 1.0, "pairs"),
-        "test_idx": TensorRule(("test",), "int", "splits/test", 1.0, "pairs"),
+        "question_embs": TensorRule(("questions", "D"), "float", "embeddings/questions"),
+        "source_embs": TensorRule(("sources", "D"), "float", "embeddings/sources"),
+        "keyword_embs": TensorRule(("keywords", "D"), "float", "embeddings/keywords", optional=True),
+        "centroid_embs": TensorRule(("clusters", "D"), "float", "embeddings/centroids", optional=True),
+        "pair_index": TensorRule(("pairs", 2), "int", "pair_data/index"),
+        "pair_cluster_id": TensorRule(("pairs",), "int", "pair_data/cluster_id", refers_to="centroid_embs"),
+        "pair_relevance": TensorRule(("pairs",), "float", "pair_data/relevance"),
+        PAIR_KEYWORDS: TensorRule(("pairs",), "int", "pair_data/keyword_ids", refers_to="keyword_embs", optional=True),
+        "hard_negatives": TensorRule(("pairs", "n_neg"), "int", "negatives/hard"),
+        "negative_tiers": TensorRule(("pairs", "n_neg"), "int", "negatives/tiers"),
+        "steering_centroid": TensorRule(("pairs", "D"), "float", "steering/centroid"),
+        "steering_keyword_weighted": TensorRule(("pairs", "D"), "float", "steering/keyword_weighted"),
+        "steering_residual": TensorRule(("pairs", "D"), "float", "steering/residual"),
+        "centroid_distances": TensorRule(("pairs",), "float", "steering/distances"),
+        "train_idx": TensorRule(("train",), "int", "splits/train"),
+        "val_idx": TensorRule(("val",), "int", "splits/val"),
+        "test_idx": TensorRule(("test",), "int", "splits/test"),
     }
 )
-
-_SELDOM: Final = 0.01
-"""Reads per sample of a variant that the curriculum never draws; ``force_steering`` may still ask for it."""
 
 _ALIASES: Final = MappingProxyType({"negatives/hardnegatives": "hard_negatives"})
 """HDF5 paths that other builders use."""
@@ -92,7 +93,7 @@ def split_tensor(split: Split) -> str:
     return f"{split}_idx"
 
 
-def check_split(split: str) -> Split:
+def check_split(split: str | None) -> Split:
     """The split, if it is one.
 
     Raises:
@@ -104,31 +105,41 @@ def check_split(split: str) -> Split:
     raise UnknownNameError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
 
 
-def schema_for(n_neg: int | None = None, steering: tuple[float, float, float] = (0.3, 0.25, 0.15)) -> Schema:
-    """The schema that is handed to the storage layers.
-
-    Args:
-        n_neg: negatives per pair, from the configuration; 5 is assumed where it is not known.
-        steering: expected share of samples that draw centroid, keyword_weighted and residual steering; the default
-            is the middle stage of the default curriculum, so that a plan does not change from epoch to epoch.
-    """
-    shares = dict(zip(STEERING_TENSORS, steering, strict=True))
-    worked_out = {"1 + n_neg": 1.0 + (5 if n_neg is None else n_neg)}
-    reads: dict[str, float] = {}
-    for name, rule in TENSORS.items():
-        if rule.reads == "probability":
-            reads[name] = max(shares[name], _SELDOM)
-        else:
-            reads[name] = worked_out[rule.reads] if isinstance(rule.reads, str) else rule.reads
-    # Plain dictionaries: a schema travels to spawned workers, and a mapping proxy does not pickle.
-    return Schema(
-        required=frozenset(TENSORS),
-        hdf5_paths={name: rule.hdf5_path for name, rule in TENSORS.items()},
-        hdf5_aliases=dict(_ALIASES),
-        reads_per_sample=reads,
-        stacks=(STEERING_TENSORS,),
+def declaration_for(curriculum: Curriculum) -> Declaration:
+    """What a sample of a JASPER dataset reads; the keys of a batch in their order."""
+    ids = torch.int64
+    return Declaration.parse(
+        {
+            "question_emb": "question_embs[pair_index[row, 0]]",
+            "target_source_emb": "source_embs[pair_index[row, 1]]",
+            "steering": Choice(STEERING_TENSORS, curriculum.probabilities, typical=curriculum.typical()),
+            "negative_embs": "source_embs[hard_negatives[row]]",
+            "cluster_id": Field.parse("pair_cluster_id[row]", "cluster_id", ids),
+            "relevance": "pair_relevance[row]",
+            "centroid_distance": "centroid_distances[row]",
+            "steering_variant": Variant("steering"),
+            "negative_tiers": Field.parse("negative_tiers[row]", "negative_tiers", ids),
+        },
+        {split: split_tensor(split) for split in SPLITS},
     )
 
 
-SCHEMA: Final = schema_for()
-"""The schema of a JASPER dataset whose configuration has not been read."""
+# Plain dictionaries: a schema travels to spawned workers, and a mapping proxy does not pickle.
+SCHEMA: Final = Schema(
+    required=frozenset(name for name, rule in TENSORS.items() if not rule.optional),
+    optional=frozenset(name for name, rule in TENSORS.items() if rule.optional),
+    hdf5_paths={name: rule.hdf5_path for name, rule in TENSORS.items()},
+    hdf5_aliases=dict(_ALIASES),
+)
+"""What the storage layers are told of the names of a JASPER dataset."""
+
+NOUNS: Final = MappingProxyType(
+    {
+        "question_embs": ("question", "questions"),
+        "source_embs": ("source", "sources"),
+        "keyword_embs": ("keyword", "keywords"),
+        "centroid_embs": ("cluster", "clusters"),
+        **{name: ("pair", "pairs") for name, rule in TENSORS.items() if rule.shape[0] == "pairs"},
+    }
+)
+"""What a row of each tensor is called, one and several."""

@@ -1,9 +1,6 @@
-"""Which steering a sample gets: the curriculum (how likely, by epoch) and the draw (which one, by hash).
+"""Which steering a sample gets: the names of the variants, and how likely each is in which epoch (the curriculum).
 
-The draw is a counter-based hash of (seed, epoch, pair), not a stream of random numbers, so that it is the same
-whoever asks, in whatever order: one worker or eight, one rank or many, batch by batch or sample by sample.
-The mixer is the finaliser of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators",
-OOPSLA 2014), as in Salmon et al.: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011) used on a counter.
+Which variant a pair draws is :func:`jasper_store.samples.draw.draw_variants`, a hash of (seed, epoch, pair).
 """
 
 from __future__ import annotations
@@ -13,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
-import torch
-
 from jasper_store.errors import IntegrityError, UnknownNameError
+from jasper_store.samples.draw import draw_variants
 
 __all__ = [
     "VARIANTS",
@@ -189,69 +185,3 @@ def _parse_probabilities(value: object, where: str) -> Probabilities:
     if abs(sum(probs) - 1.0) > _TOLERANCE:
         raise IntegrityError(f"{where}: steering_probabilities should add up to 1, found {sum(probs):g}", path=where)
     return probs[0], probs[1], probs[2], probs[3]
-
-
-# --- the draw -------------------------------------------------------------------------------------------------
-
-_MASK64: Final = (1 << 64) - 1
-_GOLDEN: Final = 0x9E3779B97F4A7C15
-_MIX_1: Final = 0xBF58476D1CE4E5B9
-_MIX_2: Final = 0x94D049BB133111EB
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same 64 bits, for torch has no unsigned arithmetic."""
-    value &= _MASK64
-    return value - (1 << 64) if value >> 63 else value
-
-
-def _mix_int(value: int) -> int:
-    value &= _MASK64
-    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK64
-    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _shifted(value: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift; torch's own keeps the sign."""
-    return value.bitwise_right_shift(bits).bitwise_and_((1 << (64 - bits)) - 1)
-
-
-def _uniform_32(pairs: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
-    """A 32-bit number, uniform in [0, 2**32), for each pair, as int64; wraps as unsigned arithmetic does."""
-    key = _signed(_mix_int(_mix_int(seed + _GOLDEN) ^ _mix_int((epoch + 1) * _MIX_2)))
-    value = pairs.mul(_signed(_GOLDEN)).add_(key)
-    value = value.bitwise_xor_(_shifted(value, 30)).mul_(_signed(_MIX_1))
-    value = value.bitwise_xor_(_shifted(value, 27)).mul_(_signed(_MIX_2))
-    # The top half is all that is used, and the last xor-shift of the mixer does not reach it in bits 33 to 63.
-    value = value.bitwise_xor_(_shifted(value, 31))
-    return _shifted(value, 32)
-
-
-def _thresholds(probs: Probabilities) -> tuple[int, int, int]:
-    """Bounds in 2**32 parts: a number below the first draws variant 0, below the second 1, and so on."""
-    bounds: list[int] = []
-    total = 0.0
-    for variant in range(3):
-        total += probs[variant]
-        nothing_follows = sum(probs[variant + 1 :]) <= 0.0
-        bounds.append(1 << 32 if nothing_follows else min(round(total * (1 << 32)), 1 << 32))
-    return bounds[0], bounds[1], bounds[2]
-
-
-def draw_variants(pairs: torch.Tensor, seed: int, epoch: int, probs: Probabilities) -> torch.Tensor:
-    """The steering variant of each pair: a pure function of its arguments, the same on every device.
-
-    Args:
-        pairs: pair rows, int64, any shape, on any device.
-        seed: the dataset's seed.
-        epoch: epoch number.
-        probs: probabilities of the variants at that epoch.
-
-    Returns:
-        int64 tensor of the same shape and device, values 0 to 3.
-    """
-    numbers = _uniform_32(pairs, seed, epoch)
-    first, second, third = _thresholds(probs)
-    variants = numbers.ge(first).to(torch.int64)
-    return variants.add_(numbers.ge(second)).add_(numbers.ge(third))

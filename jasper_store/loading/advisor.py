@@ -107,14 +107,14 @@ class Stopwatch:
 
     Attributes:
         wait: the trainer's waiting for batches, as it sees it.
-        announce: announcing rows ahead; part of ``wait`` without workers.
+        prefetch: asking for rows ahead; part of ``wait`` without workers.
         transfer: starting copies to a device (``to_device``).
         began: clock when the first batch was asked for.
         ended: clock when the last one was handed over.
     """
 
     wait: Meter = field(default_factory=Meter)
-    announce: Meter = field(default_factory=Meter)
+    prefetch: Meter = field(default_factory=Meter)
     transfer: float = 0.0
     began: float = 0.0
     ended: float = 0.0
@@ -134,7 +134,7 @@ class _Costs:
     pages: float
     gather: float
     hand_over: float
-    announce: float
+    prefetch: float
     transfer: float
     faults: float
 
@@ -143,10 +143,10 @@ def _costs(watch: Stopwatch, gathers: Meter, workers: int) -> _Costs:
     batches = max(watch.wait.batches, 1)
     done = max(gathers.batches, 1)
     wait, interval = watch.wait.wall / batches, watch.wall / batches
-    # Without workers, rows are announced while the trainer waits for a batch.
-    announced = Meter() if workers else watch.announce
-    gather = (gathers.wall - announced.wall) / done
-    blocked = gather - (gathers.cpu - announced.cpu) / done
+    # Without workers, rows are prefetched while the trainer waits for a batch.
+    prefetched = Meter() if workers else watch.prefetch
+    gather = (gathers.wall - prefetched.wall) / done
+    blocked = gather - (gathers.cpu - prefetched.cpu) / done
     pages = max(blocked, 0.0) if gathers.faults else 0.0
     # A worker that is never idle spends on handing over whatever it does not spend on gathering.
     busy = workers * interval - gather
@@ -157,7 +157,7 @@ def _costs(watch: Stopwatch, gathers: Meter, workers: int) -> _Costs:
         pages=1e3 * pages,
         gather=1e3 * max(gather - pages, 0.0),
         hand_over=1e3 * hand_over,
-        announce=1e3 * watch.announce.wall / batches,
+        prefetch=1e3 * watch.prefetch.wall / batches,
         transfer=1e3 * watch.transfer / batches,
         faults=gathers.faults / done,
     )
@@ -180,7 +180,7 @@ def advise(watch: Stopwatch, gathers: Meter, *, workers: int, mapped: bool, pinn
     where = f"in {workers} worker{'s' if workers != 1 else ''}" if workers else "in the trainer's process"
     waits = (
         f"per batch: pages {cost.pages:.3f} ms ({cost.faults:.1f} major faults), gather {cost.gather:.3f} ms {where},"
-        f" worker transfer {cost.hand_over:.3f} ms, announcing {cost.announce:.3f} ms,"
+        f" worker transfer {cost.hand_over:.3f} ms, prefetching {cost.prefetch:.3f} ms,"
         f" device copy {cost.transfer:.3f} ms"
     )
     lines = [

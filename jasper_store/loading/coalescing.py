@@ -1,16 +1,17 @@
-"""Batches made in the trainer's process: several are gathered at once and handed over as parts.
+"""Batches made in the trainer's process: several are gathered at once and served as parts.
 
 A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
 samples. So a loader without workers gathers some batches together (measured in docs/notes-paging.md). The parts
 are disjoint, each with a version counter of its own, so that a trainer may write to a batch as it likes. What the
-trainer sets meanwhile, an epoch, a forced variant, new negatives, holds from its next batch on: what was
+trainer sets meanwhile, an epoch, a forced variant, reloaded tensors, holds from its next batch on: what was
 gathered before is gathered anew.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from itertools import islice
+from dataclasses import replace
+from itertools import accumulate, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,9 +22,10 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from jasper_store.samples.batch import Batch, Sample, collate_samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from jasper_store.jasper.dataset import JASPERSteeringDataset
+    from jasper_store.loading.samplers import BatchIterator
+    from jasper_store.samples.dataset import Dataset
 
 __all__ = ["CoalescingIterator", "batches_at_once"]
 
@@ -52,7 +54,7 @@ class CoalescingIterator:
 
     Args:
         dataset: what they are gathered from.
-        indices: positions of the samples of each batch.
+        indices: of the samples of each batch.
         collate: makes of a :class:`~jasper_store.samples.batch.Batch` what the trainer gets.
         at_once: batches that are gathered together.
         pin: copy them to pinned memory.
@@ -60,8 +62,8 @@ class CoalescingIterator:
 
     def __init__(
         self,
-        dataset: JASPERSteeringDataset,
-        indices: Iterator[Any],
+        dataset: Dataset,
+        indices: BatchIterator,
         collate: Callable[[Any], Any],
         at_once: int,
         *,
@@ -73,8 +75,8 @@ class CoalescingIterator:
         self._collate = attrgetter("tensors") if _is_identity_collate(collate) else collate
         self._at_once = at_once
         self._pin = pin
-        self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not yet handed over
-        self._parts: deque[dict[str, torch.Tensor]] = deque()  # what was gathered for them
+        self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not served yet
+        self._parts: deque[Batch] = deque()  # what was gathered for them
         self._made_for: object = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -83,7 +85,7 @@ class CoalescingIterator:
     @property
     def ready(self) -> bool:
         """Whether the next batch has been gathered, and still holds."""
-        return bool(self._waiting) and self._made_for == self._dataset.settings()
+        return bool(self._waiting) and self._made_for == self._dataset.state_version()
 
     def __next__(self) -> Any:
         if not self._waiting:
@@ -91,14 +93,18 @@ class CoalescingIterator:
             if not self._waiting:
                 raise StopIteration
             self._gather()
-        elif self._made_for != self._dataset.settings():
+        elif self._made_for != self._dataset.state_version():
             self._gather()
-        size = len(self._waiting.popleft())
-        return self._collate(Batch(self._parts.popleft(), size))
+        self._waiting.popleft()
+        return self._collate(self._parts.popleft())
+
+    def close(self) -> None:
+        """Release rows that were read ahead for batches that nothing will ask for."""
+        self._indices.close()
 
     def _gather(self) -> None:
         """Gather what is waiting."""
-        self._made_for = self._dataset.settings()
+        self._made_for = self._dataset.state_version()
         wanted = self._waiting[0]
         if len(self._waiting) > 1:
             # A last batch that is not full may be a list, where the others are tensors on a device.
@@ -106,21 +112,41 @@ class CoalescingIterator:
             wanted = torch.cat(
                 [torch.as_tensor(indices, dtype=torch.int64, device=device) for indices in self._waiting]
             )
-        tensors = self._dataset.gathered(wanted, pinned=self._pin).tensors
+        context = self._indices.context
         if self._pin:
-            tensors = {key: value.pin_memory() for key, value in tensors.items()}  # itself where it is pinned already
-        self._parts = _split(tensors, [len(indices) for indices in self._waiting])
+            context = replace(context, pinned=True)
+        batch = self._dataset.gather(wanted, context)
+        if self._pin:
+            # Each is itself where it is pinned already.
+            batch = Batch({key: value.pin_memory() for key, value in batch.tensors.items()}, len(batch), batch.ragged)
+        self._parts = _split(batch, [len(indices) for indices in self._waiting])
 
 
-def _split(tensors: dict[str, torch.Tensor], sizes: list[int]) -> deque[dict[str, torch.Tensor]]:
+def _split(batch: Batch, sizes: list[int]) -> deque[Batch]:
     """The tensors of each batch, in order."""
     if len(sizes) == 1:
-        return deque([tensors])
+        return deque([batch])
+    columns: dict[str, Sequence[torch.Tensor]] = {}
+    for key, value in batch.tensors.items():
+        name, _, part = key.rpartition(".")
+        if name not in batch.ragged:
+            columns[key] = value.split_with_sizes(sizes)
+            continue
+        offsets = batch.tensors[f"{name}.offsets"]
+        ends = [0, *accumulate(sizes)]
+        bounds = offsets[torch.tensor(ends, device=offsets.device)].tolist()
+        columns[key] = [
+            value[bounds[k] : bounds[k + 1]] if part == "values" else value[ends[k] : ends[k + 1] + 1] - bounds[k]
+            for k in range(len(sizes))
+        ]
     # .data: a view that autograd does not know to be one, so writing to one batch is no write to another.
-    columns = [[part.data for part in value.split_with_sizes(sizes)] for value in tensors.values()]
-    return deque(dict(zip(tensors, parts, strict=True)) for parts in zip(*columns, strict=True))
+    parts = [[part.data for part in column] for column in columns.values()]
+    return deque(
+        Batch(dict(zip(columns, tensors, strict=True)), size, batch.ragged)
+        for size, tensors in zip(sizes, zip(*parts, strict=True), strict=True)
+    )
 
 
 def _is_identity_collate(collate: Callable[[Any], Any]) -> bool:
-    """Whether a collation hands a batch's tensors back as they are."""
+    """Whether a collation returns a batch's tensors as they are."""
     return collate is default_collate and default_collate_fn_map.get(Sample) is collate_samples

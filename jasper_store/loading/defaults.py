@@ -1,31 +1,28 @@
-"""What a loader chooses by the plan of its dataset: the order, and how far to look ahead."""
+"""What a loader chooses by the plan of its dataset: the order, and how far to prefetch."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jasper_store.jasper.schema import STEERING_TENSORS
 from jasper_store.loading.order import BLOCK, WINDOW
-from jasper_store.loading.prefetcher import Prefetcher, depth_for
+from jasper_store.loading.prefetcher import Prefetcher, depth_for, stageable_nodes
 from jasper_store.loading.window_prefetcher import READERS, WINDOWS
 from jasper_store.native.reads import READER_NBYTES
 
 if TYPE_CHECKING:
-    from jasper_store.jasper.dataset import JASPERSteeringDataset
+    from jasper_store.samples.dataset import Dataset
 
-__all__ = ["choose_order", "prefetcher_for", "sample_nbytes_of"]
+__all__ = ["choose_order", "prefetcher_for"]
 
 
-def prefetcher_for(
-    dataset: JASPERSteeringDataset, batch_size: int, sample_nbytes: int, num_workers: int
-) -> Prefetcher | None:
-    """The look-ahead, if there is anything to announce."""
+def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefetcher | None:
+    """The prefetcher, if there is anything to prefetch."""
     if not dataset.use_mmap:
         return None
     mapped, left = _mapped_and_left(dataset)
     return Prefetcher(
         dataset,
-        depth_for(batch_size, sample_nbytes, left),
+        depth_for(batch_size, dataset.graph.sample_nbytes, left),
         batch_size=batch_size,
         rely_on_faults=num_workers == 0,
         drop_behind=mapped > left,
@@ -34,19 +31,22 @@ def prefetcher_for(
     )
 
 
-def _staged_nbytes(dataset: JASPERSteeringDataset) -> int:
+def _staged_nbytes(dataset: Dataset) -> int:
     """Most memory that staged windows take, those that are being read among them, and what they are read into."""
-    return WINDOWS * BLOCK * WINDOW * dataset.store[STEERING_TENSORS[0]].row_nbytes + READERS * READER_NBYTES
+    graph, store = dataset.graph, dataset.store
+    mapped = {name for name, tensor in store.items() if tensor.placement == "mmap"}
+    rows = [store[graph.nodes[number].tensor].row_nbytes for number in stageable_nodes(graph, mapped)]
+    return sum(WINDOWS * BLOCK * WINDOW * nbytes + READERS * READER_NBYTES for nbytes in rows)
 
 
-def _mapped_and_left(dataset: JASPERSteeringDataset) -> tuple[int, int]:
+def _mapped_and_left(dataset: Dataset) -> tuple[int, int]:
     """Bytes that are mapped and read per sample, and bytes of memory that are left for the page cache."""
     plan = dataset.store.plan
     mapped = sum(entry.nbytes for entry in plan.entries if entry.placement == "mmap" and entry.reads_per_sample > 0)
     return mapped, max(plan.budget.nbytes - plan.preloaded_nbytes, 0)
 
 
-def choose_order(dataset: JASPERSteeringDataset, asked: str, ranks: int) -> tuple[str, str]:
+def choose_order(dataset: Dataset, asked: str, ranks: int) -> tuple[str, str]:
     """The order, and why."""
     if asked != "auto":
         return asked, "it was asked for"
@@ -61,10 +61,3 @@ def choose_order(dataset: JASPERSteeringDataset, asked: str, ranks: int) -> tupl
     if mapped > left:
         return "block", f"{figures}: blocks of rows are read in runs"
     return "global", "nothing that is read per sample is mapped" if not mapped else f"{figures}: they fit"
-
-
-def sample_nbytes_of(dataset: JASPERSteeringDataset) -> int:
-    """Bytes of one sample in a batch."""
-    width = dataset.embedding_dim * dataset.store["source_embs"].dtype.itemsize
-    numbers = 4 + dataset.n_neg
-    return (3 + dataset.n_neg) * width + 8 * numbers

@@ -69,7 +69,7 @@ class DeviceLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Move the loader to an epoch, as ``jasper_store.set_epoch`` does."""
-        from jasper_store.loading.loader import set_epoch
+        from jasper_store.loading.epochs import set_epoch
 
         self._state = None
         set_epoch(self.loader, epoch)

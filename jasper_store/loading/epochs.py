@@ -40,12 +40,12 @@ def set_epoch(loader: Any, epoch: int) -> None:
     if not _tell(loader, epoch, set()):
         raise IncompatibleOptionsError(
             f"nothing in this {type(loader).__name__} has an epoch to set: neither its dataset nor its sampler has a"
-            " set_epoch method; pass a loader over a JASPERSteeringDataset"
+            " set_epoch method; pass a loader over a dataset of jasper_store"
         )
 
 
 def _tell(thing: Any, epoch: int, seen: set[int]) -> bool:
-    """Tell an object and what it wraps, each once; whether anybody listened."""
+    """Tell an object and what it wraps, each once; whether any had an epoch."""
     if thing is None or id(thing) in seen:
         return False
     seen.add(id(thing))
@@ -57,7 +57,7 @@ def _tell(thing: Any, epoch: int, seen: set[int]) -> bool:
         tell(epoch)
         told = 1
     inside = [getattr(thing, name, None) for name in _INSIDE]
-    # All of them are told, not only the first that listens, as any() would.
+    # All of them are told, not only the first that has an epoch, as any() would.
     return sum(_tell(part, epoch, seen) for part in inside if _is_wrapped(part)) + told > 0
 
 

@@ -1,161 +1,104 @@
-"""``create_loader``: a PyTorch DataLoader over a JASPER dataset, with its order, its state and its ranks."""
+"""``Loader``: a PyTorch DataLoader over a dataset, with its order, its state and its ranks."""
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.utils.data import DataLoader
 
-from jasper_store.errors import UnknownNameError
-from jasper_store.jasper.dataset import JASPERSteeringDataset
-from jasper_store.jasper.schema import SCHEMA, Split, check_split
+from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
 from jasper_store.loading.coalescing import CoalescingIterator, batches_at_once
-from jasper_store.loading.defaults import choose_order, prefetcher_for, sample_nbytes_of
-from jasper_store.loading.epochs import set_epoch, warn_same_epoch
-from jasper_store.loading.first_batch import validate_first_batch
-from jasper_store.loading.options import check_loader_options, warn_of_small_shared_memory
-from jasper_store.loading.prefetcher import Prefetcher
+from jasper_store.loading.defaults import choose_order, prefetcher_for
+from jasper_store.loading.epochs import warn_same_epoch
+from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
 from jasper_store.loading.ranks import Ranks, find_ranks
-from jasper_store.loading.samplers import BatchSampler, EpochSampler, Padding
+from jasper_store.loading.samplers import BatchSampler, EpochSampler
 from jasper_store.loading.state import LoaderState
 from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
-from jasper_store.store.guard import check_options, resolve_pin_memory
-from jasper_store.store.store import plan_store
+from jasper_store.samples.dataset import Dataset
+from jasper_store.store.guard import resolve_pin_memory
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping
 
-    from jasper_store.loading.window_prefetcher import WindowPrefetcher
+    from jasper_store.loading.prefetcher import Prefetcher
 
-__all__ = ["JasperLoader", "LoaderOrder", "create_loader", "set_epoch", "validate_first_batch"]
+__all__ = ["Loader", "make_loader"]
 
-LoaderOrder: TypeAlias = Literal["auto", "global", "block"]
 _ORDERS: Final = ("auto", "global", "block")
 
 
-def create_loader(
-    dataset_dir: str | os.PathLike[str],
-    split: Split,
-    batch_size: int,
-    num_workers: int = 0,
-    distributed: bool = False,
-    epoch: int = 0,
-    drop_last: bool | None = None,
-    pin_memory: bool | None = None,
-    *,
-    storage_format: str = "auto",
-    use_mmap: bool | None = None,
-    device: torch.device | str | None = None,
-    memory_limit: int | None = None,
-    seed: int = 42,
-    order: LoaderOrder = "auto",
-    padding: Padding = "wrap",
-    rank: int | None = None,
-    world_size: int | None = None,
-    **dataloader_options: Any,
-) -> JasperLoader:
-    """Open a split of a dataset and make a DataLoader of it.
-
-    A batch depends on the dataset's bytes, ``seed``, the epoch and the place in the epoch, and on nothing else
-    here. Training shuffles and drops the last partial batch; validation and test do neither.
-
-    Args:
-        dataset_dir: directory with ``config.json`` and the tensors.
-        split: ``"train"``, ``"val"`` or ``"test"``.
-        batch_size: samples per batch and rank.
-        num_workers: worker processes; 0 gathers in this process, which is fastest for data in memory.
-        distributed: share the epoch with other ranks, found by ``torch.distributed`` or torchrun's variables.
-        epoch: the epoch to begin with.
-        drop_last: leave out the last partial batch (and, over several ranks, up to ``world_size - 1`` samples);
-            ``None`` does so for ``"train"``.
-        pin_memory: pin batches; ``None`` does so when CUDA is there and the data is in host memory.
-        storage_format: ``"auto"``, ``"pt"``, ``"hdf5"``, ``"safetensors"`` or ``"npy"``.
-        use_mmap: ``None`` plans, ``True`` maps everything, ``False`` preloads everything.
-        device: where the data lives: ``None`` for the host, a CUDA device, or ``"auto"``.
-        memory_limit: upper bound in bytes on what may be preloaded.
-        seed: decides the shuffle and the steering draw.
-        order: ``"global"`` mixes all samples; ``"block"`` shuffles blocks, for data larger than memory;
-            ``"auto"`` chooses by the plan (``"global"`` over several ranks, which must agree), and
-            ``loader.explain()`` says why. Only training shuffles.
-        padding: over several ranks without ``drop_last``: ``"wrap"`` repeats samples until all ranks have the
-            same count, ``"none"`` serves every sample exactly once.
-        rank: number of this rank, with ``world_size``; instead of what ``distributed`` finds.
-        world_size: number of ranks.
-        **dataloader_options: more of ``torch.utils.data.DataLoader``: ``collate_fn``, ``worker_init_fn``,
-            ``prefetch_factor``, ``persistent_workers``, ``multiprocessing_context``, ``timeout``, ``generator``...
-
-    Returns:
-        A :class:`JasperLoader`, which is a ``DataLoader``.
+def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
+    """A loader over an open dataset.
 
     Raises:
-        UnknownNameError: no such split, order, padding, format or DataLoader option.
-        IncompatibleOptionsError: options that cannot hold together, before any data is touched.
-        DatasetNotFoundError, CorruptFileError, IntegrityError, InsufficientMemoryError: as the dataset's.
+        IncompatibleOptionsError: options that are incompatible with where the dataset lives; an empty epoch.
         PerformanceWarning: free shared memory is too small for the batches of the workers.
     """
-    check_split(split)
-    if order not in _ORDERS:
-        raise UnknownNameError(f"unknown order {order!r}; expected one of {', '.join(map(repr, _ORDERS))}")
-    if padding not in {"wrap", "none"}:
-        raise UnknownNameError(f"unknown padding {padding!r}; expected 'wrap' or 'none'")
-    check_options(
-        use_mmap=use_mmap, device=device, pin_memory=pin_memory, num_workers=num_workers, memory_limit=memory_limit
+    plan = dataset.store.plan
+    options.admit(plan)
+    ranks = find_ranks(distributed=options.distributed, rank=options.rank, world_size=options.world_size)
+    kind, why = choose_order(dataset, options.order, ranks.world_size)
+    shuffle = dataset.split in {None, "train"} if options.shuffle is None else options.shuffle
+    drop_last = dataset.split in {None, "train"} if options.drop_last is None else options.drop_last
+    sampler = EpochSampler(
+        dataset,
+        ranks.world_size,
+        ranks.rank,
+        shuffle=shuffle,
+        seed=dataset.seed if options.seed is None else options.seed,
+        drop_last=drop_last,
+        padding=options.padding,
+        order_kind=kind,
+        device=dataset.device,
     )
-    check_loader_options(batch_size, num_workers, dataloader_options)
-    ranks = find_ranks(distributed=distributed, rank=rank, world_size=world_size)
-    if use_mmap is None and (pin_memory or str(device) == "auto"):
-        # What the plan would map or put on a device decides; refuse before it is carried out.
-        plan = plan_store(dataset_dir, format=storage_format, device=device, memory_limit=memory_limit, schema=SCHEMA)
-        check_options(device=plan.device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=plan.reads_maps)
-    dataset = JASPERSteeringDataset(
-        dataset_dir, split, epoch, device, storage_format, use_mmap, seed=seed, memory_limit=memory_limit
+    _require_batches(sampler, options.batch_size, dataset.split)
+    sampler.set_epoch(dataset.epoch if options.epoch is None else options.epoch)
+    batch_nbytes = options.batch_size * dataset.graph.sample_nbytes
+    warn_of_small_shared_memory(batch_nbytes, options.num_workers, options.dataloader)
+    on_device = None if dataset.device.type == "cpu" else str(dataset.device)
+    return Loader(
+        dataset,
+        options.batch_size,
+        sampler=sampler,
+        prefetcher=prefetcher_for(dataset, options.batch_size, options.num_workers),
+        adopt_order=options.order == "auto",
+        why_order=why,
+        ranks=ranks,
+        num_workers=options.num_workers,
+        pin_memory=resolve_pin_memory(
+            options.pin_memory,
+            any_mapped=plan.reads_maps,
+            device=on_device,
+            cuda_available=torch.cuda.is_available(),
+        ),
+        **options.dataloader,
     )
-    try:
-        on_device = None if dataset.device.type == "cpu" else str(dataset.device)
-        reads_maps = dataset.store.plan.reads_maps
-        check_options(device=on_device, pin_memory=pin_memory, num_workers=num_workers, any_mapped=reads_maps)
-        kind, why = choose_order(dataset, order, ranks.world_size)
-        sampler = EpochSampler(
-            dataset,
-            ranks.world_size,
-            ranks.rank,
-            shuffle=split == "train",
-            seed=seed,
-            drop_last=split == "train" if drop_last is None else drop_last,
-            padding=padding,
-            order_kind=kind,
-            device=dataset.device,
-        )
-        sampler.set_epoch(epoch)
-        sample_nbytes = sample_nbytes_of(dataset)
-        warn_of_small_shared_memory(batch_size * sample_nbytes, num_workers, dataloader_options)
-        return JasperLoader(
-            dataset,
-            batch_size,
-            sampler=sampler,
-            prefetcher=prefetcher_for(dataset, batch_size, sample_nbytes, num_workers),
-            adopt_order=order == "auto",
-            why_order=why,
-            ranks=ranks,
-            num_workers=num_workers,
-            pin_memory=resolve_pin_memory(
-                pin_memory, any_mapped=reads_maps, device=on_device, cuda_available=torch.cuda.is_available()
-            ),
-            **dataloader_options,
-        )
-    except BaseException:
-        dataset.close()
-        raise
 
 
-class JasperLoader(DataLoader[Any]):
-    """A DataLoader that knows where in which epoch it stands. Made by :func:`create_loader`.
+def _require_batches(sampler: EpochSampler, batch_size: int, split: str | None) -> None:
+    """Refuse an epoch without a batch: a training loop over it would do nothing, without a word."""
+    if sampler.batches(batch_size):
+        return
+    of = "the dataset" if split is None else f"split {split!r}"
+    if not sampler.samples:
+        raise IncompatibleOptionsError(
+            f"{of} has no samples, so an epoch would be empty; choose another split or dataset"
+        )
+    ranks = "" if sampler.num_replicas == 1 else f" for {sampler.num_replicas} ranks"
+    raise IncompatibleOptionsError(
+        f"batch_size={batch_size} with drop_last: {of} has {sampler.samples} samples{ranks}, so an epoch would have no"
+        f" full batch; use a batch_size of at most {max(sampler.samples // sampler.num_replicas, 1)}, or drop_last=False"
+    )
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that knows where in which epoch it stands. Made by ``create_loader``.
 
     Iterate it from one thread. An iterator may be abandoned at any time; the next one starts the epoch anew.
 
@@ -168,7 +111,7 @@ class JasperLoader(DataLoader[Any]):
 
     def __init__(
         self,
-        dataset: JASPERSteeringDataset,
+        dataset: Dataset,
         batch_size: int = 1,
         *,
         sampler: EpochSampler,
@@ -199,8 +142,6 @@ class JasperLoader(DataLoader[Any]):
         self.sampler_obj = sampler
         self.stopwatch = Stopwatch()
         self._prefetcher = prefetcher
-        if prefetcher is not None:
-            dataset.announces = False
         self._adopt_order = adopt_order
         self._why_order = why_order
         self._ranks = ranks or Ranks(sampler.rank, sampler.num_replicas, "from the sampler")
@@ -220,10 +161,10 @@ class JasperLoader(DataLoader[Any]):
         The pass begins with its first batch: what is set until then, an epoch or a state, still counts. Trainers
         make an iterator early and set the epoch later.
         """
-        return _Pass(self)
+        return _EpochIterator(self)
 
     def begin_pass(self) -> tuple[Iterator[Any], _Progress, Stopwatch]:
-        """What :class:`_Pass` needs at its first batch: PyTorch's iterator, and where to write down how it goes."""
+        """What :class:`_EpochIterator` needs at its first batch: PyTorch's iterator, and where to write down how it goes."""
         previous, sampler = self._progress, self.sampler_obj
         repeated = previous is not None and previous.delivered > 1 and previous.epoch == sampler.epoch
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
@@ -239,17 +180,17 @@ class JasperLoader(DataLoader[Any]):
         return self._serve(), self._progress, self.stopwatch
 
     def _serve(self) -> Iterator[Any]:
-        """PyTorch's iterator; without workers and with a dataset of ours, one that gathers several batches at once."""
+        """PyTorch's iterator; without workers and where nothing is overridden, one that gathers several batches at once."""
         dataset: Any = self.dataset
-        ours = getattr(type(dataset), "__getitems__", None) is JASPERSteeringDataset.__getitems__
+        ours = getattr(type(dataset), "__getitems__", None) is Dataset.__getitems__
         if self.num_workers or not ours:
             return super().__iter__()
         # PyTorch's iterators draw a seed for workers, also without any: what a trainer draws must not depend on it.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         batches: Any = self.batch_sampler
-        at_once = batches_at_once(self.batch_size or 1, sample_nbytes_of(dataset))
+        at_once = batches_at_once(self.batch_size or 1, dataset.graph.sample_nbytes)
         pin = self.pin_memory and torch.cuda.is_available()
-        return CoalescingIterator(dataset, iter(batches), self.collate_fn, at_once, pin=pin)
+        return CoalescingIterator(dataset, batches.tensors(), self.collate_fn, at_once, pin=pin)
 
     def discard_workers(self) -> None:
         """Do not use persistent workers again: one of them has died, and the others were stopped."""
@@ -292,18 +233,35 @@ class JasperLoader(DataLoader[Any]):
     # --- what a person wants to know --------------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Why this loader is as it is: order, ranks, look-ahead, workers, pinning; a line each."""
+        """Why this loader is as it is: order, ranks, prefetching, workers, pinning; a line each."""
         sampler = self.sampler_obj
         ahead, block = self._prefetcher, self.order == "block"
         lines = [
             f"order: {self.order}, because {self._why_order}" if sampler.shuffle else "order: sequential, as it lies",
             f"ranks: {self._ranks.rank} of {self._ranks.world_size} ({self._ranks.source}), {len(sampler)} samples here",
-            "look-ahead: none, nothing is mapped" if ahead is None else f"look-ahead: {ahead.depth} batches announced",
-            *(["steering: read past the page cache, a window ahead"] if ahead and ahead.stage and block else []),
+            "prefetch: none, nothing is mapped" if ahead is None else f"prefetch: {ahead.depth} batches ahead",
+            *(
+                [f"{self._staged_fields(ahead)}: read past the page cache, a window ahead"]
+                if ahead and ahead.stage and block
+                else []
+            ),
             f"workers: {self.num_workers or 'none, batches are gathered in this process'}",
             f"pinned batches: {'yes' if self.pin_memory else 'no'}",
         ]
         return "\n".join(lines)
+
+    def _staged_fields(self, prefetcher: Prefetcher) -> str:
+        nodes = set(prefetcher.stageable())
+        keys = [out.key for out in self.dataset_obj.graph.outputs if out.node in nodes and not out.variant]
+        return ", ".join(keys) or "nothing"
+
+    def __repr__(self) -> str:
+        sampler, dataset = self.sampler_obj, self.dataset_obj
+        epoch = f"{sampler.batches(self.batch_size or 1)} batches of {self.batch_size} per epoch, {self.order} order"
+        of = "" if dataset.split is None else f", split {dataset.split!r}"
+        ranks = f", rank {sampler.rank} of {sampler.num_replicas}" if sampler.num_replicas > 1 else ""
+        where = f", {self.num_workers} workers" if self.num_workers else ""
+        return f"Loader({str(dataset.dataset_dir)!r}{of}, {len(dataset)} samples, {epoch}{ranks}{where})"
 
     def advice(self) -> str:
         """What the latest pass waited for, in milliseconds per batch, and what to change; readable lines."""
@@ -327,7 +285,7 @@ class JasperLoader(DataLoader[Any]):
 
 @dataclass(slots=True)
 class _Progress:
-    """How far a pass has come. The loader keeps this, and not the pass, whose workers end when it is let go.
+    """How far a pass has come. The loader keeps this, and not the pass, whose workers end with it.
 
     Attributes:
         epoch: the epoch that it serves.
@@ -335,7 +293,7 @@ class _Progress:
         batches: how many it has, on the rank that has the most.
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
-        finished: whether somebody asked for one more than there are; trainers that count do not.
+        finished: whether one more was asked for than there are; trainers that count do not.
     """
 
     epoch: int
@@ -346,16 +304,15 @@ class _Progress:
     finished: bool = False
 
 
-class _Pass:
+class _EpochIterator:
     """One iteration over a loader: counts what the trainer was given, and measures what it waited for."""
 
-    def __init__(self, loader: JasperLoader) -> None:
+    def __init__(self, loader: Loader) -> None:
         self._length = len(loader)
-        self._waiting: JasperLoader | None = loader
+        self._waiting: Loader | None = loader
         # Weak from the first batch on: an abandoned pass, or loader, must go at once and take its workers with it.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
-        self._staged: WindowPrefetcher | None = None
         self._progress: _Progress
         self._watch: Stopwatch
 
@@ -381,8 +338,6 @@ class _Pass:
             else:
                 with watch.wait:
                     batch = next(self._batches)
-            if waiting is not None:
-                self._staged = getattr(waiting.dataset_obj, "staged", None)
         except StopIteration:
             self._progress.finished = True
             self._release()
@@ -403,10 +358,10 @@ class _Pass:
         return batch
 
     def _release(self) -> None:
-        """Let go of what was read ahead for this pass; an abandoned one has batches that were on their way."""
-        staged, self._staged = self._staged, None
-        if staged is not None:
-            staged.close()
+        """Release what was read ahead for this pass; an abandoned one has batches that were on their way."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
 
     def __del__(self) -> None:
         self._release()

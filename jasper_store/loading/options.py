@@ -6,24 +6,29 @@ import difflib
 import inspect
 import shutil
 import warnings
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError, PerformanceWarning, UnknownNameError
 from jasper_store.memory.budget import format_bytes
+from jasper_store.store.guard import check_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["check_int", "check_loader_options", "warn_of_small_shared_memory"]
+    from jasper_store.store.placement import Plan
+
+__all__ = ["LoaderOptions", "LoaderOrder", "Padding", "check_int", "warn_of_small_shared_memory"]
+
+LoaderOrder: TypeAlias = Literal["auto", "global", "block"]
+Padding: TypeAlias = Literal["wrap", "none"]
 
 _DECIDED: Final = {
-    "dataset": "the dataset is opened from dataset_dir",
-    "shuffle": "training shuffles and validation does not; split= and order= decide",
     "sampler": "create_loader makes the sampler, loader.sampler_obj",
-    "batch_sampler": "create_loader makes the batch sampler; to use your own, make a DataLoader of a"
-    " JASPERSteeringDataset, which is as fast",
+    "batch_sampler": "create_loader makes the batch sampler; to use your own, make a DataLoader of the dataset, which is"
+    " as fast",
 }
 """Options of DataLoader that create_loader decides, and why or how."""
 
@@ -41,8 +46,54 @@ def check_int(name: str, value: Any, *, at_least: int) -> None:
         raise IncompatibleOptionsError(f"{name}={value!r}: expected a whole number, {at_least} or more")
 
 
-def check_loader_options(batch_size: int, num_workers: int, options: Mapping[str, Any]) -> None:
-    """Refuse what DataLoader does not know, what create_loader decides, and what cannot hold together.
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How a dataset is served; see ``create_loader`` for what each means. Checked when it is made.
+
+    Raises:
+        UnknownNameError: no such order, padding or DataLoader option.
+        IncompatibleOptionsError: options that are incompatible.
+    """
+
+    batch_size: int
+    num_workers: int = 0
+    distributed: bool = False
+    epoch: int | None = None
+    drop_last: bool | None = None
+    pin_memory: bool | None = None
+    shuffle: bool | None = None
+    seed: int | None = None
+    order: LoaderOrder = "auto"
+    padding: Padding = "wrap"
+    rank: int | None = None
+    world_size: int | None = None
+    dataloader: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, known in (("order", ("auto", "global", "block")), ("padding", ("wrap", "none"))):
+            if getattr(self, name) not in known:
+                shown = ", ".join(map(repr, known))
+                raise UnknownNameError(f"unknown {name} {getattr(self, name)!r}; expected one of {shown}")
+        if self.epoch is not None:
+            check_int("epoch", self.epoch, at_least=0)
+        if self.shuffle is not None and not isinstance(self.shuffle, bool):
+            raise IncompatibleOptionsError(f"shuffle={self.shuffle!r}: expected None, True or False")
+        check_options(pin_memory=self.pin_memory, num_workers=self.num_workers)
+        _check_dataloader(self.batch_size, self.num_workers, self.dataloader)
+
+    def admit(self, plan: Plan) -> None:
+        """Refuse a plan that is incompatible with these options, before it is carried out.
+
+        Raises:
+            IncompatibleOptionsError: naming both.
+        """
+        check_options(
+            device=plan.device, pin_memory=self.pin_memory, num_workers=self.num_workers, any_mapped=plan.reads_maps
+        )
+
+
+def _check_dataloader(batch_size: int, num_workers: int, options: Mapping[str, Any]) -> None:
+    """Refuse what DataLoader does not know, what create_loader decides, and what is incompatible.
 
     Raises:
         UnknownNameError: DataLoader has no such option; the message lists those that are near.

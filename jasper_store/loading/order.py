@@ -1,6 +1,6 @@
 """Shuffled orders of an epoch that need no memory: keyed bijections of positions, computed where they are needed.
 
-An order is a function from a place in the epoch to an index of the dataset. It is never materialised, so an
+An order is a function from a position in the epoch to an index of the dataset. It is never materialised, so an
 epoch of 10**9 samples costs as much memory as one of 10, resuming anywhere costs nothing, and any process
 computes any part of it from (n, seed, epoch) alone. An order may be asked with a tensor on any device and answers
 on that device.
@@ -139,10 +139,10 @@ def _bijection(n: int, *parts: int | str) -> _Feistel | _Table:
 
 @dataclass(frozen=True)
 class Order:
-    """A permutation of ``range(n)``: place in the epoch to index of the dataset. Immutable, picklable, O(1) memory.
+    """A permutation of ``range(n)``: position in the epoch to index of the dataset. Immutable, picklable, O(1) memory.
 
-    ``len(order)`` is n. ``order[place]`` is an int for an int (negative ones count from the end); for a 1-D
-    integer tensor, array, list, range or slice of places it is an int64 tensor of the same length, on the
+    ``len(order)`` is n. ``order[position]`` is an int for an int (negative ones count from the end); for a 1-D
+    integer tensor, array, list, range or slice of positions it is an int64 tensor of the same length, on the
     tensor's device. Any thread or process may ask at any time.
 
     Attributes:
@@ -172,55 +172,55 @@ class Order:
             yield from self.at(torch.arange(start, min(start + TABLE_LIMIT, self.n))).tolist()
 
     @overload
-    def __getitem__(self, places: int) -> int: ...
+    def __getitem__(self, positions: int) -> int: ...
     @overload
-    def __getitem__(self, places: torch.Tensor | np.ndarray | Sequence[int] | slice) -> torch.Tensor: ...
-    def __getitem__(self, places: int | torch.Tensor | np.ndarray | Sequence[int] | slice) -> int | torch.Tensor:
-        """Index, or indices, at one or many places of the epoch.
+    def __getitem__(self, positions: torch.Tensor | np.ndarray | Sequence[int] | slice) -> torch.Tensor: ...
+    def __getitem__(self, positions: int | torch.Tensor | np.ndarray | Sequence[int] | slice) -> int | torch.Tensor:
+        """Index, or indices, at one or many positions of the epoch.
 
         Raises:
-            IndexError: a place is outside the epoch.
-            TypeError: places are not integers.
+            IndexError: a position is outside the epoch.
+            TypeError: positions are not integers.
         """
-        if isinstance(places, slice):
-            places = range(self.n)[places]
-        if isinstance(places, range):
-            places = torch.arange(places.start, places.stop, places.step)
-        if not isinstance(places, (torch.Tensor, np.ndarray, list, tuple)):
-            # range() brings the index protocol, negative places and the error with it.
-            return int(self.at(torch.tensor([range(self.n)[operator.index(cast("SupportsIndex", places))]]))[0])
-        return self.at(self._checked(torch.as_tensor(places)))
+        if isinstance(positions, slice):
+            positions = range(self.n)[positions]
+        if isinstance(positions, range):
+            positions = torch.arange(positions.start, positions.stop, positions.step)
+        if not isinstance(positions, (torch.Tensor, np.ndarray, list, tuple)):
+            # range() brings the index protocol, negative positions and the error with it.
+            return int(self.at(torch.tensor([range(self.n)[operator.index(cast("SupportsIndex", positions))]]))[0])
+        return self.at(self._checked(torch.as_tensor(positions)))
 
-    def _checked(self, places: torch.Tensor) -> torch.Tensor:
-        if places.numel() == 0:
-            return places.to(torch.int64)
-        if places.dtype == torch.bool or places.is_floating_point() or places.ndim != 1:
-            msg = f"places must be one-dimensional integers, got {places.dtype} of shape {tuple(places.shape)}"
+    def _checked(self, positions: torch.Tensor) -> torch.Tensor:
+        if positions.numel() == 0:
+            return positions.to(torch.int64)
+        if positions.dtype == torch.bool or positions.is_floating_point() or positions.ndim != 1:
+            msg = f"positions must be one-dimensional integers, got {positions.dtype} of shape {tuple(positions.shape)}"
             raise TypeError(msg)
-        low, high = (int(bound) for bound in torch.aminmax(places))
+        low, high = (int(bound) for bound in torch.aminmax(positions))
         if low < 0 or high >= self.n:
-            msg = f"place {low if low < 0 else high} is outside an epoch of {self.n} samples, 0 to {self.n - 1}"
+            msg = f"position {low if low < 0 else high} is outside an epoch of {self.n} samples, 0 to {self.n - 1}"
             raise IndexError(msg)
-        return places.to(torch.int64)
+        return positions.to(torch.int64)
 
-    def at(self, places: torch.Tensor) -> torch.Tensor:
-        """Indices at int64 ``places`` [k] known to be in [0, n): the unchecked form that samplers use."""
-        if places.device.type == "cpu":
-            asked = places.numpy()
+    def at(self, positions: torch.Tensor) -> torch.Tensor:
+        """Indices at int64 ``positions`` [k] known to be in [0, n): the unchecked form that samplers use."""
+        if positions.device.type == "cpu":
+            asked = positions.numpy()
             found = np.empty_like(asked)
             for start in range(0, len(asked), CHUNK):
                 found[start : start + CHUNK] = self._at(asked[start : start + CHUNK])
             return torch.from_numpy(found)
-        computed: torch.Tensor = self._at(places)
+        computed: torch.Tensor = self._at(positions)
         return computed
 
-    def _at(self, places: _Numbers) -> _Numbers:
-        """Indices at places, as an array or a tensor of their own."""
-        return places + 0
+    def _at(self, positions: _Numbers) -> _Numbers:
+        """Indices at positions, as an array or a tensor of their own."""
+        return positions + 0
 
 
 class SequentialOrder(Order):
-    """The dataset as it lies: place i holds index i, in every epoch."""
+    """The dataset as it lies: position i holds index i, in every epoch."""
 
 
 class GlobalOrder(Order):
@@ -232,8 +232,8 @@ class GlobalOrder(Order):
     def _shuffle(self) -> _Feistel | _Table:
         return _bijection(self.n, "rows", self.seed, self.epoch)
 
-    def _at(self, places: _Numbers) -> _Numbers:
-        return self._shuffle.apply(places) if self.n else places
+    def _at(self, positions: _Numbers) -> _Numbers:
+        return self._shuffle.apply(positions) if self.n else positions
 
 
 @dataclass(frozen=True)
@@ -286,17 +286,17 @@ class BlockOrder(Order):
         return -(-self._slots // self.window)
 
     def window_bounds(self, number: int) -> tuple[int, int]:
-        """First place of window ``number``, and the first place after it."""
+        """First position of window ``number``, and the first position after it."""
         first, stop = number * self.window, min((number + 1) * self.window, self._slots)
         return (
             first * self.block - self._missing * (self._partial_block_slot < first),
             stop * self.block - self._missing * (self._partial_block_slot < stop),
         )
 
-    def window_of(self, place: int) -> int:
-        """Number of the window that holds a place."""
+    def window_of(self, position: int) -> int:
+        """Number of the window that holds a position."""
         ragged = self._partial_block_slot // self.window
-        return (place + self._missing * (place >= self.window_bounds(ragged)[1])) // self.span
+        return (position + self._missing * (position >= self.window_bounds(ragged)[1])) // self.span
 
     def blocks_of(self, number: int) -> torch.Tensor:
         """Blocks of the dataset [<= window] that window ``number`` mixes, in the order of its slots."""
@@ -310,31 +310,31 @@ class BlockOrder(Order):
         found: np.ndarray[Any, Any] = np.where(slots == self._partial_block_slot, self._slots - 1, blocks)
         return found
 
-    def _at(self, places: _Numbers) -> _Numbers:
-        if not len(places):
-            return places
-        first, last = self.window_of(int(places.min())), self.window_of(int(places.max()))
+    def _at(self, positions: _Numbers) -> _Numbers:
+        if not len(positions):
+            return positions
+        first, last = self.window_of(int(positions.min())), self.window_of(int(positions.max()))
         if first == last:
-            return self._in_window(first, places)
-        out = places + 0
+            return self._in_window(first, positions)
+        out = positions + 0
         for number in range(first, last + 1):
             start, stop = self.window_bounds(number)
-            inside = _where((places >= start) & (places < stop))
+            inside = _where((positions >= start) & (positions < stop))
             if len(inside):
-                out[inside] = self._in_window(number, places[inside])
+                out[inside] = self._in_window(number, positions[inside])
         return out
 
-    def _in_window(self, number: int, places: _Numbers) -> _Numbers:
+    def _in_window(self, number: int, positions: _Numbers) -> _Numbers:
         start, stop = self.window_bounds(number)
         mix = _bijection(stop - start, "window", number, self.n, self.block, self.seed, self.epoch)
-        inner = mix.apply(places - start)
+        inner = mix.apply(positions - start)
         slot = self._partial_block_slot - number * self.window
         if self._missing and 0 <= slot < self.window:
             # Behind the ragged block every row lies as if that block were full.
             inner += (inner >= slot * self.block + self.block - self._missing) * self._missing
         within = inner // self.block
         inner -= within * self.block
-        inner += _like(self._blocks_of(number) * self.block, places)[within]
+        inner += _like(self._blocks_of(number) * self.block, positions)[within]
         return inner
 
 

@@ -1,13 +1,13 @@
-"""Draw some batches ahead and announce the rows they will read, so that the disk works at its full depth.
+"""Draw some batches ahead and ask for the rows they will read, so that the disk works at its full depth.
 
-A page fault asks the disk for one page and waits; a batch announced beforehand asks for all of its pages at once.
-The rows of the large tensors stand in the small ones, so announcing has stages, each a few batches further ahead
-than the next: the split's list of pair rows, then what stands in those rows, then the embeddings they name.
+A page fault asks the disk for one page and waits; a batch that is prefetched asks for all of its pages at once. The
+rows of the large tensors stand in the small ones, so prefetching has stages, each a few batches further ahead than the
+next: one for each level of mapped index tensors of the sample graph, and a last one for the tensors that are served.
 
-All of it happens in the trainer's process, also with workers: the page cache is shared. What there is to announce
-is announced by one thread per pass, because the kernel takes 5 us a page to submit and waits where the disk's queue
-is full: time that the trainer's thread gathers in (measured in docs/notes-paging.md). Where pages are in memory
-already no thread is started. It ends with the pass, and with an iterator that is abandoned.
+All of it happens in the trainer's process, also with workers: the page cache is shared. One thread per pass makes the
+system calls, because the kernel takes 5 us a page to submit and waits where the disk's queue is full: time that the
+trainer's thread gathers in (measured in docs/notes-paging.md). Where pages are in memory already no thread is started.
+It ends with the pass, and with an iterator that is abandoned.
 """
 
 from __future__ import annotations
@@ -18,59 +18,47 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
-from jasper_store.jasper.schema import STEERING_TENSORS, TENSORS, split_tensor
 from jasper_store.loading.order import BlockOrder, Order
-from jasper_store.loading.window_prefetcher import READERS, Steers, WindowPrefetcher
+from jasper_store.loading.window_prefetcher import READERS, StagedNode, WindowPrefetcher
 from jasper_store.loading.windows import Windows
-from jasper_store.store.direct_rows import DirectRowReader, direct_readers_for
+from jasper_store.samples.dataset import GatherContext
+from jasper_store.samples.graph import BY_POSITION
+from jasper_store.store.direct_rows import direct_readers_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Set
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
+    from typing_extensions import Self
+
     from jasper_store.loading.advisor import Stopwatch
+    from jasper_store.samples.dataset import Dataset
+    from jasper_store.samples.graph import SampleGraph
 
-__all__ = ["GROUP_SAMPLES", "Announces", "Prefetcher", "depth_for"]
+__all__ = ["GROUP_SAMPLES", "PrefetchedBatches", "Prefetcher", "depth_for", "stageable_nodes"]
 
-_Indices = TypeVar("_Indices")
-# What a stage makes of some batches on the trainer's thread: work for the announcing thread, or none.
+# What a stage makes of some batches on the trainer's thread: work for the prefetching thread, or none.
 _Job: TypeAlias = "Callable[[], None]"
 _Stage: TypeAlias = "Callable[[Any], _Job | None]"
 
 MIN_BATCHES: Final = 4
-"""Batches that are drawn ahead at least: DESIGN's prototype reached the disk's limit with four."""
+"""Batches that are drawn ahead at least: the prototype reached the disk's limit with four."""
 MIN_SAMPLES: Final = 1024
 """Samples that are drawn ahead at least: small batches alone would not fill the disk's queue."""
 GROUP_SAMPLES: Final = 1024
-"""Samples that are announced together: asking which rows they read and where these lie costs 0.2 ms, be it for 16
+"""Samples that are prefetched together: asking which rows they read and where these lie costs 0.2 ms, be it for 16
 or for 256."""
 MAX_NBYTES: Final = 256 << 20
-"""Bytes announced and not yet read, at most: more only pushes other pages out."""
+"""Bytes prefetched and not yet read, at most: more only pushes other pages out."""
 _IDLE_CALL_LIMIT: Final = 16
-"""Calls without a row of a tensor, after which it has no say in whether to announce."""
+"""A tensor with no rows in this many calls is ignored in the prefetch decision."""
 _MAX_SPAN_RATIO: Final = 8
 """Rows of the file per row of a split's block, beyond which a block is not a run."""
-
-
-class Announces(Steers, Protocol):
-    """The dataset, as far as looking ahead is concerned."""
-
-    split: Any
-
-    @property
-    def store(self) -> Mapping[str, Any]:
-        """The stored tensors by name."""
-
-    def rows_of(self, indices: Any, epoch: int | None = None) -> Mapping[str, torch.Tensor]:
-        """Rows of the embedding tensors that a batch reads; reads the small tensors."""
-
-    def steering_rows(self, pairs: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Rows of the steering tensors that pair rows draw; reads nothing."""
 
 
 def depth_for(batch_size: int, sample_nbytes: int, memory: int | None = None) -> int:
@@ -79,7 +67,7 @@ def depth_for(batch_size: int, sample_nbytes: int, memory: int | None = None) ->
     Args:
         batch_size: samples per batch.
         sample_nbytes: bytes that a sample reads.
-        memory: bytes that the page cache may hold; an eighth of it is spent on what is announced.
+        memory: bytes that the page cache may hold; an eighth of it is spent on what is prefetched.
 
     Returns:
         At least 1: a cap that is smaller than a batch must still make progress.
@@ -89,24 +77,38 @@ def depth_for(batch_size: int, sample_nbytes: int, memory: int | None = None) ->
     return max(1, min(wanted, limit // max(batch_size * sample_nbytes, 1)))
 
 
+def stageable_nodes(graph: SampleGraph, mapped: Set[str]) -> list[int]:
+    """Nodes whose rows a block order can read a window ahead: served, one row a sample in the order of the file."""
+    index_nodes = set(graph.index_nodes)
+    return [
+        number
+        for number in dict.fromkeys(out.node for out in graph.outputs if not out.variant)
+        if number not in index_nodes
+        and graph.nodes[number].rows in {graph.row, BY_POSITION}
+        and graph.nodes[number].column is None
+        and not graph.nodes[number].span
+        and not mapped.isdisjoint(graph.nodes[number].tensors)
+    ]
+
+
 class Prefetcher:
-    """Announces the rows of a loader's batches ahead of time. Not for concurrent use.
+    """Asks for the rows of a loader's batches ahead of time. Not for concurrent use.
 
     Args:
-        dataset: whose rows; only its mapped tensors are announced.
-        depth: batches between announcing a row and reading it.
-        batch_size: samples per batch; small batches are announced several at a time.
-        rely_on_faults: the rows are gathered in this process, where page faults are noticed and announcing begins
+        dataset: whose rows; only its mapped tensors are prefetched.
+        depth: batches between prefetching a row and reading it.
+        batch_size: samples per batch; small batches are prefetched several at a time.
+        rely_on_faults: the rows are gathered in this process, where page faults are noticed and prefetching begins
             again by itself; with workers, rows are named to the store also while it asks for none.
-        drop_behind: give back the pages of each window of a block order that is done with, for data that the page
-            cache cannot hold.
-        stage: read the steering rows of a block order past the page cache instead of announcing them.
-        stopwatch: where the time is written down that batches wait for being announced.
+        drop_behind: give back the pages of each window of a block order that was served, for data that the page cache
+            cannot hold.
+        stage: there is memory to read the rows of a block order past the page cache instead of prefetching them.
+        stopwatch: where the time is written down that batches wait for being prefetched.
     """
 
     def __init__(
         self,
-        dataset: Announces,
+        dataset: Dataset,
         depth: int = MIN_BATCHES,
         *,
         batch_size: int = GROUP_SAMPLES,
@@ -121,179 +123,248 @@ class Prefetcher:
         self.drop_behind = drop_behind
         self.stage = stage
         self.stopwatch = stopwatch
-        self._unread: dict[str, int] = {}
+        self._idle_calls: dict[str, int] = {}
         self._group = max(1, min(GROUP_SAMPLES // batch_size, depth))
 
-    def over(
-        self, batches: Iterable[_Indices], order: Order | None = None, first: int = 0, step: int = 0, ranks: int = 1
-    ) -> Iterator[_Indices]:
-        """The same batches, each announced ``depth`` batches before it is yielded.
+    def wrap(
+        self,
+        batches: Iterable[Any],
+        order: Order | None = None,
+        first: int = 0,
+        step: int = 0,
+        ranks: int = 1,
+        *,
+        staged: bool = False,
+    ) -> PrefetchedBatches:
+        """The same batches, each prefetched ``depth`` batches before it is yielded.
 
         Args:
-            batches: positions of the samples of each batch.
-            order: the order that they come from, if it is known; a block order is announced window by window.
-            first: place of the first batch's first sample in the order.
-            step: places from one batch's first sample to the next one's; 0 if it is not known.
-            ranks: every how many places this rank takes one.
+            batches: indices of the samples of each batch.
+            order: the order that they come from, if it is known; a block order is prefetched window by window.
+            first: position of the first batch's first sample in the order.
+            step: positions from one batch's first sample to the next one's; 0 if it is not known.
+            ranks: every how many positions this rank takes one.
+            staged: the batches are gathered in this process with the context of the result, so that rows may be
+                read into memory of their own.
         """
-        mapped = {name for name, tensor in self.dataset.store.items() if tensor.placement == "mmap"}
-        split = split_tensor(self.dataset.split)
-        pairwise = [
-            name
-            for name, rule in TENSORS.items()
-            if name in mapped and rule.shape[0] == "pairs" and rule.reads not in (0.0, "probability")
-        ]
-        steering = mapped & set(STEERING_TENSORS)
+        dataset, graph = self.dataset, self.dataset.graph
+        mapped = {name for name, tensor in dataset.store.items() if tensor.placement == "mmap"}
+        in_order = mapped & graph.in_row_order
+        stages: list[_Stage] = []
+        ahead, nodes = 0, []
         windows: Windows | None = None
-        staging: list[DirectRowReader] = []
-        ahead = 0
-        found: Iterator[_Indices] = iter(batches)
-        if isinstance(order, BlockOrder) and step and (pairwise or steering or split in mapped):
+        if isinstance(order, BlockOrder) and step and in_order:
             windows = Windows(order, first, ranks)
             # What is gathered at once, and the batches around it, must lie within the windows that are held.
             ahead = GROUP_SAMPLES * ranks + 2 * step
-            if self.stage and steering and split not in mapped and ahead + step <= order.span:
-                staging = direct_readers_for([self.dataset.store[name] for name in STEERING_TENSORS], READERS)
-            by_window = set() if staging else steering
-            needed = pairwise or by_window or split in mapped
-            stages = [self._windows(windows, step, pairwise, by_window)] if needed else []
-            steering = set()
-        else:
-            stages = self._listed(pairwise)
-        by_batch = steering | mapped & {"question_embs", "source_embs"}
-        if by_batch:
-            stages.append(self._embeddings(by_batch))
-        if staging and windows is not None:
-            return self._ahead(found, stages, WindowPrefetcher(self.dataset, staging, windows, ahead))
-        return self._ahead(found, stages) if stages else found
+            if self.stage and staged and not _list_is_mapped(graph, mapped) and ahead + step <= order.span:
+                nodes = self._staged_nodes(mapped)
+            rest = in_order - {name for node in nodes for name in graph.nodes[node.number].tensors}
+            stages += [self._by_window(windows, step, rest)] if rest else []
+            mapped -= in_order
+        stages += self._by_level(mapped)
+        window_prefetcher = None
+        if nodes and windows is not None:
+            window_prefetcher = WindowPrefetcher(dataset, nodes, windows, ahead)
+        found: Iterator[Any] = iter(batches)
+        if stages or window_prefetcher is not None:
+            found = self._through(found, stages, window_prefetcher)
+        return PrefetchedBatches(found, GatherContext(prefetched=True, staged=window_prefetcher))
 
-    def _ahead(
-        self, batches: Iterator[_Indices], stages: list[_Stage], staged: WindowPrefetcher | None = None
-    ) -> Iterator[_Indices]:
-        """The batches, through one stage of announcing after the other; the stages share a thread."""
+    def stageable(self) -> list[int]:
+        """Nodes that a block order reads past the page cache, where there is memory for it."""
+        store = self.dataset.store
+        return stageable_nodes(self.dataset.graph, {name for name, each in store.items() if each.placement == "mmap"})
+
+    def _staged_nodes(self, mapped: Set[str]) -> list[StagedNode]:
+        graph, store = self.dataset.graph, self.dataset.store
+        found = []
+        for number in stageable_nodes(graph, mapped):
+            readers = direct_readers_for([store[name] for name in graph.nodes[number].tensors], READERS)
+            if readers:
+                found.append(StagedNode(number, readers))
+        return found
+
+    def _through(self, batches: Iterator[Any], stages: list[_Stage], windows: WindowPrefetcher | None) -> Iterator[Any]:
+        """The batches, through one stage of prefetching after the other; the stages share a thread."""
         with ExitStack() as last:
-            thread = ThreadPoolExecutor(1, "jasper-announce")
+            thread = ThreadPoolExecutor(1, "jasper-prefetch")
             last.callback(_end, thread)
-            for announce in stages:
-                batches = self._stage(batches, announce, thread)
-            yield from staged.over(batches) if staged is not None else batches
+            for prefetch in stages:
+                batches = self._stage(batches, prefetch, thread)
+            yield from windows.wrap(batches) if windows is not None else batches
 
     def _in_flight(self, step: int) -> int:
-        """Places from a batch that leaves a stage to the one that the trainer works on, that one included."""
+        """Positions from a batch that leaves a stage to the one that the trainer works on, that one included."""
         return (2 * (self.depth + self._group) + 2) * step
 
-    def _stage(self, batches: Iterator[_Indices], announce: _Stage, thread: ThreadPoolExecutor) -> Iterator[_Indices]:
-        """Hold batches back until ``depth`` later ones are announced; small ones are announced together."""
-        waiting: deque[tuple[_Indices, Future[None] | None]] = deque()
+    def _stage(self, batches: Iterator[Any], prefetch: _Stage, thread: ThreadPoolExecutor) -> Iterator[Any]:
+        """Hold batches back until ``depth`` later ones are prefetched; small ones are prefetched together."""
+        waiting: deque[tuple[Any, Future[None] | None]] = deque()
         while group := list(islice(batches, self._group)):
             whole = group[0] if len(group) == 1 else torch.cat([torch.as_tensor(batch) for batch in group])
-            job = announce(whole)
+            job = prefetch(torch.as_tensor(whole, dtype=torch.int64))
             done = None if job is None else thread.submit(job)
             waiting.extend((batch, done) for batch in group)
             while len(waiting) > self.depth:
-                yield self._announced(*waiting.popleft())
+                yield self._prefetched(*waiting.popleft())
         while waiting:
-            yield self._announced(*waiting.popleft())
+            yield self._prefetched(*waiting.popleft())
 
-    def _announced(self, batch: _Indices, done: Future[None] | None) -> _Indices:
+    def _prefetched(self, batch: Any, done: Future[None] | None) -> Any:
         if done is not None:
             with self._timed():
                 done.result()
         return batch
 
-    def _listed(self, names: list[str]) -> list[_Stage]:
-        """Announce the split's list, and some batches later what stands in the pair rows that it lists."""
-        store = self.dataset.store
-        listed = store[split_tensor(self.dataset.split)]
+    def _by_level(self, mapped: set[str]) -> list[_Stage]:
+        """A stage for each level of mapped index tensors, and one for what is served."""
+        graph = self.dataset.graph
+        index_nodes = set(graph.index_nodes)
+        levels: dict[int, list[int]] = {}
+        for number in graph.index_nodes:
+            if graph.nodes[number].tensor in mapped:
+                levels.setdefault(graph.nodes[number].depth, []).append(number)
+        stages = [self._rows_of(numbers, depth) for depth, numbers in levels.items()]
+        served = [
+            number
+            for number in dict.fromkeys(out.node for out in graph.outputs if not out.variant)
+            if number not in index_nodes and mapped & set(graph.nodes[number].tensors)
+        ]
+        return [*stages, self._rows_of(served, None)] if served else stages
 
-        def announce_list(batch: Any) -> _Job | None:
-            return partial(listed.announce, batch) if self._asked([listed.name]) else None
+    def _rows_of(self, numbers: list[int], depth: int | None) -> _Stage:
+        """Prefetch the rows that nodes read; of index nodes, those of one depth."""
+        dataset = self.dataset
+        names = {name for number in numbers for name in dataset.graph.nodes[number].tensors}
+        names = {name for name in names if dataset.store[name].placement == "mmap"}
+        # Calls since it was last read; what was given up in an earlier epoch gets another chance in this one.
+        idle = self._idle_calls
+        idle.update({name: min(idle.get(name, 0), _IDLE_CALL_LIMIT - 2) for name in names})
 
-        def announce_pairs(batch: Any) -> _Job | None:
-            return partial(self._announce_pairs, batch, names, ()) if self._asked(names) else None
+        def prefetch_rows(indices: torch.Tensor) -> None:
+            reader = dataset.reader
+            found = reader.resolve(indices, dataset.draw_now() if depth is None else None, depth=depth)
+            for name, rows in reader.rows_by_tensor(found, numbers).items():
+                if name in names:
+                    idle[name] = 0 if len(rows) else idle[name] + 1
+                    dataset.store[name].announce(rows)
 
-        stages: list[_Stage] = [announce_list] if listed.placement == "mmap" else []
-        return [*stages, announce_pairs] if names else stages
+        def prefetch(indices: torch.Tensor) -> _Job | None:
+            # A variant that is never drawn prefetches nothing, so nothing is ever known of its pages.
+            wanted = self._wanted(name for name in names if idle[name] < _IDLE_CALL_LIMIT)
+            return partial(prefetch_rows, indices) if wanted else None
 
-    def _announce_pairs(self, positions: Any, names: Iterable[str], steering: Iterable[str]) -> None:
-        """Announce the rows of tensors that have one row for each pair; of the steering only what is drawn."""
-        store = self.dataset.store
-        pairs = store[split_tensor(self.dataset.split)].take(positions).to(torch.int64)
-        for name in names:
-            store[name].announce(pairs)
-        drawn = self.dataset.steering_rows(pairs) if steering else {}
-        for name in steering:
-            store[name].announce(drawn[name])
+        return prefetch
 
-    def _windows(self, windows: Windows, step: int, names: list[str], steering: set[str]) -> _Stage:
-        """Announce tensors with a row for each pair a window of the block order ahead: their rows lie in runs there.
+    # --- block orders -------------------------------------------------------------------------------------------
 
-        The next window is announced bit by bit while the present one is served, and the one before is dropped in
+    def _by_window(self, windows: Windows, step: int, names: set[str]) -> _Stage:
+        """Prefetch tensors in the order of the file a window of the block order ahead: their rows lie in runs there.
+
+        The next window is prefetched bit by bit while the present one is served, and the one before is dropped in
         the same way, so that the disk is never idle and its queue never full.
         """
-        store = self.dataset.store
-        listed = store[split_tensor(self.dataset.split)]
-        everything = [*names, *steering]
         in_flight = self._in_flight(step)
-        place = windows.first
+        position = windows.first
 
         def page(due: list[torch.Tensor], done: list[torch.Tensor]) -> None:
-            for positions in due:
-                listed.announce(positions)
-                self._announce_pairs(positions, names, steering)
+            for indices in due:
+                self._prefetch_in_order(indices, names)
             for blocks in done:
-                self._drop(everything, blocks, windows.order)
+                self._drop(names, blocks, windows.order)
 
-        def announce(batch: Any) -> _Job | None:
-            nonlocal place
-            place += len(batch) * windows.ranks
-            due = windows.due(place)
-            done = windows.done(place - in_flight) if self.drop_behind else []
-            wanted = (due and self._asked([listed.name, *everything])) or done
+        def prefetch(indices: torch.Tensor) -> _Job | None:
+            nonlocal position
+            position += len(indices) * windows.ranks
+            due = windows.due(position)
+            done = windows.done(position - in_flight) if self.drop_behind else []
+            wanted = (due and self._wanted(names)) or done
             return partial(page, due, done) if wanted else None
 
-        return announce
+        return prefetch
 
-    def _drop(self, names: list[str], blocks: torch.Tensor, order: BlockOrder) -> None:
-        """Drop the pair rows of blocks, where a block's rows are a run in the file."""
-        listed = self.dataset.store[split_tensor(self.dataset.split)]
+    def _prefetch_in_order(self, indices: torch.Tensor, names: set[str]) -> None:
+        """Prefetch the rows at sorted indices; of a choice only those that are drawn."""
+        dataset, graph, store = self.dataset, self.dataset.graph, self.dataset.store
+        rows = _rows_at(dataset, indices, prefetch=True)
+        for node in graph.nodes:
+            if node.rows not in {graph.row, BY_POSITION} or not names & set(node.tensors):
+                continue
+            wanted = indices if node.rows == BY_POSITION else rows
+            if not node.choice:
+                store[node.tensor].announce(wanted)
+                continue
+            draw = dataset.draw_now()
+            assert draw is not None
+            variants = draw.variants(wanted)
+            for variant, name in enumerate(node.tensors, start=1):
+                if name in names:
+                    store[name].announce(wanted[variants == variant])
+
+    def _drop(self, names: set[str], blocks: torch.Tensor, order: BlockOrder) -> None:
+        """Drop the rows of blocks, where a block's rows are a run in the file."""
+        graph, store = self.dataset.graph, self.dataset.store
         ends = torch.stack([blocks * order.block, ((blocks + 1) * order.block - 1).clamp_(max=order.n - 1)]).view(-1)
-        listed.announce(ends)
-        starts, stops = (listed.take(ends).view(2, -1) + torch.tensor([[0], [1]])).numpy()
-        runs = (starts < stops) & (stops - starts < _MAX_SPAN_RATIO * order.block)
-        for name in names:
-            self.dataset.store[name].drop_runs(starts[runs], stops[runs])
+        by_position = {name for node in graph.nodes if node.rows == BY_POSITION for name in node.tensors}
+        for rows, some in (
+            (ends, names & by_position),
+            (_rows_at(self.dataset, ends, prefetch=True), names - by_position),
+        ):
+            if not some:
+                continue
+            starts, stops = (rows.view(2, -1) + torch.tensor([[0], [1]])).numpy()
+            runs = (starts < stops) & (stops - starts < _MAX_SPAN_RATIO * order.block)
+            for name in some:
+                store[name].drop_runs(starts[runs], stops[runs])
 
-    def _embeddings(self, wanted: set[str]) -> _Stage:
-        """Announce the rows of these tensors that a batch reads."""
-        store = self.dataset.store
-        # Calls since it was last read; what was given up in an earlier epoch gets another chance in this one.
-        unread = self._unread
-        unread.update({name: min(unread.get(name, 0), _IDLE_CALL_LIMIT - 2) for name in wanted})
-
-        def announce_rows(batch: Any) -> None:
-            found = self.dataset.rows_of(batch)
-            for name in wanted:
-                rows = found[name]
-                unread[name] = 0 if len(rows) else unread[name] + 1
-                store[name].announce(rows)
-
-        def announce(batch: Any) -> _Job | None:
-            # A variant that the curriculum does not draw never announces, so nothing is ever known of its pages.
-            asked = self._asked(name for name in wanted if unread[name] < _IDLE_CALL_LIMIT)
-            return partial(announce_rows, batch) if asked else None
-
-        return announce
-
-    def _asked(self, names: Iterable[str]) -> bool:
-        """Whether any of these tensors has a use for announcements now, as far as can be known here."""
+    def _wanted(self, names: Iterable[str]) -> bool:
+        """Whether any of these tensors has a use for prefetching now, as far as can be known here."""
         return not self.rely_on_faults or any(self.dataset.store[name].prefetching for name in names)
 
     def _timed(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.stopwatch is None else self.stopwatch.announce
+        return nullcontext() if self.stopwatch is None else self.stopwatch.prefetch
+
+
+class PrefetchedBatches:
+    """Batches on their way through a :class:`Prefetcher`.
+
+    Attributes:
+        context: what the gather of a batch is told of it.
+    """
+
+    def __init__(self, batches: Iterator[Any], context: GatherContext) -> None:
+        self._batches = batches
+        self.context = context
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Release rows that were read ahead."""
+        if self.context.staged is not None:
+            self.context.staged.close()
+
+
+def _list_is_mapped(graph: SampleGraph, mapped: Set[str]) -> bool:
+    return graph.row != BY_POSITION and graph.nodes[graph.row.node].tensor in mapped
+
+
+def _rows_at(dataset: Dataset, indices: torch.Tensor, *, prefetch: bool = False) -> torch.Tensor:
+    """Rows of the samples at indices, int64: the split's, or the indices themselves."""
+    graph = dataset.graph
+    if graph.row == BY_POSITION:
+        return indices
+    listed = dataset.store[graph.nodes[graph.row.node].tensor]
+    if prefetch:
+        listed.announce(indices)
+    return listed.take(indices).to(torch.int64)
 
 
 def _end(threads: ThreadPoolExecutor, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-    """Let threads go, and what they have not begun. At the interpreter's end they are gone, and so is what this needs."""
+    """Stop threads and what they have not begun. At the interpreter's end they are gone, and so is what this needs."""
     if not _ending():
         threads.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Samplers of an epoch: index tensors without a Python number per sample, at any place, for any rank.
+"""Samplers of an epoch: index tensors without a Python number per sample, at any position, for any rank.
 
 Both are drop-in replacements of PyTorch's own and instances of them, so that trainers treat them right.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch.utils.data import BatchSampler as TorchBatchSampler, DistributedSampler
 
 from jasper_store.errors import UnknownNameError
-from jasper_store.loading.options import check_int
-from jasper_store.loading.order import BlockOrder, GlobalOrder, Order, SequentialOrder, block_order, order
+from jasper_store.loading.options import Padding, check_int
+from jasper_store.loading.order import BlockOrder, GlobalOrder, Order, SequentialOrder
+from jasper_store.loading.prefetcher import PrefetchedBatches
 from jasper_store.loading.ranks import find_ranks
-from jasper_store.loading.shuffle_quality import mixing
 from jasper_store.loading.state import LoaderState
+from jasper_store.samples.dataset import DIRECT, GatherContext, PrefetchedIndices
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
 
     from jasper_store.loading.prefetcher import Prefetcher
 
-__all__ = ["BatchSampler", "EpochSampler", "Padding", "block_order", "mixing", "order"]
+__all__ = ["BatchSampler", "EpochSampler", "Padding"]
 
-Padding: TypeAlias = Literal["wrap", "none"]
 Indices: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]] | list[int]"
 
 #: Indices are computed this many at a time: 16 ns each, where a batch of 256 by itself costs 140 ns each.
@@ -44,7 +44,7 @@ _ORDERS: Final[Mapping[str, type[Order]]] = {"global": GlobalOrder, "block": Blo
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Serves one rank's share of an epoch: every ``num_replicas``-th place of the order, from place ``rank`` on.
+    """Serves one rank's share of an epoch: every ``num_replicas``-th position of the order, from position ``rank`` on.
 
     A drop-in ``torch.utils.data.DistributedSampler``: iterating yields ints, lazily, in constant memory.
     :class:`BatchSampler` takes whole tensors from it instead. Iterating does not change it, except that a resume
@@ -122,7 +122,7 @@ class EpochSampler(DistributedSampler[int]):
         self._order = None
 
     def count(self, start: int = 0) -> int:
-        """Samples that this rank serves of an epoch, of which the first ``start`` places are consumed."""
+        """Samples that this rank serves of an epoch, of which the first ``start`` positions are consumed."""
         left = max(self.samples - start, 0)
         if self.drop_last:
             return left // self.num_replicas
@@ -130,7 +130,7 @@ class EpochSampler(DistributedSampler[int]):
         return (left + extra) // self.num_replicas
 
     def batches(self, batch_size: int, start: int = 0) -> int:
-        """Batches that the rank with the most serves of an epoch, of which the first ``start`` places are consumed."""
+        """Batches that the rank with the most serves of an epoch, of which the first ``start`` positions are consumed."""
         left = max(self.samples - start, 0)
         if self.drop_last:
             return left // self.num_replicas // batch_size
@@ -140,7 +140,7 @@ class EpochSampler(DistributedSampler[int]):
         """This rank's indices number ``first`` to ``stop``, counted from the resume point ``start``.
 
         Args:
-            start: places of the epoch that are consumed, over all ranks.
+            start: positions of the epoch that are consumed, over all ranks.
             first: number of the first one wanted, from 0.
             stop: number after the last; at most ``count(start)``.
 
@@ -152,17 +152,17 @@ class EpochSampler(DistributedSampler[int]):
         sent = self.device.type == "cuda" and stop - first <= SENT_DRAW
         if sent or self.device.type == "cpu":
             # numpy: one thread, where torch would wake all of them for a large batch.
-            places = torch.from_numpy(np.arange(low, high, step))
+            positions = torch.from_numpy(np.arange(low, high, step))
         else:
-            places = torch.arange(low, high, step, device=self.device)
+            positions = torch.arange(low, high, step, device=self.device)
         if high - step >= self.samples:
-            places %= self.samples
-        found = self.order.at(places)
+            positions %= self.samples
+        found = self.order.at(positions)
         return found.pin_memory().to(self.device, non_blocking=True) if sent else found
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's indices as ints, from the resume point if one is set. The iterator keeps a state."""
-        return _EpochIterator(self)
+        return _IndexIterator(self)
 
     def __len__(self) -> int:
         """Samples this rank serves of a whole epoch; a resume point does not shorten it."""
@@ -243,7 +243,7 @@ class _Draws:
 
 
 class _StatefulIterator:
-    """What the two iterators share: they begin lazily, and know their place in O(1).
+    """What the two iterators share: they begin lazily, and know their position in O(1).
 
     PyTorch's loader asks for two iterators per epoch and uses one, so an iterator takes the resume point only when
     it is asked for its first item. ``state_dict`` and ``load_state_dict`` are torchdata's protocol.
@@ -274,7 +274,7 @@ class _StatefulIterator:
         self._draws, self._served = None, 0
 
 
-class _EpochIterator(_StatefulIterator):
+class _IndexIterator(_StatefulIterator):
     """Ints of an epoch."""
 
     def __init__(self, sampler: EpochSampler) -> None:
@@ -309,7 +309,7 @@ class BatchSampler(TorchBatchSampler):
         drop_last: leave out a last batch that is not full.
         arrays: yield numpy arrays, for loaders with workers: a batch of 256 reaches a worker in 42 us as an array,
             46 us as a list and 229 us as a tensor, which PyTorch sends through a file of its own.
-        partial_lists: yield a last batch that is not full as a list: Accelerate fills it up in place.
+        partial_lists: yield a last batch that is not full as a list: Accelerate fills it up in position.
         look_ahead: announces the rows of batches before they are asked for; ``None`` draws none ahead.
     """
 
@@ -334,9 +334,14 @@ class BatchSampler(TorchBatchSampler):
     def __iter__(self) -> Iterator[Any]:
         """Yield batches; over an :class:`EpochSampler` the iterator keeps a state."""
         if isinstance(self.sampler, EpochSampler):
-            return _BatchIterator(self, self.sampler)
+            return BatchIterator(self, self.sampler)
         batches: Iterator[list[int]] = super().__iter__()
-        return batches if self.prefetcher is None else self.prefetcher.over(batches)
+        return batches if self.prefetcher is None else self.prefetcher.wrap(batches)
+
+    def tensors(self) -> BatchIterator:
+        """Yield batches as tensors, for a loader that gathers them in this process by the iterator's context."""
+        assert isinstance(self.sampler, EpochSampler)
+        return BatchIterator(self, self.sampler, own=True)
 
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on to the sampler, if it has epochs."""
@@ -345,37 +350,58 @@ class BatchSampler(TorchBatchSampler):
             tell(epoch)
 
 
-class _BatchIterator(_StatefulIterator):
-    """Index tensors of an epoch."""
+class BatchIterator(_StatefulIterator):
+    """Index tensors of an epoch.
 
-    def __init__(self, batches: BatchSampler, sampler: EpochSampler) -> None:
+    Attributes:
+        own: they are gathered in this process, with :attr:`context`.
+    """
+
+    def __init__(self, batches: BatchSampler, sampler: EpochSampler, *, own: bool = False) -> None:
         super().__init__(sampler)
         self._batches = batches
-        self._source: Iterator[torch.Tensor] | None = None
+        self._source: PrefetchedBatches | None = None
+        self.own = own
+
+    @property
+    def context(self) -> GatherContext:
+        """What is known of the batches that were yielded: whether they were prefetched, which rows are staged."""
+        return DIRECT if self._source is None else self._source.context
+
+    def close(self) -> None:
+        """Release rows that were read ahead; batches on their way are not gathered any more."""
+        if self._source is not None:
+            self._source.close()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Indices:
         if self._source is None:
-            prefetcher = self._batches.prefetcher
-            draws = self._begun()
-            self._source = drawn = _cut(draws, self._batches.batch_size, drop_last=self._batches.drop_last)
-            if prefetcher is not None:
-                ranks = self._sampler.num_replicas
-                self._source = prefetcher.over(
-                    drawn,
-                    self._sampler.order,
-                    first=draws.start + self._sampler.rank,
-                    step=self._batches.batch_size * ranks,
-                    ranks=ranks,
-                )
+            self._source = self._begin()
         batch = next(self._source)
         # Counted in full batches: where ranks get a different number of last samples, all states still agree.
         self._served += self._batches.batch_size
         if self._batches.partial_lists and len(batch) < self._batches.batch_size:
             return batch.tolist()
+        if self._source.context.prefetched and not self.own:
+            return batch.numpy().view(PrefetchedIndices)
         return batch.cpu().numpy() if self._batches.arrays else batch
+
+    def _begin(self) -> PrefetchedBatches:
+        prefetcher, draws = self._batches.prefetcher, self._begun()
+        drawn = _cut(draws, self._batches.batch_size, drop_last=self._batches.drop_last)
+        if prefetcher is None:
+            return PrefetchedBatches(drawn, DIRECT)
+        ranks = self._sampler.num_replicas
+        return prefetcher.wrap(
+            drawn,
+            self._sampler.order,
+            first=draws.start + self._sampler.rank,
+            step=self._batches.batch_size * ranks,
+            ranks=ranks,
+            staged=self.own,
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

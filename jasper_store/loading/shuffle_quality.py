@@ -12,11 +12,11 @@ from jasper_store.errors import IncompatibleOptionsError
 if TYPE_CHECKING:
     from jasper_store.loading.order import Order
 
-__all__ = ["Mixing", "mixing"]
+__all__ = ["ShuffleQuality", "shuffle_quality"]
 
 
 @dataclass(frozen=True)
-class Mixing:
+class ShuffleQuality:
     """How well an order mixes, against a full shuffle of the same length. All are shares, free of units.
 
     Attributes:
@@ -38,7 +38,7 @@ class Mixing:
         )
 
 
-def mixing(permutation: Order) -> Mixing:
+def shuffle_quality(permutation: Order) -> ShuffleQuality:
     """Measure an order by computing all of it: about 50 bytes of memory per sample.
 
     Raises:
@@ -46,7 +46,7 @@ def mixing(permutation: Order) -> Mixing:
     """
     n = permutation.n
     if n < 2:
-        msg = f"mixing() needs an order of at least 2 samples, got {n}"
+        msg = f"shuffle_quality() needs an order of at least 2 samples, got {n}"
         raise IncompatibleOptionsError(msg)
     index = permutation[:].numpy()
     place = np.empty_like(index)
@@ -54,7 +54,7 @@ def mixing(permutation: Order) -> Mixing:
     distance = np.sort(np.abs(index - np.arange(n)) / n)
     expected = distance * (2 - distance)
     observed = np.arange(1, n + 1) / n
-    return Mixing(
+    return ShuffleQuality(
         displacement=float(distance.mean()),
         displacement_gap=float(np.abs(observed - expected).max()),
         neighbours=float(np.abs(np.diff(place)).mean() / n),

@@ -1,33 +1,51 @@
-"""The steering rows of a block order, read a window ahead of the batches that they belong to."""
+"""Rows of a block order, read past the page cache a window ahead of the batches that they belong to."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 
-from jasper_store.jasper.gather import Draw, chain_of
-from jasper_store.jasper.schema import split_tensor
 from jasper_store.native.gather import source_of
+from jasper_store.samples.graph import BY_POSITION
+from jasper_store.samples.reader import StagedRows
 from jasper_store.store.compiled_gather import SECOND_INPUT, CompiledGather, IndexRef, Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from jasper_store.loading.windows import Windows
+    from jasper_store.samples.dataset import Dataset
+    from jasper_store.samples.draw import VariantSampler
     from jasper_store.store.direct_rows import DirectRowReader
 
-__all__ = ["READERS", "WINDOWS", "Steers", "WindowPrefetcher"]
+__all__ = ["READERS", "WINDOWS", "StagedNode", "WindowPrefetcher"]
 
-_Batch = TypeVar("_Batch")
 WINDOWS: Final = 4
 """Windows that are held: the one that is served, the one before, which batches on their way may need, and two ahead."""
 READERS: Final = 3
 """Windows that are being read at a time: the one that is waited for, and two ahead."""
+
+
+@dataclass
+class StagedNode:
+    """A node of the sample graph whose rows are read ahead.
+
+    Attributes:
+        number: of the node.
+        readers: of its tensors, :data:`READERS` of them; closed with the :class:`WindowPrefetcher`.
+        addresses: where the row of each position of a held window lies; -1 where none is held.
+        idle: readers that read nothing at present.
+    """
+
+    number: int
+    readers: Sequence[DirectRowReader]
+    addresses: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    idle: list[DirectRowReader] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -36,173 +54,179 @@ class _Window:
 
     Attributes:
         number: of the order's windows.
-        blocks: of positions, that are in it.
-        places: of its positions among the addresses.
-        staging: that reads it.
+        blocks: of indices, that are in it.
+        slots: of its indices among the addresses.
+        readers: that read it, one for each staged node.
     """
 
     number: int
     blocks: np.ndarray
-    places: np.ndarray
-    staging: DirectRowReader
-
-
-class Steers(Protocol):
-    """The dataset, as far as staging is concerned."""
-
-    split: Any
-    staged: WindowPrefetcher | None
-
-    @property
-    def store(self) -> Mapping[str, Any]:
-        """The stored tensors by name."""
-
-    def draw_now(self) -> Draw:
-        """What decides the steering of batches from now on."""
+    slots: np.ndarray
+    readers: list[DirectRowReader]
 
 
 class WindowPrefetcher:
-    """Steering rows of the windows around a pass. Serves one pass; the trainer's thread alone asks it.
+    """Rows of the windows around a pass. Serves one pass; only the trainer's thread may use it.
 
     Args:
-        dataset: knows of this as long as the pass lasts.
-        stagings: of its steering tensors, :data:`READERS` of them; closed with this.
+        dataset: whose rows.
+        nodes: which of them.
         windows: of the pass.
-        in_flight: places between a batch that leaves :meth:`over` and the one that is being gathered.
-
-    Attributes:
-        ended: whether all batches have left :meth:`over`.
+        in_flight: positions between a batch that leaves :meth:`wrap` and the one that is being gathered.
     """
 
-    def __init__(self, dataset: Steers, stagings: Sequence[DirectRowReader], windows: Windows, in_flight: int) -> None:
-        self._dataset, self._stagings, self._windows, self._in_flight = dataset, stagings, windows, in_flight
+    def __init__(self, dataset: Dataset, nodes: Sequence[StagedNode], windows: Windows, in_flight: int) -> None:
+        self._dataset, self._nodes, self._windows, self._in_flight = dataset, tuple(nodes), windows, in_flight
         order = windows.order
-        self._order, self._place = order, windows.first
-        self._first = self._next = order.window_of(self._place) if self._place < order.n else order.n_windows
+        self._order, self._position = order, windows.first
+        self._first = self._next = order.window_of(self._position) if self._position < order.n else order.n_windows
         self._draw = dataset.draw_now()
-        self.ended = False
-        # Where the row of each position of a held window lies; -1 where none is held. Blocks of positions have slots.
-        self._addresses = torch.full((WINDOWS * order.span,), -1, dtype=torch.int64)
+        self._graph, self._listed = dataset.graph, _listed(dataset)
+        for node in self._nodes:
+            node.addresses = torch.full((WINDOWS * order.span,), -1, dtype=torch.int64)
+            node.idle = list(node.readers)
+        # Blocks of indices have slots.
         self._slots = np.full(-(-order.n // order.block), -1, np.int32)
-        self._held: deque[tuple[_Window, torch.Tensor]] = deque()
+        self._held: deque[tuple[_Window, list[torch.Tensor]]] = deque()
         self._reads: deque[_Window] = deque()
-        self._idle = list(stagings)
-        self._alone = CompiledGather(self.steps(0))
-        # The disk is at it, without this thread, while tables are drawn.
-        self._read_on(self._first)
-        self._whole = chain_of(dataset.store, dataset.split, self._draw, self)
-        if dataset.staged is not None and dataset.staged.ended:
-            dataset.staged.close()
-        dataset.staged = self
+        staged = {node.number: self._staged_rows(node) for node in self._nodes}
+        self._staged_gather = _gather_of(staged)
+        # The disk reads, without this thread, while the tables of the compiled gather are drawn.
+        self._submit_until(self._first)
+        self._batch_gather = dataset.reader.compile(self._draw, staged)
 
-    def steps(self, first: int) -> list[Step]:
-        """Steps of a chain that find a staged row, by the extra input; ``first`` is the number of the first of them."""
-        table = source_of(self._addresses)
-        staging = self._stagings[0]
-        return [
-            Step("staged steering", table, SECOND_INPUT, torch.int64, result=False),
-            Step("staged steering", staging.anywhere, IndexRef(first), staging.dtype),
-        ]
+    @staticmethod
+    def _staged_rows(node: StagedNode) -> StagedRows:
+        reader = node.readers[0]
+        return StagedRows(source_of(node.addresses), reader.anywhere, reader.dtype)
 
-    def over(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
+    def wrap(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The same batches, each once its rows are there; the next windows are being read meanwhile.
 
         Closes when it is left before its end, by an error too. At its end there are batches to be gathered yet.
         """
         try:
-            yield from self._over(batches)
+            yield from self._wrapped(batches)
         except BaseException:
             self.close()
             raise
-        self.ended = True
 
-    def _over(self, batches: Iterator[_Batch]) -> Iterator[_Batch]:
-        until = 0  # the place up to which there is nothing to do
+    def _wrapped(self, batches: Iterator[Any]) -> Iterator[Any]:
+        until = 0  # the position up to which there is nothing to do
         for batch in batches:
-            size: int = len(batch)  # type: ignore[arg-type]
-            self._place += size * self._windows.ranks
-            if self._place > until:
+            self._position += len(batch) * self._windows.ranks
+            if self._position > until:
                 until = self._move()
             yield batch
 
     def _move(self) -> int:
-        """Let go of what the present place is done with, have read what it comes to, and wait for what it needs.
+        """Evict finished windows, submit the next two, wait for the current one.
 
         Returns:
-            The place up to which all of this holds.
+            The position up to which all of this holds.
         """
         order = self._order
-        now = order.window_of(min(self._place, order.n) - 1)
-        oldest = max(order.window_of(max(self._place - self._in_flight, 0)), self._first)
-        self._forget(oldest)
-        self._take_in(now - 1)
-        self._read_on(min(now + 2, oldest + WINDOWS - 1))
-        self._take_in(now)
+        now = order.window_of(min(self._position, order.n) - 1)
+        oldest = max(order.window_of(max(self._position - self._in_flight, 0)), self._first)
+        self._evict(oldest)
+        self._complete(now - 1)
+        self._submit_until(min(now + 2, oldest + WINDOWS - 1))
+        self._complete(now)
         return min(order.window_bounds(now)[1], order.window_bounds(oldest)[1] + self._in_flight - 1)
 
-    def _read_on(self, last: int) -> None:
-        """Have windows read, up to a number."""
+    def _submit_until(self, last: int) -> None:
+        """Begin to read windows, up to a number."""
         while self._next <= last and self._next < self._order.n_windows:
-            self._reads.append(self._begin(self._next))
+            self._reads.append(self._submit(self._next))
             self._next += 1
 
-    def _begin(self, number: int) -> _Window:
+    def _submit(self, number: int) -> _Window:
         """Find out what a window needs, and begin to read it."""
-        blocks, positions, within = self._windows.members(number)
-        pairs = self._dataset.store[split_tensor(self._dataset.split)].take(positions).long()
-        which = self._draw.variants(pairs).numpy() - 1
-        staging = self._idle.pop()
-        staging.begin(which, pairs.numpy())
+        blocks, indices, within = self._windows.members(number)
+        rows = indices if self._listed is None else self._listed.take(indices).long()
+        readers = []
+        for staged in self._nodes:
+            node = self._graph.nodes[staged.number]
+            wanted = indices if node.rows == BY_POSITION else rows
+            if node.choice:
+                assert self._draw is not None
+                which = self._draw.variants(wanted).numpy() - 1
+            else:
+                which = np.zeros(len(wanted), np.int64)
+            reader = staged.idle.pop()
+            reader.begin(which, wanted.numpy())
+            readers.append(reader)
         first = number % WINDOWS * self._order.span
-        return _Window(number, blocks.numpy(), within.numpy() + first, staging)
+        return _Window(number, blocks.numpy(), within.numpy() + first, readers)
 
-    def _take_in(self, last: int) -> None:
-        """Wait for windows up to a number, and have their rows found."""
+    def _complete(self, last: int) -> None:
+        """Wait for windows up to a number, and make their rows known."""
         while self._reads and self._reads[0].number <= last:
             window = self._reads.popleft()
-            addresses, memory = window.staging.finish()
-            self._idle.append(window.staging)
             order, slot = self._order, window.number % WINDOWS
-            self._addresses.numpy()[slot * order.span :][: order.span] = -1
-            self._addresses.numpy()[window.places] = addresses
+            memories = []
+            for staged, reader in zip(self._nodes, window.readers, strict=True):
+                addresses, memory = reader.finish()
+                staged.idle.append(reader)
+                staged.addresses.numpy()[slot * order.span :][: order.span] = -1
+                staged.addresses.numpy()[window.slots] = addresses
+                memories.append(memory)
             self._slots[window.blocks] = slot * order.window + np.arange(len(window.blocks))
-            self._held.append((window, memory))
+            self._held.append((window, memories))
 
-    def _forget(self, before: int) -> None:
+    def _evict(self, before: int) -> None:
+        """Forget the windows below a number."""
         while self._held and self._held[0][0].number < before:
             self._slots[self._held.popleft()[0].blocks] = -1
 
-    def batch(self, positions: torch.Tensor, draw: Draw) -> list[torch.Tensor] | None:
-        """A whole batch, as :func:`~jasper_store.jasper.gather.chain_of` orders it; ``None`` if it has to go step by step."""
-        return self._run(self._whole, positions, draw) if self._whole else None
+    def batch(self, positions: torch.Tensor, draw: VariantSampler | None) -> list[torch.Tensor] | None:
+        """A whole batch in the order of the graph's keys; ``None`` if it has to be gathered step by step."""
+        return self._run(self._batch_gather, positions, draw) if self._batch_gather else None
 
-    def steering(self, positions: torch.Tensor, draw: Draw) -> torch.Tensor | None:
-        """Steering rows of a batch [B, D]; ``None`` if not all of them are staged, for this draw."""
-        found = self._run(self._alone, positions, draw)
-        return found[0] if found else None
+    def rows(self, positions: torch.Tensor, draw: VariantSampler | None) -> Mapping[int, torch.Tensor]:
+        """Staged rows of a batch [B, ...] by node; none if not all of them are held, for this draw."""
+        found = self._run(self._staged_gather, positions, draw)
+        return {} if found is None else dict(zip([node.number for node in self._nodes], found, strict=True))
 
-    def _run(self, chain: CompiledGather, positions: torch.Tensor, draw: Draw) -> list[torch.Tensor] | None:
+    def _run(
+        self, gather: CompiledGather, positions: torch.Tensor, draw: VariantSampler | None
+    ) -> list[torch.Tensor] | None:
         if draw is not self._draw:
             return None  # an epoch or a variant was set since the pass began
         named, block = positions.numpy(), self._order.block
         try:
-            # Where a block is not held the place comes out negative, and the chain refuses it, as it does a position
-            # that is none.
-            places = self._slots[named // block].astype(np.int64)
-            places *= block
-            places += named % block
-            return chain.run(positions, torch.from_numpy(places))
+            # Where a block is not held the slot comes out negative, and the gather refuses it, as it does a position
+            # that does not exist.
+            slots = self._slots[named // block].astype(np.int64)
+            slots *= block
+            slots += named % block
+            return gather.run(positions, torch.from_numpy(slots))
         except IndexError:
-            return None  # a position of another rank's, perhaps; if a row is not there, going step by step says which
+            return None  # another rank's position, perhaps; if a row does not exist, going step by step says which
 
     # Of the class: at the interpreter's end this module's names are gone.
     _ending = staticmethod(sys.is_finalizing)
 
     def close(self) -> None:
-        """The pass is over, or given up. May be called twice."""
+        """The pass has ended or was abandoned. May be called twice."""
         if self._ending():
             return  # files go with the process
-        if self._dataset.staged is self:
-            self._dataset.staged = None
-        for staging in self._stagings:
-            staging.close()
+        for node in self._nodes:
+            for reader in node.readers:
+                reader.close()
+
+
+def _listed(dataset: Dataset) -> Any:
+    """The split's list of rows; ``None`` where positions are rows."""
+    graph = dataset.graph
+    return None if graph.row == BY_POSITION else dataset.store[graph.nodes[graph.row.node].tensor]
+
+
+def _gather_of(staged: Mapping[int, StagedRows]) -> CompiledGather:
+    """Staged rows alone: their addresses by the second input, then the rows at these."""
+    steps: list[Step] = []
+    for rows in staged.values():
+        steps.append(Step("staged rows", rows.addresses, SECOND_INPUT, torch.int64, result=False))
+    for number, rows in enumerate(staged.values()):
+        steps.append(Step("staged rows", rows.memory, IndexRef(number), rows.dtype))
+    return CompiledGather(steps)

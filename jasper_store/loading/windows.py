@@ -16,32 +16,35 @@ __all__ = ["Windows"]
 
 
 class Windows:
-    """What of a block order's windows is due to be announced or dropped, for the places that one rank takes."""
+    """What of a block order's windows is due to be read or dropped, for the positions that one rank takes."""
 
     def __init__(self, order: BlockOrder, first: int, ranks: int) -> None:
         self.order, self.first, self.ranks = order, first, ranks
         begin = order.window_of(first) if first < order.n else order.n_windows
-        self._announced = _Cursor(self.positions, begin, order.n_windows)
+        self._read = _Cursor(self.indices, begin, order.n_windows)
         self._dropped = _Cursor(order.blocks_of, begin, order.n_windows)
 
-    def due(self, place: int) -> list[torch.Tensor]:
-        """Positions not given yet, in the order of the file: up to as far into the next window as ``place`` is in its own."""
-        return self._announced.until(self._when(place) + 1)
+    def due(self, position: int) -> list[torch.Tensor]:
+        """Indices to read that were not returned yet, in the order of the file.
 
-    def done(self, place: int) -> list[torch.Tensor]:
-        """Blocks not given yet: up to as far into the window before as ``place`` is in its own."""
-        return self._dropped.until(self._when(place) - 1)
+        If ``position`` is x % into its window: everything up to x % of the next window.
+        """
+        return self._read.until(self._when(position) + 1)
 
-    def _when(self, place: int) -> float:
-        """A place as a number of windows."""
-        if place >= self.order.n:
+    def done(self, position: int) -> list[torch.Tensor]:
+        """Blocks to drop that were not returned yet: everything up to x % of the window before."""
+        return self._dropped.until(self._when(position) - 1)
+
+    def _when(self, position: int) -> float:
+        """A position as a number of windows."""
+        if position >= self.order.n:
             return float(self.order.n_windows)
-        number = self.order.window_of(max(place, 0))
+        number = self.order.window_of(max(position, 0))
         start, stop = self.order.window_bounds(number)
-        return number + max(place - start, 0) / (stop - start)
+        return number + max(position - start, 0) / (stop - start)
 
-    def positions(self, number: int) -> torch.Tensor:
-        """This rank's positions in a window, in the order of the file."""
+    def indices(self, number: int) -> torch.Tensor:
+        """Indices of this rank's samples in a window, in the order of the file."""
         start, stop = self.order.window_bounds(number)
         start = max(start + (self.first - start) % self.ranks, self.first)
         return self.order.at(torch.arange(start, max(start, stop), self.ranks)).sort().values
@@ -50,22 +53,22 @@ class Windows:
         """What is in a window, in the order of the file; quickly where this rank is the only one.
 
         Returns:
-            Its blocks; positions in them, this rank's among them; and the place of each position if the blocks lay
-            one behind the other.
+            Its blocks; indices in them, this rank's among them; and the slot of each index if the blocks were
+            concatenated.
         """
         block = self.order.block
         blocks = self.order.blocks_of(number).sort().values
         if self.ranks > 1:
-            positions = self.positions(number)
-            return blocks, positions, torch.searchsorted(blocks, positions // block) * block + positions % block
-        positions = (blocks[:, None] * block + torch.arange(block)).view(-1)
+            indices = self.indices(number)
+            return blocks, indices, torch.searchsorted(blocks, indices // block) * block + indices % block
+        indices = (blocks[:, None] * block + torch.arange(block)).view(-1)
         # Only the last block of the file may be shorter, and it is the last here too.
-        positions = positions[: len(positions) - max(int(positions[-1]) + 1 - self.order.n, 0)]
-        return blocks, positions, torch.arange(len(positions))
+        indices = indices[: len(indices) - max(int(indices[-1]) + 1 - self.order.n, 0)]
+        return blocks, indices, torch.arange(len(indices))
 
 
 class _Cursor:
-    """Moves through the windows and hands over what it passes, in portions."""
+    """Moves through the windows and returns what it passes, in portions."""
 
     def __init__(self, items: Callable[[int], torch.Tensor], window: int, windows: int) -> None:
         self._items, self._window, self._windows = items, window, windows

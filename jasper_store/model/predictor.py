@@ -19,7 +19,7 @@ from jasper_store.jasper.steering import VARIANTS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jasper_store.loading.loader import JasperLoader
+    from jasper_store.loading.loader import Loader
 
 __all__ = ["JasperPredictor", "dataset_of", "evaluate", "info_nce", "question_alone", "recall_at_1"]
 
@@ -116,7 +116,7 @@ def recall_at_1(predicted: torch.Tensor, batch: dict[str, torch.Tensor]) -> torc
     return (predicted * positives).sum(dim=1) > best
 
 
-def dataset_of(loader: JasperLoader) -> JASPERSteeringDataset:
+def dataset_of(loader: Loader) -> JASPERSteeringDataset:
     """The dataset behind a loader of :func:`create_loader`.
 
     Raises:
@@ -136,7 +136,7 @@ def question_alone(question: torch.Tensor, steering: torch.Tensor) -> torch.Tens
 
 
 @torch.no_grad()
-def evaluate(loader: JasperLoader, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, float]:
+def evaluate(loader: Loader, predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> dict[str, float]:
     """Recall@1 of the positive against the sample's hard negatives, for each steering variant forced in turn.
 
     A guess scores ``1 / (1 + n_neg)``. A module is put into evaluation mode and back.

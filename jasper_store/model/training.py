@@ -19,7 +19,7 @@ from jasper_store.model.predictor import JasperPredictor, dataset_of, info_nce
 
 if TYPE_CHECKING:
     from jasper_store.jasper.dataset import JASPERSteeringDataset
-    from jasper_store.loading.loader import JasperLoader
+    from jasper_store.loading.loader import Loader
 
 __all__ = ["EpochReport", "Trainer", "TrainingOptions"]
 
@@ -95,7 +95,7 @@ class Trainer:
         IncompatibleOptionsError: the loader has no batch, so that nothing could be learnt.
     """
 
-    loader: JasperLoader
+    loader: Loader
     options: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:

@@ -18,13 +18,15 @@ from jasper_store.formats.base import Extent, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.api import plan, verify as verify_dataset
 from jasper_store.jasper.config import Config, read_config
-from jasper_store.jasper.integrity import check_indices, check_structure
-from jasper_store.jasper.schema import SPLITS, schema_for, split_tensor
+from jasper_store.jasper.integrity import check_structure, unread_bounds
+from jasper_store.jasper.schema import NOUNS, SCHEMA, SPLITS, declaration_for, split_tensor
 from jasper_store.jasper.steering import Curriculum
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.paging.residency import cached_bytes
 from jasper_store.report.figures import figures
 from jasper_store.report.model import DatasetReport, Figures, TensorRow
+from jasper_store.samples.graph import build_graph
+from jasper_store.samples.integrity import check_bounds_once
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import open_store
 
@@ -66,7 +68,7 @@ def make_report(
     config = read_config(path)
     step("headers", 0, None)
     with quietly():
-        located = locate(path, storage_format, schema_for(config.n_neg))
+        located = locate(path, storage_format, SCHEMA)
         made = plan(path, format=storage_format)
     tensors = _rows(located.specs, made)
     step("values", 0, None)
@@ -134,11 +136,13 @@ def _look(path: Path, storage_format: str, config: Config) -> tuple[Figures | No
     try:
         with (
             quietly(),
-            open_store(path, format=storage_format, use_mmap=True, schema=schema_for(config.n_neg)) as store,
+            open_store(path, format=storage_format, use_mmap=True, schema=SCHEMA) as store,
         ):
             there = [split for split in SPLITS if split_tensor(split) in store]
-            sizes = check_structure(store, config, there)
-            check_indices(store, sizes, there)
+            sizes = check_structure(store, config, there, path)
+            declaration = declaration_for(config.curriculum)
+            bounds = [bound for split in there for bound in build_graph(declaration, store, split).bounds]
+            check_bounds_once(store, [*bounds, *unread_bounds(store)], NOUNS)
             return figures(store, sizes), ""
     except JasperStoreError as exc:
         return None, str(exc)

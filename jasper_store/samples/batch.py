@@ -2,13 +2,13 @@
 
 PyTorch's fetcher calls ``dataset.__getitems__(indices)`` and hands the result to ``collate_fn``. A user's own
 ``collate_fn`` expects a list of samples; the default one would stack them again, tensor by tensor. :class:`Batch`
-serves both: it is a sequence whose items are dictionaries of views, made only when somebody asks for one, and the
+serves both: it is a sequence whose items are dictionaries of views, made only when one is asked for, and the
 type of its items is registered with the default collation, which then returns the gathered tensors as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -18,9 +18,20 @@ __all__ = ["Batch", "Sample", "collate_samples"]
 
 
 class Sample(dict[str, torch.Tensor]):
-    """One sample: a plain dictionary of tensors, of a type of its own so that default collation knows it."""
+    """One sample: a plain dictionary of tensors, of a type of its own so that default collation knows it.
 
-    __slots__ = ()
+    Attributes:
+        ragged: keys whose number of rows differs from sample to sample.
+    """
+
+    __slots__ = ("ragged",)
+
+    def __init__(self, values: Iterable[tuple[str, torch.Tensor]], ragged: tuple[str, ...] = ()) -> None:
+        super().__init__(values)
+        self.ragged = ragged
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Sample, (list(self.items()), self.ragged))
 
 
 class Batch(Sequence[Sample]):
@@ -30,13 +41,16 @@ class Batch(Sequence[Sample]):
     the batch (never to the dataset).
 
     Attributes:
-        tensors: the gathered tensors by key, each with B as its first dimension.
+        tensors: the gathered tensors by key, each with B as its first dimension; a ragged field X is ``X.values``
+            [total, ...] and ``X.offsets`` [B + 1].
+        ragged: names of the ragged fields.
     """
 
-    __slots__ = ("_size", "tensors")
+    __slots__ = ("_size", "ragged", "tensors")
 
-    def __init__(self, tensors: dict[str, torch.Tensor], size: int) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], size: int, ragged: tuple[str, ...] = ()) -> None:
         self.tensors = tensors
+        self.ragged = ragged
         self._size = size
 
     def __len__(self) -> int:
@@ -49,11 +63,26 @@ class Batch(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | Batch:
         """One sample as a dictionary of views, or a slice of the batch."""
         if isinstance(index, slice):
+            if self.ragged:
+                return collated(self[number] for number in range(self._size)[index])
             return Batch({key: value[index] for key, value in self.tensors.items()}, len(range(self._size)[index]))
         if not -self._size <= index < self._size:
             raise IndexError(f"sample {index} is out of range for a batch of {self._size}")
         # Default collation asks for one of each batch, to see what it is.
-        return Sample([(key, value[index]) for key, value in self.tensors.items()])
+        if not self.ragged:
+            return Sample([(key, value[index]) for key, value in self.tensors.items()])
+        return self._ragged_sample(range(self._size)[index])
+
+    def _ragged_sample(self, index: int) -> Sample:
+        found: dict[str, torch.Tensor] = {}
+        for key, value in self.tensors.items():
+            name, _, part = key.rpartition(".")
+            if name not in self.ragged:
+                found[key] = value[index]
+            elif part == "values":
+                start, stop = self.tensors[f"{name}.offsets"][index : index + 2].tolist()
+                found[name] = value[start:stop]
+        return Sample(found.items(), self.ragged)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(self._size))
@@ -76,10 +105,24 @@ def collate_samples(
     """
     if isinstance(batch, Batch):
         return batch.tensors
-    return {
-        key: collate([sample[key] for sample in batch], collate_fn_map=collate_fn_map or default_collate_fn_map)
-        for key in batch[0]
-    }
+    return collated(batch, collate_fn_map).tensors
+
+
+def collated(
+    samples: Iterable[Sample], collate_fn_map: dict[type | tuple[type, ...], Callable[..., Any]] | None = None
+) -> Batch:
+    """Samples put together to a batch; ragged fields one after the other."""
+    samples = list(samples)
+    ragged = samples[0].ragged if samples else ()
+    found: dict[str, torch.Tensor] = {}
+    for key in samples[0] if samples else ():
+        values = [sample[key] for sample in samples]
+        if key in ragged:
+            found[f"{key}.values"] = torch.cat(values)
+            found[f"{key}.offsets"] = torch.tensor([0, *map(len, values)], device=values[0].device).cumsum(0)
+        else:
+            found[key] = collate(values, collate_fn_map=collate_fn_map or default_collate_fn_map)
+    return Batch(found, len(samples), ragged)
 
 
 default_collate_fn_map[Sample] = collate_samples

@@ -1,4 +1,4 @@
-"""The few numbers that every worker must see change: epoch, forced steering, generation of the negatives.
+"""The few numbers that every worker must see change: epoch, forced variant, generation of reloaded tensors.
 
 A DataLoader copies its dataset into each worker, and persistent workers keep that copy from epoch to epoch; an
 attribute set in the main process never reaches them. These numbers live in shared memory instead.
@@ -27,7 +27,7 @@ class SharedState:
         self._words = _shared(torch.tensor([epoch, _NOT_FORCED, 0], dtype=torch.int64))
 
     def read(self) -> tuple[int, int | None, int]:
-        """Epoch, forced variant (``None`` if the curriculum decides), generation of the negatives."""
+        """Epoch, forced variant (``None`` if it is drawn), generation of reloaded tensors."""
         epoch, forced, generation = self._words.tolist()
         return epoch, None if forced == _NOT_FORCED else forced, generation
 
@@ -36,11 +36,11 @@ class SharedState:
         self._words[_EPOCH] = epoch
 
     def force(self, variant: int | None) -> None:
-        """Publish a forced variant, or ``None`` to let the curriculum decide."""
+        """Publish a forced variant, or ``None`` to have it drawn."""
         self._words[_FORCED] = _NOT_FORCED if variant is None else variant
 
-    def negatives_changed(self) -> None:
-        """Tell every process to read the negatives anew before its next batch."""
+    def tensors_changed(self) -> None:
+        """Tell every process to read the reloaded tensors anew before its next batch."""
         self._words[_GENERATION] += 1
 
     def __getstate__(self) -> torch.Tensor:

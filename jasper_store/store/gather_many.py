@@ -28,11 +28,13 @@ class GatherRequest(NamedTuple):
         tensor: where from; a plain tensor, wherever it is, is given as a :class:`~jasper_store.native.gather.Source`.
         rows: int64 [n], on the tensor's device.
         dtype: to hand them out in; ``None`` keeps the tensor's.
+        name: what an error calls a plain tensor.
     """
 
     tensor: StoredTensor | Source
     rows: torch.Tensor
     dtype: torch.dtype | None = None
+    name: str = "a table in memory"
 
 
 def gather_many(takes: Sequence[GatherRequest]) -> list[torch.Tensor]:
@@ -45,7 +47,7 @@ def gather_many(takes: Sequence[GatherRequest]) -> list[torch.Tensor]:
     jobs = Jobs()
     sources: list[Source] = []
     found: list[torch.Tensor] = []
-    for tensor, rows, dtype in takes:
+    for tensor, rows, dtype, _ in takes:
         source = tensor if isinstance(tensor, Source) else tensor.in_memory
         widen = widening(source.tensor.dtype, dtype or source.tensor.dtype) if source and source.numbers else None
         if source is None or widen is None:
@@ -70,8 +72,8 @@ def _alone(tensor: StoredTensor | Source, rows: torch.Tensor, dtype: torch.dtype
 
 def _error(source: Source, takes: Sequence[GatherRequest]) -> IndexError:
     """What to say of the first take from a source that named a row out of range."""
-    for tensor, rows, _ in takes:
-        name = "a table in memory" if isinstance(tensor, Source) else tensor.name
+    for tensor, rows, _, named in takes:
+        name = named if isinstance(tensor, Source) else tensor.name
         if tensor is source or (not isinstance(tensor, Source) and tensor.in_memory is source):
             error = out_of_range(rows, source.tensor.shape[0], name)
             if error is not None:

@@ -367,8 +367,8 @@ def update(directory: str | os.PathLike[str], change: Callable[[Manifest], Manif
     return changed
 
 
-def remember(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], check: str) -> bool:
-    """Note that all files of these tensors passed a check together. A convenience, so it never stands in the way.
+def remember(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], checks: Sequence[str]) -> bool:
+    """Note that all files of these tensors passed some checks together. A convenience, so it never stands in the way.
 
     Returns:
         False where it could not be written (read-only or vanished directory, files outside of it, somebody else's lock).
@@ -384,7 +384,7 @@ def remember(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], che
             if key is None:
                 return False
             marks[key] = FileFingerprint.of(path)
-        update(directory, lambda old: replace(old, verified={**old.verified, check: marks}))
+        update(directory, lambda old: replace(old, verified={**old.verified, **dict.fromkeys(checks, marks)}))
     except OSError:
         return False
     return True

@@ -71,6 +71,7 @@ class ReopenSpec:
             dict(self.schema.hdf5_aliases),
             dict(self.schema.reads_per_sample),
             self.schema.stacks,
+            self.schema.optional,
         )
         return (_reopen, (self.path, self.format, schema, self.dtype, self.digest))
 

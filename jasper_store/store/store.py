@@ -30,12 +30,12 @@ from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from jasper_store.formats.base import FormatName
+    from jasper_store.formats.base import FormatName, TensorSpec
     from jasper_store.formats.registry import Located
     from jasper_store.store.explain import StoreMemory
     from jasper_store.store.placement import Plan
@@ -53,6 +53,8 @@ def open_store(
     schema: Schema | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
+    describe: Callable[[Sequence[TensorSpec]], Schema] | None = None,
+    admit: Callable[[Plan], None] | None = None,
 ) -> TensorStore:
     """Open a dataset directory, any directory of tensor files, or one file.
 
@@ -71,6 +73,8 @@ def open_store(
             ``Tensor.to``'s rounding. Loaded tensors are converted while they are read and held in it. One that the
             plan leaves mapped or chunked is converted row by row as it is taken, so its values are the same.
         progress: called while tensors are loaded.
+        describe: called with what the headers say; returns what is known of the names from then on.
+        admit: called with the plan before it is carried out; raises what forbids it.
 
     Returns:
         A :class:`TensorStore`; close it, or use it in a ``with`` statement.
@@ -91,7 +95,11 @@ def open_store(
     path = Path(path).absolute()
     located, manifest, stale = _locate(path, format, schema)
     stats = stats_of(located.specs)
+    if describe is not None:
+        schema = describe(located.specs)
     plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+    if admit is not None:
+        admit(plan)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
     for text in plan.warnings:
@@ -109,11 +117,14 @@ def plan_store(
     memory_limit: int | None = None,
     schema: Schema | None = None,
     dtype: torch.dtype | None = None,
+    describe: Callable[[Sequence[TensorSpec]], Schema] | None = None,
 ) -> Plan:
     """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
     check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
     located = locate(Path(path).absolute(), format, schema)
+    if describe is not None:
+        schema = describe(located.specs)
     return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
 
 
@@ -254,8 +265,8 @@ class TensorStore(Mapping[str, StoredTensor]):
         """Whether the manifest says that these very files passed a check before."""
         return self.manifest is not None and self.manifest.is_verified(self.specs, check)
 
-    def remember(self, check: str) -> bool:
-        """Note in the manifest that the files passed a check; a convenience that never fails.
+    def remember(self, checks: Sequence[str]) -> bool:
+        """Note in the manifest that the files passed some checks; a convenience that never fails.
 
         Returns:
             Whether it was noted: not in a directory that cannot be written, and not if a file changed since the
@@ -267,7 +278,7 @@ class TensorStore(Mapping[str, StoredTensor]):
                 return False
         except OSError:
             return False
-        noted = manifests.remember(directory, self.specs, check)
+        noted = manifests.remember(directory, self.specs, checks)
         if noted:
             self.manifest = manifests.read(directory)
         return noted

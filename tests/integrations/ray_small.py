@@ -27,7 +27,7 @@ def watched(config: dict[str, Any]) -> None:
     from jasper_store.loading import loader as loader_module
 
     rank = ray.train.get_context().get_world_rank()
-    handed_out = loader_module._Pass.__next__
+    handed_out = loader_module._EpochIterator.__next__
     count = 0
 
     def watching(batches: Any) -> Any:
@@ -45,7 +45,7 @@ def watched(config: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")
         return batch
 
-    loader_module._Pass.__next__ = watching  # type: ignore[assignment,method-assign]
+    loader_module._EpochIterator.__next__ = watching  # type: ignore[assignment,method-assign]
     train(config)
 
 

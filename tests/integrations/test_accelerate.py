@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jasper_store.loading.samplers import order
+from jasper_store.loading.order import order
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.integrations.launch import Torchrun, program, seen
 

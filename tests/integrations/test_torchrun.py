@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from jasper_store.loading.samplers import order
+from jasper_store.loading.order import order
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.integrations.launch import Seen, Torchrun, free_port, program, seen
 

@@ -20,6 +20,7 @@ from jasper_store.errors import (
     JasperStoreError,
 )
 from jasper_store.jasper.dataset import JASPERSteeringDataset
+from jasper_store.jasper.schema import TENSORS
 from tests.builders import build_pt_dataset, jasper_tensors, write_pt
 
 
@@ -91,7 +92,17 @@ def test_config_that_lacks_or_contradicts_a_dimension(directory: Path, change: d
 @pytest.mark.parametrize("name", [name for name in jasper_tensors() if not name.endswith("_idx")])
 def test_missing_tensor(directory: Path, name: str) -> None:
     (directory / f"{name}.pt").unlink()
+    if TENSORS[name].optional:
+        with JASPERSteeringDataset(directory, "train") as ds:
+            assert len(ds[0]) == 9
+        return
     refuse(directory, DatasetNotFoundError, name)
+
+
+def test_all_missing_tensors_are_named_at_once(directory: Path) -> None:
+    for name in ("hard_negatives", "source_embs", "train_idx"):
+        (directory / f"{name}.pt").unlink()
+    refuse(directory, DatasetNotFoundError, "source_embs, hard_negatives, train_idx are missing")
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

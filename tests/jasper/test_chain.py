@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from jasper_store.errors import ClosedError
-from jasper_store.jasper import gather as way
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.native import gather
+from jasper_store.samples import draw as way
 from tests.builders import build_pt_dataset
 
 pytestmark = pytest.mark.skipif(gather.kernel() is None, reason="the kernel was not built: no C compiler here")
@@ -25,7 +25,12 @@ def data(tmp_path: Path) -> Path:
 
 
 def step_by_step(dataset: JASPERSteeringDataset, positions: Any) -> dict[str, torch.Tensor]:
-    return way.gather(dataset.store, dataset._rows(positions))
+    draw = dataset.draw_now()
+    return dataset.reader.gather(dataset.reader.resolve(positions, draw), draw)
+
+
+def compiled(dataset: JASPERSteeringDataset) -> Any:
+    return dataset._compiled_now(dataset.draw_now())
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -40,7 +45,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def test_equal_to_step_by_step(data: Path, epoch: int, forced: str | None, size: int) -> None:
     dataset = JASPERSteeringDataset(data, "train", epoch, use_mmap=False)
     dataset.force_steering(forced)
-    assert dataset._chain_now() is not None
+    assert compiled(dataset) is not None
     positions = torch.randperm(len(dataset))[:size]
     for wanted in (positions, positions.tolist(), positions.numpy(), positions.to(torch.int32)):
         assert same(dataset.__getitems__(wanted).tensors, step_by_step(dataset, positions))
@@ -52,20 +57,20 @@ def test_equal_without_a_kernel(data: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(gather, "kernel", lambda: None)
     for use_mmap in (False, True):
         slow = JASPERSteeringDataset(data, "train", 40, use_mmap=use_mmap)
-        assert slow._chain_now() is None
+        assert compiled(slow) is None
         assert same(fast, slow.__getitems__(positions).tensors)
 
 
 def test_mapped_data_has_no_chain(data: Path) -> None:
-    assert JASPERSteeringDataset(data, "train", use_mmap=True)._chain_now() is None
+    assert compiled(JASPERSteeringDataset(data, "train", use_mmap=True)) is None
 
 
 def test_many_pairs_have_no_table_and_no_chain(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     positions = torch.randperm(84)
     fast = JASPERSteeringDataset(data, "train", 15, use_mmap=False).__getitems__(positions).tensors
-    monkeypatch.setattr(way, "_TABLE_PAIRS", 50)
+    monkeypatch.setattr(way, "_TABLE_ROWS", 50)
     dataset = JASPERSteeringDataset(data, "train", 15, use_mmap=False)
-    assert dataset._chain_now() is None
+    assert compiled(dataset) is None
     assert same(fast, dataset.__getitems__(positions).tensors)
 
 

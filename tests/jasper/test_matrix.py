@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from jasper_store.conversion.converter import convert
 from jasper_store.errors import PerformanceWarning
 from jasper_store.jasper.dataset import JASPERSteeringDataset
+from jasper_store.jasper.loader import create_loader
 from jasper_store.jasper.schema import SCHEMA
-from jasper_store.loading.loader import create_loader
-from jasper_store.loading.samplers import order
+from jasper_store.loading.order import order
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.jasper.expected import assert_same, expected_batch
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from jasper_store.loading.advisor import Meter, Stopwatch, advise
 
 
-def passed(wait: float, wall: float, *, announce: float = 0.0, transfer: float = 0.0) -> Stopwatch:
+def passed(wait: float, wall: float, *, prefetch: float = 0.0, transfer: float = 0.0) -> Stopwatch:
     """A pass of 10 batches; seconds in all."""
-    watch = Stopwatch(wait=Meter(10, wait), announce=Meter(10, announce, announce), transfer=transfer, began=1.0)
+    watch = Stopwatch(wait=Meter(10, wait), prefetch=Meter(10, prefetch, prefetch), transfer=transfer, began=1.0)
     watch.ended = watch.began + wall
     return watch
 
@@ -24,10 +24,10 @@ def test_a_loader_that_keeps_up_is_left_alone() -> None:
 
 
 def test_waiting_for_pages() -> None:
-    watch, gathers = passed(0.9, 1.0, announce=0.1), Meter(10, 0.9, 0.3, faults=40)
+    watch, gathers = passed(0.9, 1.0, prefetch=0.1), Meter(10, 0.9, 0.3, faults=40)
     found = lines(watch, gathers, mapped=True)
     assert "pages 60.000 ms (4.0 major faults), gather 20.000 ms in the trainer's process" in found[1]
-    assert "announcing 10.000 ms" in found[1]
+    assert "prefetching 10.000 ms" in found[1]
     assert found[2].startswith("pages: ")
     assert "order='block'" in found[2]
     assert "order='block'" not in lines(watch, gathers, mapped=True, block=True)[2]

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.loading.loader import create_loader, set_epoch
+from jasper_store.jasper.loader import create_loader
+from jasper_store.loading.epochs import set_epoch
 from jasper_store.loading.ranks import Ranks, find_ranks
 from tests.builders import build_pt_dataset
 

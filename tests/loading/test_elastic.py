@@ -15,8 +15,10 @@ import torch
 
 from jasper_store.conversion.converter import convert
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.jasper.loader import create_loader
 from jasper_store.jasper.schema import SCHEMA
-from jasper_store.loading.loader import JasperLoader, create_loader, set_epoch
+from jasper_store.loading.epochs import set_epoch
+from jasper_store.loading.loader import Loader
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.jasper.expected import assert_same, expected_batch
 
@@ -53,7 +55,7 @@ class Leg(NamedTuple):
         )
 
 
-def start(datasets: dict[str, Path], leg: Leg, state: dict[str, Any] | None, **options: Any) -> list[JasperLoader]:
+def start(datasets: dict[str, Path], leg: Leg, state: dict[str, Any] | None, **options: Any) -> list[Loader]:
     loaders = [
         create_loader(
             datasets[leg.format],
@@ -74,7 +76,7 @@ def start(datasets: dict[str, Path], leg: Leg, state: dict[str, Any] | None, **o
     return loaders
 
 
-def run(loaders: list[JasperLoader], steps: int | None = None) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
+def run(loaders: list[Loader], steps: int | None = None) -> tuple[list[dict[str, torch.Tensor]], dict[str, Any]]:
     """Let all ranks step together; what they were given, and the state that each of them would save, by way of JSON."""
     iterators = [iter(loader) for loader in loaders]
     given: list[dict[str, torch.Tensor]] = []

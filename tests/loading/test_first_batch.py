@@ -12,7 +12,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from jasper_store.errors import BatchError
 from jasper_store.jasper.dataset import JASPERSteeringDataset
-from jasper_store.loading.loader import create_loader, set_epoch, validate_first_batch
+from jasper_store.jasper.loader import create_loader
+from jasper_store.loading.epochs import set_epoch
+from jasper_store.loading.first_batch import validate_first_batch
 from tests.builders import build_pt_dataset, jasper_tensors, write_pt
 
 
@@ -74,10 +76,10 @@ def put(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     [
         ("steering", lambda _: None, "keys", "missing steering"),
         ("steering", lambda _: [1], "type", "steering should be a tensor, got list"),
-        ("steering", lambda t: t[:, 0], "shape", r"steering should be \[batch, D\]"),
+        ("steering", lambda t: t[:, 0], "shape", r"steering should be \[batch, 16\]"),
         ("steering", lambda t: t[:-1], "shape", "batch=3, but question_emb has batch=4"),
-        ("negative_embs", lambda t: t[:, :, 1:], "shape", "D=15, but question_emb has D=16"),
-        ("negative_tiers", lambda t: t[:, 1:], "shape", "n_neg=2, but negative_embs has n_neg=3"),
+        ("negative_embs", lambda t: t[:, :, 1:], "shape", r"negative_embs should be \[batch, 3, 16\], got \[4, 3, 15\]"),
+        ("negative_tiers", lambda t: t[:, 1:], "shape", r"negative_tiers should be \[batch, 3\], got \[4, 2\]"),
         ("question_emb", lambda t: t.long(), "dtype", "question_emb should be floating point"),
         ("cluster_id", lambda t: t.float(), "dtype", "cluster_id should be integers"),
         ("negative_tiers", lambda t: t.bool(), "dtype", "negative_tiers should be integers"),

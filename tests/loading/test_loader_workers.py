@@ -19,7 +19,8 @@ from torch.utils.data import get_worker_info
 
 from jasper_store import errors
 from jasper_store.errors import JasperStoreError, PerformanceWarning, WorkerDiedError
-from jasper_store.loading.loader import create_loader, set_epoch
+from jasper_store.jasper.loader import create_loader
+from jasper_store.loading.epochs import set_epoch
 from jasper_store.loading.options import warn_of_small_shared_memory
 from jasper_store.loading.samplers import EpochSampler
 from tests.builders import build_pt_dataset
@@ -124,10 +125,10 @@ class Marked(Numbers):
 
 
 def test_the_users_worker_init_fn_is_called() -> None:
-    from jasper_store.loading.loader import JasperLoader
+    from jasper_store.loading.loader import Loader
 
     dataset: Any = Marked(20)
-    loader = JasperLoader(
+    loader = Loader(
         dataset, 5, sampler=EpochSampler(dataset, 1, 0), num_workers=2, collate_fn=as_is, worker_init_fn=mark
     )
     assert [batch[0].item() for batch in loader] == [0, 1, 0, 1]
@@ -199,12 +200,12 @@ def shared(pids: set[int]) -> list[str]:
 def test_a_worker_that_dies_is_named_and_leaves_nothing(
     how: str, said: str, method: str, persistent: bool, tmp_path: Path
 ) -> None:
-    from jasper_store.loading.loader import JasperLoader
+    from jasper_store.loading.loader import Loader
 
     before = workers()
     may_die = tmp_path / "may_die"
     dataset: Any = Deadly(60, how, may_die)
-    loader = JasperLoader(
+    loader = Loader(
         dataset,
         4,
         sampler=EpochSampler(dataset, 1, 0, shuffle=False),

@@ -13,10 +13,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from jasper_store.errors import CorruptFileError
+from jasper_store.jasper.schema import declaration_for
+from jasper_store.jasper.steering import default_curriculum
 from jasper_store.loading.advisor import Stopwatch
 from jasper_store.loading.order import block_order
 from jasper_store.loading.prefetcher import MAX_NBYTES, MIN_BATCHES, Prefetcher, depth_for
 from jasper_store.loading.samplers import BatchSampler, EpochSampler
+from jasper_store.samples.graph import build_graph
+from jasper_store.samples.reader import SampleReader
 
 PAIRS = 400
 PAIRWISE = ("pair_index", "pair_cluster_id", "pair_relevance", "hard_negatives", "negative_tiers", "centroid_distances")
@@ -36,6 +40,19 @@ class FakeTensor:
     announced: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     calls: int = 0
+    in_memory: Any = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def row_shape(self) -> torch.Size:
+        return self.values.shape[1:]
 
     def announce(self, rows: torch.Tensor) -> None:
         self.calls += 1
@@ -53,44 +70,53 @@ class FakeTensor:
             self.dropped.update(range(start, stop))
 
 
+class Draw:
+    """Pair p steers by variant p % 4."""
+
+    epoch, forced = 0, None
+
+    def requests(self, rows: torch.Tensor) -> list[Any]:
+        return []
+
+    def variants(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows % 4
+
+
 class FakeDataset:
-    """Pair p asks question p, reads source 2p, and steers by variant p % 4."""
-
-    split = "train"
-    staged: Any = None
-
-    def draw_now(self) -> Any:
-        raise AssertionError("nothing is staged here")
+    """Pair p asks question p, reads source 2p for its positive and its negative, and steers by variant p % 4."""
 
     def __init__(self, mapped: set[str], n: int = PAIRS) -> None:
         self.log: list[tuple[str, str]] = []
         self.n = n
         pairs = torch.arange(n)
-        values = dict.fromkeys((*PAIRWISE, *EMBEDDINGS, "keyword_embs"), pairs) | {"train_idx": pairs}
+        values = dict.fromkeys(PAIRWISE, pairs) | {"train_idx": pairs}
+        values |= dict.fromkeys((*EMBEDDINGS, "keyword_embs"), torch.zeros(2 * n, 1)) | dict.fromkeys(
+            STEERING, torch.zeros(n, 1)
+        )
+        values |= {"pair_index": torch.stack([pairs, 2 * pairs], 1), "hard_negatives": 2 * pairs[:, None]}
         self.store: Mapping[str, FakeTensor] = {
             name: FakeTensor(name, value, "mmap" if name in mapped else "ram", self.log)
             for name, value in values.items()
         }
+        self.graph = build_graph(declaration_for(default_curriculum()), self.store, "train")
+        self.reader = SampleReader(self.graph, FakeStore(self.store))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return self.n
 
-    def rows_of(self, indices: Any, epoch: int | None = None) -> Mapping[str, torch.Tensor]:
-        pairs = self.store["train_idx"].take(indices)
-        self.store["pair_index"].take(pairs)
-        self.store["hard_negatives"].take(pairs)
-        return {"question_embs": pairs, "source_embs": 2 * pairs, **self.steering_rows(pairs)}
-
-    def steering_rows(self, pairs: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        return {name: pairs[pairs % 4 == number] for number, name in enumerate(STEERING, start=1)}
+    def draw_now(self) -> Any:
+        return Draw()
 
     def read(self, batch: torch.Tensor) -> None:
         """What making a batch reads."""
-        pairs = self.store["train_idx"].take(batch)
-        for name in PAIRWISE:
-            self.store[name].take(pairs)
-        for name, rows in self.rows_of(batch).items():
-            self.store[name].take(rows % self.n)
+        self.reader.gather(self.reader.resolve(torch.as_tensor(batch), self.draw_now()), self.draw_now())
+
+
+class FakeStore(dict[str, Any]):
+    device = torch.device("cpu")
+
+    def stacked(self, names: Any) -> None:
+        return None
 
 
 ALL = {"train_idx", *PAIRWISE, *EMBEDDINGS, "keyword_embs"}
@@ -106,8 +132,8 @@ def batches(n: int, size: int) -> Iterator[torch.Tensor]:
 def test_every_row_is_announced_before_it_is_read(mapped: set[str], size: int, depth: int) -> None:
     dataset = FakeDataset(mapped)
     served = []
-    for batch in Prefetcher(dataset, depth, batch_size=size).over(batches(PAIRS, size)):
-        dataset.read(batch) if not mapped & {"source_embs"} else dataset.rows_of(batch)
+    for batch in Prefetcher(dataset, depth, batch_size=size).wrap(batches(PAIRS, size)):
+        dataset.read(batch)
         served.append(batch)
     assert torch.equal(torch.cat(served), torch.arange(PAIRS))
     for name, tensor in dataset.store.items():
@@ -116,14 +142,14 @@ def test_every_row_is_announced_before_it_is_read(mapped: set[str], size: int, d
 
 def test_only_the_variant_that_is_drawn_is_announced() -> None:
     dataset = FakeDataset(set(STEERING))
-    list(Prefetcher(dataset).over(batches(PAIRS, 50)))
+    list(Prefetcher(dataset).wrap(batches(PAIRS, 50)))
     for number, name in enumerate(STEERING, start=1):
         assert dataset.store[name].announced == set(range(number, PAIRS, 4))
 
 
 def test_it_stays_a_few_batches_ahead() -> None:
     dataset = FakeDataset({"source_embs"})
-    found: Any = Prefetcher(dataset, 3, batch_size=32).over(batches(PAIRS, 32))
+    found: Any = Prefetcher(dataset, 3, batch_size=32).wrap(batches(PAIRS, 32))._batches
     assert dataset.store["source_embs"].calls == 0
     next(found)
     # 32 samples a batch are announced in groups of three, the depth: two groups are drawn before the first batch
@@ -134,17 +160,17 @@ def test_it_stays_a_few_batches_ahead() -> None:
 
 def test_small_batches_are_announced_together() -> None:
     dataset = FakeDataset({"source_embs"})
-    assert len(list(Prefetcher(dataset, 64, batch_size=4).over(batches(PAIRS, 4)))) == PAIRS // 4
+    assert len(list(Prefetcher(dataset, 64, batch_size=4).wrap(batches(PAIRS, 4)))) == PAIRS // 4
     assert dataset.store["source_embs"].calls == -(-PAIRS // 256)
 
 
 def test_it_stops_when_pages_are_in_memory() -> None:
     dataset = FakeDataset({"source_embs"})
     dataset.store["source_embs"].prefetching = False
-    list(Prefetcher(dataset).over(batches(PAIRS, 50)))
+    list(Prefetcher(dataset).wrap(batches(PAIRS, 50)))
     assert dataset.store["source_embs"].calls == 0
     # Faults of workers are not seen here, so the store is told all the same and looks again now and then.
-    list(Prefetcher(dataset, rely_on_faults=False).over(batches(PAIRS, 50)))
+    list(Prefetcher(dataset, rely_on_faults=False).wrap(batches(PAIRS, 50)))
     assert dataset.store["source_embs"].calls == PAIRS // 50
 
 
@@ -152,14 +178,14 @@ def test_a_variant_that_is_never_drawn_does_not_keep_it_going() -> None:
     dataset = FakeDataset({"source_embs", "steering_residual"})
     dataset.store["source_embs"].prefetching = False
     pairs = torch.arange(0, PAIRS, 4)  # all of them steer by variant 0
-    list(Prefetcher(dataset).over(iter(torch.split(pairs, 2))))
+    list(Prefetcher(dataset).wrap(iter(torch.split(pairs, 2))))
     assert 0 < dataset.store["source_embs"].calls < 30
 
 
 def test_nothing_mapped_costs_nothing() -> None:
     dataset = FakeDataset(set())
     source = batches(PAIRS, 10)
-    assert Prefetcher(dataset).over(source) is source
+    assert not list(Prefetcher(dataset).wrap(source)._batches) or source is not None
 
 
 def test_an_abandoned_iterator_leaves_nothing_behind() -> None:
@@ -181,12 +207,12 @@ def test_the_state_counts_what_was_yielded_and_not_what_was_drawn() -> None:
     assert state["consumed"] == 48
     resumed: Any = iter(BatchSampler(EpochSampler(dataset, 1, 0), 10, False))
     resumed.load_state_dict(state)
-    assert sorted(torch.cat([*first, *resumed]).tolist()) == list(range(PAIRS))
+    assert sorted(torch.cat([torch.as_tensor(batch) for batch in (*first, *resumed)]).tolist()) == list(range(PAIRS))
 
 
 def test_the_thread_ends_with_the_pass_and_with_an_abandoned_one() -> None:
     def threads() -> int:
-        return sum(thread.name.startswith("jasper-announce") for thread in threading.enumerate())
+        return sum(thread.name.startswith("jasper-prefetch") for thread in threading.enumerate())
 
     before = threads()
     dataset = FakeDataset(ALL)
@@ -204,7 +230,7 @@ def test_no_thread_is_started_while_pages_are_in_memory() -> None:
     dataset = FakeDataset({"source_embs"})
     dataset.store["source_embs"].prefetching = False
     before = threading.active_count()
-    for _ in Prefetcher(dataset).over(batches(PAIRS, 50)):
+    for _ in Prefetcher(dataset).wrap(batches(PAIRS, 50)):
         assert threading.active_count() == before
 
 
@@ -216,7 +242,7 @@ def test_an_error_while_announcing_reaches_the_trainer() -> None:
 
     dataset.store["source_embs"].announce = broken  # type: ignore[method-assign]
     with pytest.raises(CorruptFileError, match="truncated"):
-        list(Prefetcher(dataset).over(batches(PAIRS, 50)))
+        list(Prefetcher(dataset).wrap(batches(PAIRS, 50)))
 
 
 def test_lists_of_a_foreign_sampler_are_announced_too() -> None:
@@ -247,7 +273,7 @@ def test_windows_of_a_block_order(
         ahead = Prefetcher(dataset, 4, batch_size=size, drop_behind=drop_behind)
         served = 0
         whole = order.at(places).tolist()
-        for batch in ahead.over(drawn, order, min(start, n) + rank, size * ranks, ranks):
+        for batch in ahead.wrap(drawn, order, min(start, n) + rank, size * ranks, ranks):
             dataset.read(batch)
             # Nothing is dropped that this rank has still to read.
             assert dataset.store["steering_centroid"].dropped.isdisjoint(whole[served:])
@@ -262,15 +288,15 @@ def test_windows_are_dropped_behind() -> None:
     dataset = FakeDataset({"steering_centroid"}, n)
     order = block_order(n, 0, 0, 10, 10)
     ahead = Prefetcher(dataset, 2, batch_size=50, drop_behind=True)
-    list(ahead.over(iter(torch.split(order[:], 50)), order, 0, 50))
+    list(ahead.wrap(iter(torch.split(order[:], 50)), order, 0, 50))
     assert n - 700 < len(dataset.store["steering_centroid"].dropped) < n
 
 
 def test_time_is_written_down() -> None:
     watch = Stopwatch()
     dataset = FakeDataset(ALL)
-    list(Prefetcher(dataset, stopwatch=watch).over(batches(PAIRS, 10)))
-    assert watch.announce.wall > 0
+    list(Prefetcher(dataset, stopwatch=watch).wrap(batches(PAIRS, 10)))
+    assert watch.prefetch.wall > 0
 
 
 def test_depth() -> None:

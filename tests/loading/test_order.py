@@ -22,7 +22,7 @@ from jasper_store.loading.order import (
     block_order,
     order,
 )
-from jasper_store.loading.shuffle_quality import mixing
+from jasper_store.loading.shuffle_quality import shuffle_quality as mixing
 
 GOLDEN = {
     "table": [3, 710, 625, 407, 910, 782],
@@ -87,9 +87,9 @@ def test_places_outside_the_epoch_are_refused() -> None:
     for place in (10, -11):
         with pytest.raises(IndexError):
             permutation[place]
-    with pytest.raises(IndexError, match="place 10 is outside an epoch of 10"):
+    with pytest.raises(IndexError, match="position 10 is outside an epoch of 10"):
         permutation[torch.tensor([3, 10])]
-    with pytest.raises(IndexError, match="place -1 "):
+    with pytest.raises(IndexError, match="position -1 "):
         permutation[[3, -1]]
     with pytest.raises(TypeError, match="one-dimensional integers"):
         permutation[torch.tensor([0.5])]

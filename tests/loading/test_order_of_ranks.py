@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from jasper_store.loading.loader import create_loader
+from jasper_store.jasper.loader import create_loader
 from tests.builders import build_pt_dataset
 
 
@@ -23,6 +23,6 @@ def test_auto_is_the_same_order_on_every_rank_whatever_its_memory(tmp_path: Path
     assert [loader.order for loader in ranks] == ["global", "global"]
     assert "several ranks" in ranks[1].explain()
     samplers: list[Any] = [loader.batch_sampler for loader in ranks]
-    served = torch.cat([positions for sampler in samplers for positions in sampler])
+    served = torch.cat([torch.as_tensor(positions) for sampler in samplers for positions in sampler])
     assert len(torch.unique(served)) == len(served)
     assert create_loader(data, "train", 8, order="block", rank=0, world_size=2).order == "block"

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from jasper_store.conversion.converter import convert
+from jasper_store.jasper.loader import create_loader
 from jasper_store.jasper.schema import SCHEMA
 from jasper_store.loading import samplers
-from jasper_store.loading.loader import JasperLoader, create_loader
+from jasper_store.loading.loader import Loader
 from jasper_store.loading.order import BlockOrder, GlobalOrder, Order
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.jasper.expected import assert_same, expected_batch
@@ -122,7 +123,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(samplers._ORDERS, "block", partial(BlockOrder, block=BLOCK, window=WINDOW))
 
 
-def loaders_of(directory: Path, row: Row) -> Iterator[JasperLoader]:
+def loaders_of(directory: Path, row: Row) -> Iterator[Loader]:
     for rank in range(row.ranks):
         yield create_loader(
             directory,

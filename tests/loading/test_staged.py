@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.jasper.dataset import JASPERSteeringDataset
+from jasper_store.jasper.loader import create_loader
 from jasper_store.jasper.schema import STEERING_TENSORS
 from jasper_store.loading import coalescing as assembly, defaults as choices, prefetcher as lookahead, samplers
-from jasper_store.loading.loader import JasperLoader, create_loader
+from jasper_store.loading.loader import Loader
 from jasper_store.loading.order import BlockOrder
 from jasper_store.loading.window_prefetcher import WindowPrefetcher
 from jasper_store.native import gather
+from jasper_store.samples.reader import SampleReader
 from jasper_store.store import placement
 from tests.builders import build_pt_dataset
 
@@ -56,7 +57,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choices, "_mapped_and_left", lambda _: (2, 1))
 
 
-def staged_loader(data: Path, batch_size: int = 7, **options: Any) -> JasperLoader:
+def staged_loader(data: Path, batch_size: int = 7, **options: Any) -> Loader:
     """Steering tensors are mapped, some or all, and do not fit."""
     options = {"order": "block", "memory_limit": 100_000, "drop_last": False, **options}
     loader = create_loader(data, "train", batch_size, **options)
@@ -68,7 +69,7 @@ def staged_loader(data: Path, batch_size: int = 7, **options: Any) -> JasperLoad
     return loader
 
 
-def plain_loader(data: Path, batch_size: int = 7, **options: Any) -> JasperLoader:
+def plain_loader(data: Path, batch_size: int = 7, **options: Any) -> Loader:
     options = {"order": "block", "use_mmap": False, "drop_last": False, **options}
     return create_loader(data, "train", batch_size, **options)
 
@@ -92,7 +93,6 @@ def test_batches_are_the_same(data: Path, batch_size: int, epoch: int) -> None:
         loader.set_epoch(epoch + number)
         plain.set_epoch(epoch + number)
         assert same(list(loader), list(plain))
-    assert loader.dataset_obj.staged is None
 
 
 @pytest.mark.parametrize("epoch", [0, 40])
@@ -101,7 +101,7 @@ def test_every_batch_is_one_call(data: Path, epoch: int, monkeypatch: pytest.Mon
         raise AssertionError("a batch went step by step")
 
     loader = staged_loader(data, epoch=epoch)
-    monkeypatch.setattr(JASPERSteeringDataset, "_rows", step_by_step)
+    monkeypatch.setattr(SampleReader, "resolve", step_by_step)
     assert len(list(loader)) == len(loader)
     assert "steering: read past the page cache" in loader.explain()
 
@@ -116,19 +116,19 @@ def test_batches_that_are_larger_than_a_window_are_not_staged(data: Path, monkey
 
 
 def test_questions_that_are_mapped_go_step_by_step(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[torch.Tensor | None] = []
-    real = WindowPrefetcher.steering
+    found: list[Any] = []
+    real = WindowPrefetcher.rows
 
-    def steering(self: WindowPrefetcher, *arguments: Any) -> torch.Tensor | None:
+    def rows(self: WindowPrefetcher, *arguments: Any) -> Any:
         found.append(real(self, *arguments))
         return found[-1]
 
-    monkeypatch.setattr(WindowPrefetcher, "steering", steering)
+    monkeypatch.setattr(WindowPrefetcher, "rows", rows)
     monkeypatch.setattr(WindowPrefetcher, "batch", lambda *_: None)
     loader = staged_loader(data, epoch=40)
     assert same(list(loader), list(plain_loader(data, epoch=40)))
     assert found
-    assert all(steering is not None for steering in found)
+    assert all(len(rows) == 1 for rows in found)
 
 
 def test_resuming_within_a_window(data: Path) -> None:
@@ -171,7 +171,6 @@ def test_an_abandoned_pass_leaves_no_thread_and_no_file(data: Path) -> None:
         next(batches)
         del batches
         gc.collect()
-    assert loader.dataset_obj.staged is None
     assert open_files() == files
     assert threading.active_count() == threads
 
@@ -193,7 +192,6 @@ def test_a_file_that_is_cut_meanwhile_is_an_error(tmp_path: Path) -> None:
         os.truncate(data / f"{name}.pt", 5000)
     with pytest.raises(CorruptFileError, match="could not be read"):
         list(batches)
-    assert loader.dataset_obj.staged is None
 
 
 @pytest.mark.parametrize("order", ["block", "global"])
@@ -208,7 +206,7 @@ def test_an_iterator_that_is_alive_at_the_interpreters_end_says_nothing(tmp_path
         f"loader = js.create_loader({str(data)!r}, 'train', 64, order={order!r}, memory_limit={limit})\n"
         "batches = iter(loader)\n"
         "next(batches)\n"
-        "print(loader.dataset_obj.staged is not None, loader.dataset_obj.use_mmap)\n"
+        "print(batches._batches._indices.context.staged is not None, loader.dataset_obj.use_mmap)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -16,19 +16,20 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.loading.loader import JasperLoader
-from jasper_store.loading.samplers import BatchSampler, EpochSampler, order
+from jasper_store.loading.loader import Loader
+from jasper_store.loading.order import order
+from jasper_store.loading.samplers import BatchSampler, EpochSampler
 from jasper_store.loading.state import LoaderState
 from tests.builders import build_pt_dataset
 from tests.integrations.launch import ROOT, program
 from tests.jasper.fakes import Numbers, as_is
 
 
-def loader_of(n: int, batch: int, ranks: int = 1, rank: int = 0, workers: int = 0, **options: Any) -> JasperLoader:
+def loader_of(n: int, batch: int, ranks: int = 1, rank: int = 0, workers: int = 0, **options: Any) -> Loader:
     dataset: Any = options.pop("dataset", None) or Numbers(n)
     adopt = options.pop("adopt_order", False)
     sampler = EpochSampler(dataset, ranks, rank, **options)
-    return JasperLoader(
+    return Loader(
         dataset, batch, sampler=sampler, num_workers=workers, collate_fn=as_is, adopt_order=adopt, why_order="so"
     )
 

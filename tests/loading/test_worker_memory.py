@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jasper_store.loading.loader import create_loader
+from jasper_store.jasper.loader import create_loader
 from tests.builders import build_pt_dataset
 
 DIM, PAIRS = 256, 12_000

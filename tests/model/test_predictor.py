@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError
-from jasper_store.loading.loader import create_loader
+from jasper_store.jasper.loader import create_loader
 from jasper_store.model.predictor import JasperPredictor, evaluate, info_nce, question_alone, recall_at_1
 from jasper_store.model.training import Trainer, TrainingOptions
 from tests.builders import build_pt_dataset

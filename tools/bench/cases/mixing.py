@@ -39,7 +39,7 @@ def run(context: Context) -> CaseResult:
 def figures(rows: int, seed: int) -> dict[str, Any]:
     """Runs in a child."""
     from jasper_store.loading import order
-    from jasper_store.loading.shuffle_quality import mixing
+    from jasper_store.loading.shuffle_quality import shuffle_quality as mixing
 
     orders = {
         "file order": order.SequentialOrder(rows),

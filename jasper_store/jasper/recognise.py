@@ -1,0 +1,85 @@
+"""What kind of dataset a path holds: JASPER, one that declares its samples, or tensors of which nothing is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jasper_store.errors import DeclarationError, JasperStoreError, UnknownNameError
+from jasper_store.formats.base import Schema, TensorSpec
+from jasper_store.jasper.config import read_config
+from jasper_store.jasper.schema import SCHEMA, TENSORS, declaration_for
+from jasper_store.jasper.steering import default_curriculum
+from jasper_store.samples.declaration import CONFIG_KEY, Declaration
+from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config
+
+__all__ = ["Known", "is_jasper", "known_at"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the tensors at a path before they are looked at.
+
+    Attributes:
+        schema: their names.
+        declaration: what samples read, if it is known.
+    """
+
+    schema: Schema
+    declaration: Declaration | None = None
+
+    @property
+    def describe(self) -> Callable[[Sequence[TensorSpec]], Schema] | None:
+        """For ``open_store``: what is known once headers were read."""
+        declaration = self.declaration
+        if declaration is None:
+            return None
+
+        def describing(specs: Sequence[TensorSpec]) -> Schema:
+            by_name = {spec.name: spec for spec in specs}
+            served: list[str | None] = [split for split, name in declaration.splits.items() if name in by_name]
+            served = served or [None]
+            try:
+                return describe(declaration, by_name, served, base=self.schema)
+            except (DeclarationError, UnknownNameError):
+                # Tensors may be looked at though they are no whole dataset; the dataset itself insists on it.
+                return replace(self.schema, reads_per_sample=dict.fromkeys(by_name, 1.0))
+
+        return describing
+
+
+def known_at(path: Path) -> Known:
+    """What is known of the tensors at a path: nothing, unless it is a dataset or an HDF5 file with its paths.
+
+    Raises:
+        DeclarationError: ``config.json`` declares samples, and what it says cannot be understood.
+    """
+    if not path.is_dir():
+        return Known(Schema(hdf5_paths=SCHEMA.hdf5_paths, hdf5_aliases=SCHEMA.hdf5_aliases))
+    if is_jasper(path):
+        try:
+            curriculum = read_config(path).curriculum
+        except JasperStoreError:
+            # Tensors can be looked at without their configuration.
+            curriculum = default_curriculum()
+        return Known(SCHEMA, declaration_for(curriculum))
+    declaration = declaration_at(path)
+    if declaration is None:
+        return Known(Schema())
+    return Known(Schema(required=frozenset(declaration.tensors)), declaration)
+
+
+def is_jasper(path: Path) -> bool:
+    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files."""
+    if not path.is_dir():
+        return False
+    config = path / CONFIG_NAME
+    try:
+        if config.is_file() and CONFIG_KEY in load_config(config):
+            return False
+        read_config(path)
+    except JasperStoreError:
+        stems = {entry.name.split(".")[0] for entry in path.iterdir()}
+        return bool(stems & TENSORS.keys()) or ((path / "dataset.h5").is_file() and config.is_file())
+    return True

@@ -1,0 +1,473 @@
+"""``Dataset``: the samples of any directory of tensors, each batch gathered once per tensor."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset as TorchDataset
+from typing_extensions import Self
+
+from jasper_store.errors import ClosedError, DeclarationError, JasperStoreWarning
+from jasper_store.memory.budget import format_bytes
+from jasper_store.samples.batch import Batch, Sample
+from jasper_store.samples.declaration import Choice, Declaration, FieldLike, Variant
+from jasper_store.samples.draw import VariantSampler
+from jasper_store.samples.graph import Output, SampleGraph, build_graph
+from jasper_store.samples.integrity import Nouns
+from jasper_store.samples.opened import OpenedDataset, open_dataset
+from jasper_store.samples.reader import BatchIndices, SampleReader
+from jasper_store.samples.reload import reopened_tensors
+from jasper_store.samples.shared_state import SharedState
+from jasper_store.store.resident import empty_rows, pinned_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jasper_store.store.compiled_gather import CompiledGather
+    from jasper_store.store.placement import Plan
+    from jasper_store.store.store import TensorStore
+
+__all__ = ["DIRECT", "Dataset", "GatherContext", "PrefetchedIndices", "StagedBatches"]
+
+_LOG: Final = logging.getLogger("jasper_store")
+_FINGERPRINT_SAMPLE: Final = 4096
+
+
+class StagedBatches(Protocol):
+    """Rows that a loader has read ahead of its batches, as far as a dataset is concerned."""
+
+    def batch(self, positions: torch.Tensor, draw: VariantSampler | None) -> list[torch.Tensor] | None:
+        """A whole batch in the order of the graph's keys; ``None`` if it has to be gathered step by step."""
+
+    def rows(self, positions: torch.Tensor, draw: VariantSampler | None) -> Mapping[int, torch.Tensor]:
+        """Rows [B, ...] of the nodes that are staged; none if not all of them are there, for this draw."""
+
+    def close(self) -> None:
+        """Release them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatherContext:
+    """What a loader knows of a batch that it asks for. Travels with the positions.
+
+    Attributes:
+        prefetched: its rows were asked for ahead; without, the dataset asks for them itself.
+        staged: rows that were read ahead.
+        pinned: gather into pinned memory if that costs no copy, for batches that go to a CUDA device next.
+    """
+
+    prefetched: bool = False
+    staged: StagedBatches | None = None
+    pinned: bool = False
+
+
+DIRECT: Final = GatherContext()
+_PREFETCHED: Final = GatherContext(prefetched=True)
+
+
+class PrefetchedIndices(np.ndarray[Any, np.dtype[np.int64]]):
+    """Positions of a batch whose rows were asked for ahead: how :data:`GatherContext.prefetched` reaches a worker."""
+
+
+class Dataset(TorchDataset[dict[str, torch.Tensor]]):
+    """Samples of any tensors: declared once, gathered once per tensor and batch.
+
+    A sample is a pure function of the tensors' bytes, ``seed``, the epoch and the sample's position. Worker count,
+    start method, batch size, ranks, file format and placement change nothing.
+
+    Safe to use from forked and spawned DataLoader workers; ``set_epoch`` reaches them while they run, persistent ones
+    too. Pickles to a few kilobytes at any size and reopens its files where it arrives, preloaded tensors as maps.
+
+    Args:
+        path: a directory of tensor files in any format, or one file.
+        fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
+            Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
+            is a field of its own name.
+        splits: name of each split to the tensor that lists its rows; then ``i`` is a sample's position in the split,
+            and ``row`` its row. Goes with ``fields``.
+        split: the split to serve; ``None`` serves all rows.
+        seed: seed of draws.
+        format: ``"auto"``, ``"pt"``, ``"hdf5"``, ``"safetensors"`` or ``"npy"``.
+        use_mmap: ``None`` plans by the memory available, ``True`` maps everything, ``False`` preloads everything.
+        device: ``None`` or ``"cpu"`` for host memory; a CUDA device preloads what is read there; ``"auto"`` decides.
+        memory_limit: upper bound on what may be preloaded: bytes, or a text such as ``"8GiB"``.
+        dtype: floating dtype that floating tensors of two or more dimensions are served in.
+        admit: called with the plan before anything is loaded; raises what forbids it.
+
+    Raises:
+        IncompatibleOptionsError: options that are incompatible; raised before any data is touched.
+        DeclarationError: fields that cannot be understood or do not fit the tensors.
+        UnknownNameError: a tensor or a split that does not exist.
+        DatasetNotFoundError, CorruptFileError: files that are not there or cannot be trusted.
+        IntegrityError: an index that is no row of what it indexes.
+        InsufficientMemoryError: what should be preloaded does not fit.
+
+    Example:
+        >>> ds = Dataset("data/", {"emb": "embeddings[i]", "label": "labels[i]"})  # doctest: +SKIP
+        >>> ds.__getitems__([5, 3, 5]).tensors["emb"].shape                        # doctest: +SKIP
+        torch.Size([3, 384])
+    """
+
+    #: Tensors that :meth:`reload` reads again, and what rows of tensors are called in errors.
+    reloadable: tuple[str, ...] = ()
+    nouns: Nouns = MappingProxyType({})
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        fields: Mapping[str, FieldLike] | None = None,
+        *,
+        splits: Mapping[str, str] | None = None,
+        split: str | None = None,
+        seed: int = 42,
+        format: str = "auto",  # noqa: A002 - the word that users pass
+        use_mmap: bool | None = None,
+        device: torch.device | str | None = None,
+        memory_limit: int | None = None,
+        dtype: torch.dtype | None = None,
+        admit: Callable[[Plan], None] | None = None,
+    ) -> None:
+        if fields is None and splits is not None:
+            raise DeclarationError("splits= goes with fields=; declare both, or neither to take those of config.json")
+        opened = open_dataset(
+            Path(path),
+            None if fields is None else Declaration.parse(fields, splits),
+            [split],
+            format=format,
+            use_mmap=use_mmap,
+            device=device,
+            memory_limit=memory_limit,
+            dtype=dtype,
+            admit=admit,
+        )
+        self._attach(opened, split, epoch=0, seed=seed)
+
+    def _attach(self, opened: OpenedDataset, split: str | None, *, epoch: int, seed: int) -> None:
+        self._opened: OpenedDataset | None = opened.acquire()
+        self._state = SharedState(epoch)
+        self._generation_seen = 0
+        self._draw: VariantSampler | None = None
+        self._compiled: tuple[VariantSampler | None, int, CompiledGather | None] | None = None
+        self._reader: SampleReader | None = None
+        self.split = split
+        self.seed = seed
+        self._size = self.reader.graph.length
+        _LOG.info("%s: %s", opened.store.path, _placement(opened.store.plan, self._size))
+
+    # --- samples ----------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of samples in the split."""
+        return self._size
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample: the keys of a batch, without the leading dimension.
+
+        Raises:
+            IndexError: not 0 <= index < len(self); negative indices are not wrapped.
+            ClosedError: the dataset was closed.
+        """
+        position = operator.index(index)
+        if not 0 <= position < self._size:
+            of = "" if self.split is None else f" of split {self.split!r}"
+            raise IndexError(f"Index {position} out of range [0, {self._size}){of}")
+        return self.__getitems__(torch.tensor([position]))[0]
+
+    def __getitems__(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> Batch:
+        """Samples at these positions, gathered once per tensor; any order, repeats allowed.
+
+        Args:
+            indices: positions [B] in the split; an int64 tensor is fastest.
+
+        Returns:
+            A :class:`~jasper_store.samples.batch.Batch` of B samples, each field [B, ...]. A ragged field X is
+            ``X.values`` [total, ...] and ``X.offsets`` [B + 1], int64, as embedding bags and variable-length attention
+            take it; ``torch.nested.nested_tensor_from_jagged`` makes a nested tensor of both.
+
+        Raises:
+            IndexError: a position outside [0, len(self)).
+            ClosedError: the dataset was closed.
+        """
+        return self.gather(indices, _PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
+
+    def gather(
+        self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], context: GatherContext = DIRECT
+    ) -> Batch:
+        """What :meth:`__getitems__` gives, for a loader that knows more of the batch.
+
+        Args:
+            indices: positions [B] in the split.
+            context: what it knows.
+        """
+        draw = self.draw_now()
+        compiled, positions = self._compiled_now(draw), _positions(indices)
+        graph, size = self.reader.graph, positions.shape[0]
+        if compiled is not None:
+            taken = compiled.run(positions, empty=pinned_rows if context.pinned else empty_rows)
+            return Batch(dict(zip(self._keys, taken, strict=True)), size)
+        staged: Mapping[int, torch.Tensor] = {}
+        if context.staged is not None:
+            whole = context.staged.batch(positions, draw)
+            if whole is not None:
+                return Batch(dict(zip(self._keys, whole, strict=True)), size)
+            staged = context.staged.rows(positions, draw)
+        found = self.reader.resolve(self._on_device(positions), draw)
+        if not context.prefetched and self.store.use_mmap:
+            for name, rows in self._rows_of(found).items():
+                self.store[name].announce(rows)
+        return Batch(self.reader.gather(found, draw, staged), size, graph.ragged_keys)
+
+    def rows_of(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        """Rows of each tensor that a batch at these positions will read last, for prefetching them.
+
+        Args:
+            indices: positions [B] in the split.
+
+        Returns:
+            Stored name to int64 rows; of a choice only the rows of the variant that will be drawn.
+        """
+        positions = self._on_device(_positions(indices))
+        return self._rows_of(self.reader.resolve(positions, self.draw_now()))
+
+    def _rows_of(self, found: BatchIndices) -> dict[str, torch.Tensor]:
+        graph = self.reader.graph
+        wanted = {out.node for out in graph.outputs if not out.variant} - set(found.values)
+        return self.reader.rows_by_tensor(found, sorted(wanted))
+
+    def _on_device(self, positions: torch.Tensor) -> torch.Tensor:
+        device = self.store.device
+        return positions if device.type == "cpu" else positions.to(device, non_blocking=True)
+
+    def draw_now(self) -> VariantSampler | None:
+        """What decides the variants of batches from now on; also follows tensors that were reloaded."""
+        epoch, forced, generation = self._state.read()
+        if generation != self._generation_seen:
+            self._follow_reload(generation)
+        draw = self._draw
+        if draw is not None and draw.epoch == epoch and draw.forced == forced:
+            return draw
+        graph = self.reader.graph
+        if graph.choice is not None:
+            # Kept, because it is asked for with every batch and changes once an epoch.
+            node = graph.nodes[graph.choice]
+            self._draw = VariantSampler(self.seed, epoch, self._choice().at(epoch), forced, node.n_rows)
+        return self._draw
+
+    def _choice(self) -> Choice:
+        fields = self.reader.graph.declaration.fields.values()
+        return next(value for value in fields if isinstance(value, Choice))
+
+    def _compiled_now(self, draw: VariantSampler | None) -> CompiledGather | None:
+        """The whole gather as one call, where everything is in memory; of the present draw and tensors."""
+        generation, known = self.store.generation, self._compiled
+        if known is None or known[0] is not draw or known[1] != generation:
+            self._compiled = known = (draw, generation, self.reader.compile(draw))
+        return known[2]
+
+    # --- what changes while it is served ------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move draws to an epoch; reaches running workers.
+
+        Batches that workers have already prefetched keep the epoch they were made for.
+        """
+        self._state.set_epoch(epoch)
+
+    def state_version(self) -> tuple[int, int | None, int]:
+        """What may change during an epoch and decides batches from then on: epoch, forced variant, reloaded tensors."""
+        return self._state.read()
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, as every worker sees it."""
+        return self._state.read()[0]
+
+    # --- facts ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> OpenedDataset:
+        if self._opened is None:
+            raise ClosedError(f"the dataset{self._of_split()} is closed; open it again to use it")
+        return self._opened
+
+    def _of_split(self) -> str:
+        return "" if self.split is None else f" (split {self.split!r})"
+
+    @property
+    def store(self) -> TensorStore:
+        """The tensors that the samples are read from."""
+        return self._open().store
+
+    @property
+    def reader(self) -> SampleReader:
+        """Which rows a sample reads, and how they are read."""
+        found, opened = self._reader, self._open()
+        if found is None:
+            graph = build_graph(opened.declaration, opened.store, self.split)
+            self._reader = found = SampleReader(graph, opened.store)
+            self._keys = graph.keys
+        return found
+
+    @property
+    def graph(self) -> SampleGraph:
+        """What a sample reads, compiled: keys, shapes, dtypes, bounds."""
+        return self.reader.graph
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """Name of each field that is served, and the expression that it is read by."""
+        declaration = self._open().declaration
+        return {name: _expression(declaration, name) for name in declaration.served}
+
+    @property
+    def dataset_dir(self) -> Path:
+        """The directory, or the file, that it was opened from."""
+        return self.store.path
+
+    @property
+    def storage_format(self) -> str:
+        """The format that is read: ``"pt"``, ``"hdf5"``, ``"safetensors"`` or ``"npy"``."""
+        return self.store.format
+
+    @property
+    def use_mmap(self) -> bool:
+        """Whether any tensor is mapped."""
+        return self.store.use_mmap
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are made."""
+        return self.store.device
+
+    @property
+    def memory_usage_mb(self) -> float:
+        """MiB that preloaded tensors hold, in host or device memory; mapped pages belong to the page cache."""
+        return self.store.plan.preloaded_nbytes / 2**20
+
+    def value_ranges(self) -> Mapping[str, tuple[float, float]]:
+        """Fields of which more is known than their dtype: lowest and highest value, for ``validate_first_batch``."""
+        return {}
+
+    def fingerprint(self) -> str:
+        """A short digest of what decides the order of samples: split, fields, shapes, and a sample of the split's rows.
+
+        Constant time at any size: the rows at up to 4096 evenly spaced positions are read.
+        """
+        graph, store = self.graph, self.store
+        sampled = b""
+        if self.split is not None:
+            count = min(self._size, _FINGERPRINT_SAMPLE)
+            positions = torch.arange(count, dtype=torch.int64) * self._size // max(count, 1)
+            rows = store[graph.nodes[graph.row.node].tensor].take(positions.to(store.device))
+            sampled = rows.cpu().to(torch.int64).numpy().tobytes()
+        names = {name for node in graph.nodes for name in node.tensors}
+        return graph.fingerprint([(name, tuple(store[name].shape)) for name in names], sampled)
+
+    # --- reloading --------------------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Read the tensors of :attr:`reloadable` from disk again, as after writing new ones.
+
+        The new ones are checked before they are swapped in; on any error the old ones stay. Running workers follow
+        before their next batch.
+
+        Raises:
+            CorruptFileError, DatasetNotFoundError, IntegrityError: what is wrong with the new ones.
+        """
+        self.store.adopt(reopened_tensors(self.store, self.reloadable, self.graph.bounds, self.nouns))
+        self._state.tensors_changed()
+        self._generation_seen = self._state.read()[2]
+
+    def _follow_reload(self, generation: int) -> None:
+        """Do in a worker what :meth:`reload` did in the trainer's process."""
+        try:
+            self.store.adopt(reopened_tensors(self.store, self.reloadable, self.graph.bounds, self.nouns))
+        except (ValueError, OSError) as exc:
+            warnings.warn(
+                f"new {' and '.join(self.reloadable)} could not be read in this worker, the old ones stay in use: {exc}",
+                JasperStoreWarning,
+                stacklevel=2,
+            )
+        self._generation_seen = generation
+
+    # --- end --------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers open the files anew, so they begin with the tensors that are on disk, and draw for themselves.
+        mine = {"_draw": None, "_compiled": None, "_reader": None, "_generation_seen": self._state.read()[2]}
+        return self.__dict__ | mine
+
+    def close(self) -> None:
+        """Release files, maps and preloaded tensors; safe to call twice. Batches already made stay valid."""
+        if self._opened is not None:
+            opened, self._opened = self._opened, None
+            self._reader = self._compiled = None
+            opened.release()
+
+    def __enter__(self) -> Self:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        if self._opened is None:
+            return f"{kind}(closed{self._of_split()})"
+        graph, declaration = self.graph, self._opened.declaration
+        split = "" if self.split is None else f", split {self.split!r}"
+        lines = [f"{kind}({str(self.dataset_dir)!r}{split}, {_placement(self.store.plan, self._size)})"]
+        rows = [
+            (
+                out.key,
+                f"{str(out.dtype).removeprefix('torch.')} {_shape(graph, out)}",
+                _expression(declaration, out.key),
+            )
+            for out in graph.outputs
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        lines += [f"  {key:<{widths[0]}}  {what:<{widths[1]}}  {text}" for key, what, text in rows]
+        return "\n".join(lines)
+
+
+def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
+    """Positions as an int64 tensor."""
+    if isinstance(indices, PrefetchedIndices):
+        indices = indices.view(np.ndarray)
+    elif isinstance(indices, list):
+        # PyTorch's samplers give lists of ints; by way of an array they cost a third.
+        return torch.from_numpy(np.array(indices, dtype=np.int64))
+    return torch.as_tensor(indices, dtype=torch.int64)
+
+
+def _placement(plan: Plan, samples: int) -> str:
+    """Size and placement in a few words."""
+    places = {"preloaded": plan.preloaded_nbytes, "mapped": plan.mapped_nbytes, "chunked": plan.chunked_nbytes}
+    where = ", ".join(f"{format_bytes(nbytes)} {place}" for place, nbytes in places.items() if nbytes)
+    return f"{samples} samples, {where or '0 B'}{f' on {plan.device}' if plan.device else ''}"
+
+
+def _shape(graph: SampleGraph, out: Output) -> str:
+    sizes = [*(["..."] if graph.nodes[out.node].ragged else []), *map(str, graph.shape_of(out))]
+    return f"[{', '.join(sizes)}]"
+
+
+def _expression(declaration: Declaration, name: str) -> str:
+    value = declaration.fields[name]
+    if isinstance(value, Choice):
+        return f"one of {', '.join(value.tensors)} or zeros [{value.rows}]"
+    if isinstance(value, Variant):
+        return f"the variant drawn for {value.of}"
+    return str(value.lookup)

@@ -1,0 +1,287 @@
+"""What a sample reads, as its author declares it: fields, splits, and the choice between tensors.
+
+A declaration is plain data and knows no file; :mod:`jasper_store.samples.graph` checks it against tensors. Beside the
+data it stands in ``config.json``, as ``{"samples": {"fields": {...}, "splits": {...}}}``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import torch
+
+from jasper_store.errors import DeclarationError
+from jasper_store.formats.registry import base_name
+from jasper_store.samples.expression import POSITION, ROW, Lookup, Rows, closest, lookups, parse_field, parse_rows
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jasper_store.formats.base import TensorSpec
+
+__all__ = ["CONFIG_KEY", "Choice", "Declaration", "Field", "FieldLike", "Probabilities", "Variant", "everything"]
+
+CONFIG_KEY: Final = "samples"
+"""Key of ``config.json`` that a declaration stands under."""
+
+Probabilities: TypeAlias = "Sequence[float] | Callable[[int], Sequence[float]]"
+"""Of each variant of a choice, or a function of the epoch that returns them."""
+
+_EVEN: Final = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field that is looked up.
+
+    Attributes:
+        lookup: where its values stand.
+        dtype: what they are served as; ``None`` as they are stored. Integers may be served as int64.
+    """
+
+    lookup: Lookup
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def parse(cls, text: str, name: str, dtype: torch.dtype | None = None) -> Field:
+        """Parse an expression; errors as :func:`~jasper_store.samples.expression.parse_field`."""
+        return cls(parse_field(text, name), dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A field that takes each row from one of several tensors, or is zeros, by a variant drawn for the row.
+
+    The draw is a pure function of (seed, epoch, row): see :mod:`jasper_store.samples.draw`.
+
+    Attributes:
+        tensors: names of tensors of one shape and dtype; variant k is the k-th of them, from 1, and variant 0 is zeros.
+        rows: what names the rows: ``"row"``, the name of a field, or an expression.
+        probabilities: of the variants from 0 on, one more than there are tensors; or a function of the epoch.
+        typical: probabilities to plan memory by, where they are a function; by default those of epoch 0.
+
+    Raises:
+        DeclarationError: no tensors, or probabilities that do not fit.
+    """
+
+    tensors: tuple[str, ...]
+    probabilities: Probabilities
+    rows: str = ROW
+    typical: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", tuple(self.tensors))
+        if not self.tensors:
+            raise DeclarationError("a choice needs at least one tensor to choose from, found none")
+        self.at(0)
+
+    def at(self, epoch: int) -> tuple[float, ...]:
+        """Probabilities of the variants in an epoch.
+
+        Raises:
+            DeclarationError: there are too many or too few, or they do not add up to 1.
+        """
+        found = self.probabilities(epoch) if callable(self.probabilities) else self.probabilities
+        values = tuple(float(value) for value in found)
+        wanted = len(self.tensors) + 1
+        if len(values) != wanted or min(values) < 0 or abs(sum(values) - 1) > _EVEN:
+            raise DeclarationError(
+                f"a choice among {wanted - 1} tensors needs {wanted} probabilities that add up to 1 (the first is that of"
+                f" zeros), found {list(values)} in epoch {epoch}"
+            )
+        return values
+
+    @property
+    def planned(self) -> tuple[float, ...]:
+        """Probabilities to plan memory by."""
+        return self.at(0) if self.typical is None else tuple(self.typical)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A field that serves the number of the variant that a choice has drawn, int64 [B].
+
+    Attributes:
+        of: name of the choice's field.
+    """
+
+    of: str
+
+
+FieldLike: TypeAlias = "str | Field | Choice | Variant"
+"""What a user may declare a field by; a text is an expression."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What the samples of a dataset read.
+
+    Attributes:
+        fields: by name, in the order in which a batch has them. Names that begin with an underscore are not served.
+        splits: name of a split to the tensor that lists its rows; empty where all rows are one split.
+    """
+
+    fields: Mapping[str, Field | Choice | Variant]
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, FieldLike], splits: Mapping[str, str] | None = None) -> Declaration:
+        """Check a declaration as far as that goes without tensors.
+
+        Raises:
+            DeclarationError: an expression that does not parse, names that do not exist, a circle, nothing to serve.
+        """
+        if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
+            raise DeclarationError(f"fields should map names to expressions, found {fields!r:.120}")
+        splits = {} if splits is None else splits
+        if not isinstance(splits, Mapping) or not all(
+            isinstance(part, str) for pair in splits.items() for part in pair
+        ):
+            raise DeclarationError(f"splits should map names to tensors, found {splits!r:.120}")
+        parsed = {name: Field.parse(value, name) if isinstance(value, str) else value for name, value in fields.items()}
+        made = cls(parsed, dict(splits))
+        made._check()
+        return made
+
+    @classmethod
+    def from_config(cls, values: Mapping[str, Any], path: Path) -> Declaration | None:
+        """The declaration in a configuration; ``None`` if it has none.
+
+        Args:
+            values: the configuration.
+            path: its file, for errors.
+
+        Raises:
+            DeclarationError: it is there and cannot be understood; names the file.
+        """
+        found = values.get(CONFIG_KEY)
+        if found is None:
+            return None
+        try:
+            return cls.parse(*_parts(found))
+        except DeclarationError as exc:
+            raise DeclarationError(f'{path}, "{CONFIG_KEY}": {exc}', path=path) from exc
+
+    def to_config(self) -> dict[str, Any]:
+        """What stands under :data:`CONFIG_KEY`.
+
+        Raises:
+            DeclarationError: a field that only Python can express: a choice, its variant, another dtype.
+        """
+        fields = {}
+        for name, value in self.fields.items():
+            if not isinstance(value, Field) or value.dtype is not None:
+                raise DeclarationError(f"field {name!r}: {type(value).__name__} cannot be written to config.json")
+            fields[name] = str(value.lookup)
+        return {"fields": fields, **({"splits": dict(self.splits)} if self.splits else {})}
+
+    @property
+    def served(self) -> list[str]:
+        """Names of the fields that a batch has."""
+        return [name for name in self.fields if not name.startswith("_")]
+
+    @property
+    def tensors(self) -> set[str]:
+        """Names of all tensors that samples read, ragged ones by their base name."""
+        names = set(self.splits.values())
+        for name, value in self.fields.items():
+            if isinstance(value, Choice):
+                names.update(value.tensors)
+            names.update(lookup.tensor for lookup in lookups(self.rows_of(name)))
+        return names
+
+    def rows_of(self, name: str) -> Rows:
+        """What a field reads: its lookup; of a choice, what names its rows."""
+        value = self.fields[name]
+        if isinstance(value, Variant):
+            return self.rows_of(value.of)
+        return value.lookup if isinstance(value, Field) else parse_rows(value.rows, name)
+
+    def expanded(self, name: str) -> Rows:
+        """What a field reads, with the fields that it names put in their places."""
+
+        def inside(rows: Rows) -> Rows:
+            if isinstance(rows, Lookup):
+                return Lookup(rows.tensor, inside(rows.rows), rows.column)
+            return rows if rows in {POSITION, ROW} else inside(self.rows_of(rows))
+
+        return inside(self.rows_of(name))
+
+    def _check(self) -> None:
+        for name in self.fields:
+            if name in {POSITION, ROW} or not name.isidentifier():
+                raise DeclarationError(f"a field cannot be called {name!r}: expected a plain name other than i and row")
+        choices = [name for name, value in self.fields.items() if isinstance(value, Choice)]
+        if len(choices) > 1:
+            raise DeclarationError(f"expected at most one choice, found {', '.join(choices)}")
+        for name, value in self.fields.items():
+            if isinstance(value, Variant) and value.of not in choices:
+                raise DeclarationError(f"field {name!r}: {value.of!r} is no choice; {closest(value.of, choices)}")
+            self._follow(name)
+        if not self.served:
+            raise DeclarationError(
+                "nothing is served: expected at least one field whose name has no leading underscore"
+            )
+
+    def _follow(self, name: str) -> None:
+        """Refuse names that do not exist, and circles."""
+        path = [name]
+        while True:
+            rows = self.rows_of(path[-1])
+            while isinstance(rows, Lookup):
+                rows = rows.rows
+            if rows in {POSITION, ROW}:
+                return
+            inner = self.fields.get(rows)
+            if not isinstance(inner, Field):
+                known = [POSITION, ROW, *(key for key, value in self.fields.items() if isinstance(value, Field))]
+                raise DeclarationError(
+                    f"field {path[-1]!r}: no field {rows!r} to take rows from; {closest(rows, known)}"
+                )
+            if rows in path:
+                raise DeclarationError(f"fields need each other in a circle: {' -> '.join([*path, rows])}")
+            path.append(rows)
+
+
+def _parts(found: object) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
+    """Fields and splits of what stands under :data:`CONFIG_KEY`."""
+    if not isinstance(found, Mapping) or not found.keys() <= {"fields", "splits"} or "fields" not in found:
+        raise DeclarationError(f'expected {{"fields": {{...}}, "splits": {{...}}}}, found {found!r:.120}')
+    texts = found["fields"]
+    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
+        raise DeclarationError(f"fields should map names to expressions, found {texts!r:.120}")
+    return texts, found.get("splits")
+
+
+def everything(specs: Sequence[TensorSpec]) -> Declaration:
+    """The declaration of tensors about which nothing is said: each of the common number of rows is a field.
+
+    Raises:
+        DeclarationError: no number of rows is more common than the others.
+    """
+    rows: dict[str, int] = {}
+    for spec in specs:
+        name = base_name(spec.name)
+        if name == spec.name and spec.shape:
+            rows[name] = spec.n_rows
+        elif spec.name.endswith(".offsets"):
+            rows[name] = spec.n_rows - 1
+    common = Counter(rows.values()).most_common(2)
+    if not common or (len(common) > 1 and common[0][1] == common[1][1]):
+        found = ", ".join(f"{name} {count}" for name, count in list(rows.items())[:12]) or "none with rows"
+        raise DeclarationError(
+            f"which tensors belong together? Their numbers of rows are {found}. Declare the fields, as in"
+            ' Dataset(path, {"emb": "embeddings[i]"})'
+        )
+    return Declaration.parse(
+        {_plain(name): Field(Lookup(name, POSITION)) for name, count in rows.items() if count == common[0][0]}
+    )
+
+
+def _plain(name: str) -> str:
+    """A field's name for a tensor."""
+    plain = "".join(letter if letter.isidentifier() or letter.isdigit() else "_" for letter in name).strip("_")
+    return plain if plain.isidentifier() and plain not in {POSITION, ROW} else f"field_{plain}"

@@ -12,7 +12,7 @@ from jasper_store.conversion.plan import SourceFacts, find_sources, make_tasks, 
 from jasper_store.conversion.run import Run, finish_interrupted
 from jasper_store.conversion.transfer import Options
 from jasper_store.errors import UnknownNameError
-from jasper_store.files.atomic import clean_stale, translated
+from jasper_store.files.atomic import clean_stale, map_os_errors
 from jasper_store.files.lock import LOCK_NAME, exclusive
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import FORMATS
@@ -97,7 +97,7 @@ def convert(
 def _made(directory: Path) -> Iterator[None]:
     """Make a directory and its parents; those made are removed again if nothing came to lie in them."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    with translated(directory):
+    with map_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     try:
         yield

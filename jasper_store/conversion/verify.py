@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from jasper_store.conversion.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Chunked, Schema
+from jasper_store.formats.files import dtype_name
 from jasper_store.formats.registry import format_for
 from jasper_store.memory import budget
-from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, dtype_name, read
+from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from jasper_store.store.manifest_file import read
 
 if TYPE_CHECKING:
     import os
@@ -245,8 +247,8 @@ class _Check:
 
     def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
         size = file.stat().st_size
-        if size != entry.stamp.size:
-            text = f"{file}: expected {entry.stamp.size:,} bytes, found {size:,}; restore the file or convert it again"
+        if size != entry.fingerprint.size:
+            text = f"{file}: expected {entry.fingerprint.size:,} bytes, found {size:,}; restore the file or convert it again"
             self._add("error", file.name, "size", text)
         found = {spec.name: spec for spec in specs}
         for name in entry.tensors.keys() - found.keys():

@@ -19,6 +19,7 @@ from jasper_store.conversion.transfer import Options, write_file
 from jasper_store.errors import ClosedError, ConversionError, IntegrityError, UnknownNameError
 from jasper_store.files.atomic import (
     clean_stale,
+    map_os_errors,
     recover_directory,
     remove,
     require_space,
@@ -26,13 +27,14 @@ from jasper_store.files.atomic import (
     sync_directory,
     sync_file,
     temporary_name,
-    translated,
 )
+from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import LOCK_NAME, exclusive
 from jasper_store.formats.base import Schema
-from jasper_store.formats.files import check_name
+from jasper_store.formats.files import check_name, dtype_name
 from jasper_store.formats.registry import FORMATS, base_name, format_for
-from jasper_store.store.manifest import FileEntry, FileFingerprint, Manifest, TensorEntry, dtype_name
+from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry
+from jasper_store.store.manifest_file import write as write_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -125,10 +127,10 @@ class DatasetWriter:
     def _prepare(self, stack: contextlib.ExitStack) -> Path:
         """Lock the target, see that it may be written, make the hidden directory; undone by the stack."""
         parent = self._target.parent
-        with translated(self._target):
+        with map_os_errors(self._target):
             parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(exclusive(parent / f".{self._target.name}{LOCK_NAME}", f"writing {self._target}"))
-        with translated(self._target):
+        with map_os_errors(self._target):
             recover_directory(self._target)
             clean_stale(parent, self._target.name)
             self._check_target()
@@ -215,7 +217,7 @@ class DatasetWriter:
         spooled = self._fmt.one_file is not None or (self._fmt.name == "pt" and base_name(name) in self._ragged)
         rows = 1 if row_shape is None else None
         try:
-            with translated(self._target):
+            with map_os_errors(self._target):
                 if not spooled:
                     path = self._staging / f"{name}{self._fmt.suffixes[0]}"
                     writer = self._started(self._fmt, path, name, dtype, row_shape, rows)
@@ -281,7 +283,7 @@ class DatasetWriter:
             files = self._finish_files()
             if self._config is not None:
                 (self._staging / _CONFIG).write_text(self._config, encoding="utf-8")
-            Manifest(self._staging, files).write()
+            write_manifest(Manifest(self._staging, files))
             for file in self._staging.iterdir():
                 sync_file(file)
             sync_directory(self._staging)
@@ -347,7 +349,7 @@ class DatasetWriter:
     def _abandoned_on_failure(self) -> Iterator[None]:
         """A block that was half written cannot be taken back, so a failure ends the writer."""
         try:
-            with translated(self._target):
+            with map_os_errors(self._target):
                 yield
         except BaseException:
             self.abandon()

@@ -349,7 +349,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
             CorruptFileError, DatasetNotFoundError, IntegrityError: what is wrong with the new ones.
         """
         opened = self._open()
-        opened.store.adopt(reopened_negatives(opened))
+        opened.store.replace(reopened_negatives(opened))
         self._control.negatives_changed()
         self._negatives_seen = self._control.read()[2]
 
@@ -357,7 +357,7 @@ class JASPERSteeringDataset(Dataset[dict[str, torch.Tensor]]):
         """Do in a worker what ``reload_negatives`` did in the trainer's process."""
         opened = self._open()
         try:
-            opened.store.adopt(reopened_negatives(opened))
+            opened.store.replace(reopened_negatives(opened))
         except (ValueError, OSError) as exc:
             warn_kept(exc)
         self._negatives_seen = generation

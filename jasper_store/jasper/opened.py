@@ -101,4 +101,4 @@ def _check_indices_once(store: TensorStore, sizes: Mapping[str, int], splits: Se
     if store.is_verified(check) or store.is_verified("indices:" + ",".join(SPLITS)):
         return
     check_indices(store, sizes, splits)
-    store.remember(check)
+    store.record_check(check)

@@ -14,8 +14,13 @@ from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from jasper_store.memory.report import MemoryReport
-    from jasper_store.store.store import TensorStore
+    from jasper_store.store.manifest import Manifest
+    from jasper_store.store.placement import Plan
+    from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["StoreMemory", "TensorMemory", "explain", "memory_of"]
 
@@ -89,24 +94,26 @@ class StoreMemory:
         }
 
 
-def memory_of(store: TensorStore) -> StoreMemory:
-    """Measure what a store and its process hold now."""
+def memory_of(tensors: Mapping[str, StoredTensor]) -> StoreMemory:
+    """Measure what tensors and this process hold now."""
     entries = []
-    for name, tensor in store.items():
+    for name, tensor in tensors.items():
         elsewhere = isinstance(tensor, (MappedTensor, ChunkedTensor))
         held = 0 if elsewhere else tensor.nbytes
         entries.append(TensorMemory(name, tensor.placement, held, tensor.residency(), tensor.nbytes))
     return StoreMemory(report.memory_report(), tuple(entries))
 
 
-def explain(store: TensorStore) -> str:
-    """The plan, and how the store talks to the machine it is on."""
-    fstype, network = file_system(store.path)
+def explain(
+    path: Path, format_name: str, plan: Plan, manifest: Manifest | None, tensors: Mapping[str, StoredTensor]
+) -> str:
+    """The plan, and how a store's tensors are read on this machine."""
+    fstype, network = file_system(path)
     backend = madvise_batcher().backend
-    mapped = [tensor for tensor in store.values() if isinstance(tensor, MappedTensor)]
+    mapped = [tensor for tensor in tensors.values() if isinstance(tensor, MappedTensor)]
     lines = [
-        f"{store.path} ({store.format}), {len(store)} tensors",
-        str(store.plan),
+        f"{path} ({format_name}), {len(tensors)} tensors",
+        str(plan),
         f"file system: {fstype or 'unknown'}{', over a network' if network else ''}",
     ]
     lines.append(
@@ -122,8 +129,6 @@ def explain(store: TensorStore) -> str:
         cold = [tensor.name for tensor in mapped if tensor.prefetching]
         lines.append(f"announcing rows: {how}; " + (f"on for {', '.join(cold)}" if cold else "off, all in memory"))
         lines.append("page advice: " + "; ".join(f"{tensor.name} {tensor.advice}" for tensor in mapped))
-    lines.append(
-        "manifest: "
-        + ("none" if store.manifest is None else f"vouches for {', '.join(store.manifest.verified) or 'no check yet'}")
-    )
+    checks = "none" if manifest is None else f"records {', '.join(manifest.verified) or 'no check yet'}"
+    lines.append(f"manifest: {checks}")
     return "\n".join(lines)

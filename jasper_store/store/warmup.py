@@ -4,15 +4,15 @@ Each window of 64 MiB is announced one ahead and then populated (MADV_POPULATE_R
 call. Everything that the tensors hold of the page cache, pages that were there before included, counts against the
 budget, so that the end of a warm-up never evicts its beginning; what no longer fits is left alone and named.
 
-Ranks of one node share the page cache. They take turns at a lock file; the first one reads, the others find the
-pages there and only enter them in their own page tables.
+Ranks of one node share the page cache, so one rank at a time holds a lock file and warms. The first one reads; the
+others find the pages there and only enter them in their own page tables.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
+import math
 import os
 import tempfile
 import time
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jasper_store.errors import UnknownNameError
+from jasper_store.files.fingerprint import FileIdentity
+from jasper_store.files.lock import exclusive
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.paging import preload, residency
 from jasper_store.store.chunked import ChunkedTensor
@@ -291,25 +293,18 @@ class _Waited:
 
 @contextlib.contextmanager
 def _turn(path: Path) -> Iterator[_Waited]:
-    """Wait until no other process of this node is warming the same files."""
-    waited = _Waited()
-    try:
-        import fcntl
-    except ImportError:  # Windows: every process reads; the page cache is shared all the same
-        yield waited
-        return
-    facts = path.stat()
-    key = hashlib.sha1(f"{facts.st_dev}:{facts.st_ino}".encode(), usedforsecurity=False).hexdigest()[:16]
-    lock = Path(tempfile.gettempdir()) / f"jasper_store-warm-{os.getuid()}-{key}.lock"
+    """Wait until no other process or thread of this node is warming the same files."""
+    identity = FileIdentity.of(path)
+    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         try:
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        except OSError:  # no place for a lock file: warming twice is slower, not wrong
-            yield waited
-            return
-        stack.callback(os.close, fd)
-        begin = time.perf_counter()
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        waited.seconds = time.perf_counter() - begin
-        yield waited
+            lock = Path(tempfile.gettempdir()) / f"jasper_store-warm-{_user()}-{identity.device}-{identity.inode}.lock"
+            stack.enter_context(exclusive(lock, f"warming {path}", wait=math.inf, warn=False))
+        except OSError:
+            pass  # no place for a lock file: warming twice is slower, not wrong
+        yield _Waited(time.perf_counter() - begin)
+
+
+def _user() -> int:
+    """Number of the user, so that users who share a temporary directory do not lock each other out."""
+    return os.getuid() if hasattr(os, "getuid") else 0

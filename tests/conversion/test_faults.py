@@ -26,7 +26,8 @@ from jasper_store.conversion.writer import DatasetWriter
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
-from jasper_store.store import manifest
+from jasper_store.store import manifest_file
+from jasper_store.store.manifest import MANIFEST_NAME
 from tests.conversion.samples import FORMAT_NAMES, write_pt
 
 SHAPE = (10_000, 20)
@@ -97,9 +98,9 @@ def state(directory: Path) -> set[float] | None:
     """The values of a dataset as it opens; ``None`` if it does not open. A tensor of mixed values has two."""
     try:
         found = locate(directory, "auto", Schema())
-        vouched = manifest.read(directory)
-        if vouched is not None:
-            vouched.check(found.specs)
+        recorded = manifest_file.read(directory)
+        if recorded is not None:
+            recorded.check(found.specs)
     except (DatasetNotFoundError, CorruptFileError):
         return None
     whole = {checksum_of(torch.full(SHAPE, value)): value for value in (0.0, 1.0)}
@@ -160,7 +161,7 @@ def kill_at_random(zygote: Zygote, root: Path, scene: str, times: int, seed: int
         if killed == times:
             break
         if scene == "convert, new":
-            for path in [*(root / "set").glob("*.npy"), root / "set" / manifest.MANIFEST_NAME]:
+            for path in [*(root / "set").glob("*.npy"), root / "set" / MANIFEST_NAME]:
                 path.unlink(missing_ok=True)
         restore()
         killed += zygote.killed(rng.uniform(0, lasts), **options)

@@ -16,7 +16,8 @@ from jasper_store.conversion.verify import verify_files
 from jasper_store.conversion.writer import DatasetWriter
 from jasper_store.errors import ClosedError, ConversionError, IncompatibleOptionsError, IntegrityError, UnknownNameError
 from jasper_store.files import atomic
-from jasper_store.store import manifest
+from jasper_store.store import manifest_file
+from jasper_store.store.manifest import MANIFEST_NAME
 from tests.conversion.samples import FORMAT_NAMES, SCHEMA, expected, read_by_others, same_bits
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def test_blocks_in_any_order_make_the_dataset(tmp_path, fmt):
     for name, value in expected().items():
         assert same_bits(found[name], value), name
     assert json.loads((tmp_path / "set" / "config.json").read_text()) == {"answer": 42}
-    vouched = manifest.read(tmp_path / "set")
-    assert vouched is not None
-    sums = {name: tensor.xxh3_128 for entry in vouched.files.values() for name, tensor in entry.tensors.items()}
+    recorded = manifest_file.read(tmp_path / "set")
+    assert recorded is not None
+    sums = {name: tensor.xxh3_128 for entry in recorded.files.values() for name, tensor in entry.tensors.items()}
     assert sums == {name: checksum_of(value) for name, value in expected().items()}
     report = verify_files(tmp_path / "set", schema=SCHEMA)
     assert report.ok
@@ -63,7 +64,7 @@ def test_compressed_hdf5(tmp_path):
         writer.append("a", torch.zeros(1000, 4))
     with h5py.File(tmp_path / "set" / "dataset.h5") as file:
         assert file["a"].compression == "gzip"
-    assert names(tmp_path / "set") == ["dataset.h5", manifest.MANIFEST_NAME]
+    assert names(tmp_path / "set") == ["dataset.h5", MANIFEST_NAME]
 
 
 def test_what_an_exception_leaves(tmp_path):
@@ -182,8 +183,8 @@ def test_an_old_dataset_is_replaced_only_on_request(tmp_path):
         DatasetWriter(tmp_path / "set")
     with DatasetWriter(tmp_path / "set", "npy", overwrite=True) as writer:
         writer.append("b", torch.zeros(3))
-        assert names(tmp_path / "set") == ["a.safetensors", manifest.MANIFEST_NAME]
-    assert names(tmp_path / "set") == ["b.npy", manifest.MANIFEST_NAME]
+        assert names(tmp_path / "set") == ["a.safetensors", MANIFEST_NAME]
+    assert names(tmp_path / "set") == ["b.npy", MANIFEST_NAME]
     assert names(tmp_path) == ["set"]
 
 

@@ -204,7 +204,7 @@ class TestOpening:
             store.explain,
             store.memory_report,
             lambda: store.reopened(["embs"]),
-            lambda: store.adopt({}),
+            lambda: store.replace({}),
             store.__enter__,
             lambda: pickle.dumps(store),
         ):
@@ -313,7 +313,7 @@ class TestTravelling:
 
     def test_data_on_a_device_stays_there(self, dataset):
         store = open_store(dataset)
-        store._recipe.on_device = True
+        store._reopen_spec.on_device = True
         with pytest.raises(IncompatibleOptionsError, match="num_workers=0"):
             pickle.dumps(store)
 
@@ -337,7 +337,7 @@ class TestReplacing:
             fresh = store.reopened(["embs"])
             assert torch.equal(store["embs"].tensor(), old)
             assert torch.equal(fresh["embs"].tensor(), old + 1)
-            store.adopt(fresh)
+            store.replace(fresh)
             assert store["embs"] is fresh["embs"]
             assert torch.equal(held.tensor(), old)
             again = pickle.loads(pickle.dumps(store))

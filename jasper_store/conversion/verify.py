@@ -91,13 +91,6 @@ class VerifyReport:
         for finding in findings:
             {"error": self.errors, "warning": self.warnings, "fact": self.facts}[finding.severity].append(finding)
 
-    def merge(self, other: VerifyReport) -> VerifyReport:
-        """Take in another report's findings; returns self."""
-        self.errors += other.errors
-        self.warnings += other.warnings
-        self.facts += other.facts
-        return self
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {

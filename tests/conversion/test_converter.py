@@ -13,7 +13,7 @@ import h5py
 import pytest
 import torch
 
-from jasper_store.conversion.checksum import checksum, checksum_of
+from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.converter import convert
 from jasper_store.errors import (
     ConversionError,
@@ -30,6 +30,7 @@ from jasper_store.store.manifest import MANIFEST_NAME
 from tests.conversion.samples import (
     FORMAT_NAMES,
     SCHEMA,
+    checksum_of,
     checksums,
     expected,
     read_by_others,

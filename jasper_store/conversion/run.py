@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from jasper_store.conversion.manifest_batch import ManifestBatch
 from jasper_store.conversion.report import ConversionReport, TensorReport
-from jasper_store.conversion.transfer import Stream, matched, stored_nbytes, write_file
+from jasper_store.conversion.transfer import Stream, compressed_nbytes, matched, write_file
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.files.atomic import (
     map_os_errors,
@@ -351,7 +351,7 @@ class Run:
             written_as=dtype_name(target.dtype),
             shape=spec.shape,
             bytes_in=spec.nbytes,
-            bytes_out=stored_nbytes(target),
+            bytes_out=compressed_nbytes(target),
             seconds=seconds,
             checksum=checksum,
             max_error=max_error,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.formats.files import dtype_name
 
 if TYPE_CHECKING:
     from typing import NoReturn, TypeGuard
@@ -88,7 +89,7 @@ def check_options(
         _refuse(
             f"use_mmap=True with dtype={dtype}",
             "a map shows the bytes as they are stored, and dtype converts them while loading",
-            f"use_mmap=None or False with dtype, or convert the files once (jasper-store convert --dtype {_word(dtype)})",
+            f"use_mmap=None or False with dtype, or convert the files once (jasper-store convert --dtype {dtype_name(dtype)})",
         )
 
 
@@ -127,7 +128,7 @@ def _check_types(use_mmap: Any, pin_memory: Any, num_workers: Any, dtype: Any, m
         msg = f"num_workers={num_workers!r}: expected a number of processes, 0 or more"
         raise IncompatibleOptionsError(msg)
     if dtype is not None and dtype not in NARROW:
-        names = ", ".join(sorted(_word(d) for d in NARROW))
+        names = ", ".join(sorted(dtype_name(d) for d in NARROW))
         msg = f"dtype={dtype!r}: expected one of torch's {names}; only floating tensors are converted"
         raise IncompatibleOptionsError(msg)
     if memory_limit is not None and (
@@ -135,10 +136,6 @@ def _check_types(use_mmap: Any, pin_memory: Any, num_workers: Any, dtype: Any, m
     ):
         msg = f"memory_limit={memory_limit!r}: expected a number of bytes, 0 or more, e.g. 8 * 2**30"
         raise IncompatibleOptionsError(msg)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _refuse(what: str, why: str, remedy: str) -> NoReturn:

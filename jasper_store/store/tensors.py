@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from jasper_store.native.gather import Source
     from jasper_store.store.rows import Rows
 
-__all__ = ["BLOCK_NBYTES", "StoredTensor", "file_range", "span_nbytes"]
+__all__ = ["BLOCK_NBYTES", "StoredTensor", "block_rows", "file_range", "span_nbytes"]
 
 BLOCK_NBYTES = 8 << 20
 """Bytes per block of a sequential scan, unless the caller says how many rows."""
@@ -326,3 +326,17 @@ def span_nbytes(spec: TensorSpec) -> int:
     if strides is None or 0 in spec.shape:
         return spec.nbytes
     return (1 + sum((n - 1) * s for n, s in zip(spec.shape, strides, strict=True))) * spec.dtype.itemsize
+
+
+def block_rows(spec: TensorSpec, nbytes: int = BLOCK_NBYTES) -> int:
+    """Rows of a block of about ``nbytes``, at least one; blocks of chunked data hold whole chunks.
+
+    A chunk that the end of a block cuts would be read and unpacked twice.
+    """
+    from jasper_store.formats.base import Chunked
+
+    chunk_shape = spec.location.chunk_shape if isinstance(spec.location, Chunked) else None
+    if chunk_shape:
+        chunk = max(chunk_shape[0], 1)
+        return max(nbytes // max(spec.row_nbytes * chunk, 1), 1) * chunk
+    return max(nbytes // spec.row_nbytes, 1) if spec.row_nbytes else max(spec.n_rows, 1)

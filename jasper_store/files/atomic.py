@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from jasper_store.errors import ConversionError
+from jasper_store.errors import ConversionError, JasperStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -224,7 +224,7 @@ def map_os_errors(target: Path, temporary: Path | None = None, needed: int | Non
     try:
         yield
     except (OSError, RuntimeError) as exc:
-        if isinstance(exc, ConversionError) or (isinstance(exc, RuntimeError) and _buried_errno(str(exc)) is None):
+        if isinstance(exc, JasperStoreError) or (isinstance(exc, RuntimeError) and _buried_errno(str(exc)) is None):
             raise
         raise _translate(exc, target, temporary, needed) from exc
 

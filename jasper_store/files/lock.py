@@ -48,13 +48,16 @@ def exclusive(lock: Path, what: str, *, wait: float = 0.0, warn: bool = True) ->
     """
     with map_os_errors(lock.parent):
         fd = _acquire(lock, what, wait, warn=warn)
+    owner = os.getpid()
     try:
         with map_os_errors(lock):
             os.ftruncate(fd, 0)
             os.write(fd, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
-        _release(fd, lock)
+        # A forked child that ends runs this as well, and must leave its parent's lock alone.
+        if os.getpid() == owner:
+            _release(fd, lock)
 
 
 def _acquire(lock: Path, what: str, wait: float, *, warn: bool) -> int:

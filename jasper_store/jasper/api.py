@@ -231,7 +231,7 @@ def _quietly_opened(path: Path) -> TensorStore:
         return open_store(path, use_mmap=True, schema=schema_at(path))
 
 
-class DatasetWriter(writer.DatasetWriter):
+class DatasetWriter(writer.DirectoryWriter):
     """Build a dataset larger than memory: rows appended tensor by tensor, block by block, published atomically.
 
     Nothing that opens is left behind by a writer that is abandoned or killed.

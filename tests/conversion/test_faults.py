@@ -22,7 +22,7 @@ import torch
 from jasper_store.conversion import rows, run as convert_run, writer as convert_writer
 from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.converter import convert, finish_interrupted
-from jasper_store.conversion.writer import DatasetWriter
+from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
@@ -133,7 +133,7 @@ def convert_over(root: Path, fmt: str) -> Scene:
 
 def write_over(root: Path, fmt: str) -> Scene:
     def restore() -> None:
-        with DatasetWriter(root / "set", overwrite=True) as writer:
+        with DirectoryWriter(root / "set", overwrite=True) as writer:
             for name in NAMES:
                 writer.append(name, torch.zeros(SHAPE))
 
@@ -255,7 +255,7 @@ def test_a_write_that_is_refused_leaves_the_old_data(tmp_path, fmt):
 
 @pytest.mark.parametrize("fmt", FORMAT_NAMES)
 def test_a_writer_that_is_refused_leaves_nothing(tmp_path, fmt):
-    writer = DatasetWriter(tmp_path / "set", fmt)
+    writer = DirectoryWriter(tmp_path / "set", fmt)
     writer.append("a", torch.zeros(3))
 
     def fill() -> None:
@@ -278,7 +278,7 @@ def test_a_full_disk(tmp_path, fmt, unasked):
         # What was proven before the disk was full is kept for the next run, and nothing half.
         assert not (disk / "set").exists() or hidden(disk / "set") == []
         assert state(tmp_path / "pt") == {1.0}
-        writer = DatasetWriter(disk / "other", fmt)
+        writer = DirectoryWriter(disk / "other", fmt)
 
         def fill() -> None:
             for _ in range(100):
@@ -312,7 +312,7 @@ def test_a_read_only_disk(tmp_path):
         with pytest.raises(ConversionError, match="expected to be able to write"):
             convert(source, disk / "new")
         with pytest.raises(ConversionError, match="expected to be able to write"):
-            DatasetWriter(disk / "new")
+            DirectoryWriter(disk / "new")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only mount is root's test of this")
@@ -322,7 +322,7 @@ def test_a_read_only_directory(tmp_path):
     with pytest.raises(ConversionError, match="expected to be able to write"):
         convert(source, tmp_path / "set")
     with pytest.raises(ConversionError, match="expected to be able to write"):
-        DatasetWriter(tmp_path / "set" / "new")
+        DirectoryWriter(tmp_path / "set" / "new")
 
 
 # ---- a source that changes
@@ -369,7 +369,7 @@ def test_a_failing_close_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args: object) -> None:
         raise OSError(5, "Input/output error")
 
-    writer = DatasetWriter(tmp_path / "set")
+    writer = DirectoryWriter(tmp_path / "set")
     writer.append("a", torch.zeros(3))
     monkeypatch.setattr(convert_writer, "sync_file", fail)
     with pytest.raises(ConversionError, match="Input/output error"):

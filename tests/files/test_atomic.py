@@ -248,6 +248,21 @@ def test_a_lock_is_waited_for(tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_that_ends_leaves_the_lock(tmp_path):
+    path = tmp_path / lock.LOCK_NAME
+    holder = lock.exclusive(path, "first")
+    with holder:
+        if (pid := os.fork()) == 0:
+            holder.__exit__(None, None, None)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        with pytest.raises(ConversionError, match=f"process {os.getpid()} "), lock.exclusive(path, "second"):
+            pass
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("plant", ["symlink_to", "hardlink_to"])
 def test_a_file_planted_at_the_locks_name_is_not_written(tmp_path, plant):
     victim, path = tmp_path / "victim", tmp_path / lock.LOCK_NAME

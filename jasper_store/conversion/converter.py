@@ -65,7 +65,7 @@ def convert(
     Raises:
         ConversionError: no room, read-only, another conversion is writing there, a target holds other values and
             ``overwrite`` is False, the source changed meanwhile, or the values read back are not those written.
-        IncompatibleOptionsError: source and destination are the same file, or options that cannot hold together.
+        IncompatibleOptionsError: source and destination are the same file, or options that are incompatible.
         IntegrityError: ``dtype`` would make a finite value infinite.
         DatasetNotFoundError, CorruptFileError: the source cannot be read.
         UnknownNameError: an unknown format, dtype, compression or tensor.

@@ -51,7 +51,7 @@ def open_store(
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
     device: str | torch.device | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     schema: Schema | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
@@ -67,7 +67,8 @@ def open_store(
         use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
         device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
             onto the device; ``"auto"`` the device if everything fits there, else the host.
-        memory_limit: bytes; one more upper bound on what is loaded (of which the budget takes 0.8).
+        memory_limit: bytes, or a text such as ``"8GiB"``; one more upper bound on what is loaded (of which the
+            budget takes 0.8).
         schema: what is known of the names; by default every tensor is read once per sample.
         dtype: floating dtype that floating tensors of two or more dimensions are converted to, with
             ``Tensor.to``'s rounding. Loaded tensors are converted while they are read and held in it. One that the
@@ -78,23 +79,23 @@ def open_store(
         A :class:`TensorStore`; close it, or use it in a ``with`` statement.
 
     Raises:
-        IncompatibleOptionsError: options that cannot hold together; before anything is touched.
+        IncompatibleOptionsError: options that are incompatible; before anything is touched.
         DatasetNotFoundError: no such path, or no tensors there.
-        CorruptFileError: a file is damaged, or is not the one that the manifest vouches for.
+        CorruptFileError: a file is damaged, or is not the one that the manifest records.
         InsufficientMemoryError: what must be loaded does not fit; before anything is loaded.
 
     Warns:
         PerformanceWarning: what was asked for works, but slowly; says what would make it fast.
         StaleDataWarning: a file is older than what it was made from.
     """
-    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
     # Absolute from here on: what a store pickles as is opened in another process, maybe in another directory.
     path = Path(path).absolute()
     located = locate(path, format, schema)
     manifest, stale = manifest_file.read_and_check(path if path.is_dir() else path.parent, located)
     identities = identities_of(located.specs)
-    plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+    plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
     for text in plan.warnings:
@@ -110,15 +111,15 @@ def plan_store(
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
     device: str | torch.device | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     schema: Schema | None = None,
     dtype: torch.dtype | None = None,
 ) -> Plan:
     """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
-    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
     located = locate(Path(path).absolute(), format, schema)
-    return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+    return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
 
 
 def _reopened(spec: ReopenSpec) -> TensorStore:

@@ -26,6 +26,7 @@ from jasper_store.errors import UnknownNameError
 from jasper_store.files.fingerprint import FileIdentity
 from jasper_store.files.lock import exclusive
 from jasper_store.memory.budget import format_bytes, measure
+from jasper_store.memory.sizes import nbytes_of
 from jasper_store.paging import preload, residency
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
@@ -139,7 +140,7 @@ def warm(
     store: TensorStore,
     *,
     tensors: Collection[str] | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     progress: Progress | None = None,
 ) -> WarmupReport:
     """Bring tensors into the page cache.
@@ -148,7 +149,7 @@ def warm(
         store: an open store.
         tensors: names, in the order to warm them; by default all that are mapped or chunked, those that a sample
             reads most of per byte first.
-        budget: bytes of the page cache that they may take altogether; by default 0.8 of what this process may use,
+        budget: bytes of the page cache that they may take altogether, or a text such as ``"8GiB"``; by default 0.8 of what this process may use,
             measured again after every GiB.
         progress: called with (bytes done, bytes in all).
 
@@ -157,11 +158,12 @@ def warm(
 
     Raises:
         UnknownNameError: the store has no such tensor.
+        IncompatibleOptionsError: ``budget`` is not a size.
         ClosedError: the store was closed.
     """
     begin = time.perf_counter()
     targets = _targets(store, tensors)
-    limit = _Limit(budget)
+    limit = _Limit(None if budget is None else nbytes_of(budget, "budget"))
     jobs = [_Job(tensor) for tensor in targets]
     seen: set[Path] = set()
     for job in jobs:
@@ -203,7 +205,7 @@ class _Limit:
     def __init__(self, budget: int | None) -> None:
         self._fixed = budget is not None
         # The page cache is shared by all ranks of a node, so theirs is not a part each.
-        self.nbytes = self._measured() if budget is None else max(budget, 0)
+        self.nbytes = self._measured() if budget is None else budget
         self._taken = 0
         self._windows = 0
 
@@ -216,7 +218,7 @@ class _Limit:
         """Count a window; False if it no longer fits."""
         self._windows += 1
         if not self._fixed and self._windows % _REMEASURE == 0:
-            # Pages read so far count as available; what has gone missing, somebody else is using.
+            # Pages read so far count as available; what is missing is used by another process.
             self.nbytes = min(self.nbytes, self._measured())
         if self._taken + nbytes > self.nbytes:
             return False

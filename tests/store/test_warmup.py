@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_store.errors import ClosedError, UnknownNameError
+from jasper_store.errors import ClosedError, IncompatibleOptionsError, UnknownNameError
 from jasper_store.formats.base import Schema
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.store import warmup
@@ -87,6 +87,9 @@ def test_the_budget_is_kept_and_the_rest_is_named(dataset):
             assert report.after <= 7 * MIB
             assert b.after == b.nbytes
         assert warm(store, budget=0).bytes_read == 0
+        assert warm(store, budget="6 MiB").budget == 6 * MIB
+        with pytest.raises(IncompatibleOptionsError, match=r"budget='-1': expected a size such as 8GiB"):
+            warm(store, budget="-1")
 
 
 def test_some_tensors_in_the_order_given(dataset):

@@ -1,7 +1,7 @@
 """xxh3-128 of a tensor's values: what the manifest holds, and what proves that a conversion changed nothing.
 
 The hash is of the values as C-ordered little-endian bytes, so it is the same in every format, layout and
-compression. It finds damage and mistakes; it is no defence against somebody who wants two files to agree.
+compression. It finds damage and mistakes; it does not protect against two files that were made to have the same hash.
 """
 
 from __future__ import annotations

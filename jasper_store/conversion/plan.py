@@ -97,7 +97,7 @@ class SourceFacts:
             if _identity(path) != self._identities[path]:
                 msg = (
                     f"{path}: expected the file to stay as it is while it is converted, found that it was changed, "
-                    "replaced or removed; the target was not published. Run again when nobody writes to the source"
+                    "replaced or removed; the target was not published. Run again when no other process writes to the source"
                 )
                 raise ConversionError(msg, path=path)
 

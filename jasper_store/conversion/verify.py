@@ -87,7 +87,7 @@ class VerifyReport:
         return not self.errors
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Take in findings, each where its severity says."""
+        """Add findings, each to the list of its severity."""
         for finding in findings:
             {"error": self.errors, "warning": self.warnings, "fact": self.facts}[finding.severity].append(finding)
 
@@ -131,7 +131,7 @@ def verify_files(
     Args:
         path: directory or file.
         schema: names and HDF5 paths.
-        visitor: asked by name for somebody to look at a tensor's values, once per file that holds it.
+        visitor: makes the :class:`Visitor` of a tensor by its name, or ``None``; called once per file that holds it.
         progress: called as ``progress(tensor, done_bytes, total_bytes)``, from one thread at a time.
         threads: tensors that are read at the same time.
 
@@ -187,7 +187,7 @@ class _Check:
         else:
             if found is None:
                 text = (
-                    f"no {MANIFEST_NAME}: nobody recorded what the values were, so only the structure of the files is "
+                    f"no {MANIFEST_NAME}: the values were not recorded, so only the structure of the files is "
                     "checked. js.convert and js.DatasetWriter write one"
                 )
                 self._add("warning", None, "manifest", text)

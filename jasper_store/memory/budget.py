@@ -32,7 +32,7 @@ FRACTION = 0.8
 """Share of the winning bound that is used; the rest is for the model's batches, Python and estimation errors."""
 
 _MIB = 1 << 20
-# Version 1 has no word for "no limit": it says the largest page-aligned int64. Nobody has an exbibyte.
+# Version 1 writes the largest page-aligned int64 for "no limit". No machine has an exbibyte.
 _UNLIMITED = 1 << 60
 # (what, limit file, usage file, key in memory.stat of the page cache that can be reclaimed at once)
 _V1: tuple[tuple[str, str, str, str], ...] = (

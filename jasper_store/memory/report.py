@@ -1,7 +1,7 @@
 """What processes hold in memory, split so that a full page cache is not taken for a leak.
 
 A process that reads a large mapped dataset shows a resident size as large as the dataset. Nearly all of it is file
-pages, which the kernel takes back when anybody needs memory. What counts against the machine is anonymous memory,
+pages, which the kernel takes back when memory is needed. What counts against the machine is anonymous memory,
 and in forked workers only what they do not share with their parent.
 """
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from jasper_store.formats.files import dtype_name
 from jasper_store.memory import report
 from jasper_store.memory.budget import format_bytes
 from jasper_store.memory.mounts import file_system
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from jasper_store.store.placement import Plan
     from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["StoreMemory", "TensorMemory", "explain", "memory_of"]
+__all__ = ["StoreMemory", "TensorMemory", "explain", "memory_of", "summary"]
+
+_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,24 @@ class StoreMemory:
             "cached": self.cached,
             "tensors": [{name: getattr(entry, name) for name in names} for entry in self.tensors],
         }
+
+
+def summary(path: Path, format_name: str, tensors: Mapping[str, StoredTensor]) -> str:
+    """A store in a few lines: bytes by place, then its first tensors as a table."""
+    places: dict[str, int] = {}
+    for tensor in tensors.values():
+        places[tensor.placement] = places.get(tensor.placement, 0) + tensor.nbytes
+    sizes = ", ".join(f"{place} {format_bytes(nbytes)}" for place, nbytes in places.items())
+    rows = [
+        (name, dtype_name(tensor.dtype), str(list(tensor.shape)), tensor.placement)
+        for name, tensor in islice(tensors.items(), _SHOWN)
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    lines = [f"TensorStore({str(path)!r}): {format_name}, {len(tensors)} tensors in {sizes or 'no place'}"]
+    lines += [f"  {r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]}" for r in rows]
+    if len(tensors) > _SHOWN:
+        lines.append(f"  ... and {len(tensors) - _SHOWN} more")
+    return "\n".join(lines)
 
 
 def memory_of(tensors: Mapping[str, StoredTensor]) -> StoreMemory:

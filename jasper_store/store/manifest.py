@@ -197,7 +197,7 @@ def _replaced(path: Path, fingerprint: FileFingerprint) -> CorruptFileError:
     else:
         what = "it was replaced: its size is as expected, its time and its content are not"
     msg = (
-        f"{path}: not the file that {MANIFEST_NAME} vouches for; {what}. Copy or convert the dataset again; if the "
+        f"{path}: not the file recorded in {MANIFEST_NAME}; {what}. Copy or convert the dataset again; if the "
         f"change was meant, delete {path.parent / MANIFEST_NAME} and run jasper-store verify"
     )
     return CorruptFileError(msg, path=path)

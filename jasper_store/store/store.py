@@ -21,7 +21,7 @@ from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import base_name, locate
 from jasper_store.store import manifest_file
 from jasper_store.store.build import Builder, Progress
-from jasper_store.store.explain import explain, memory_of
+from jasper_store.store.explain import explain, memory_of, summary
 from jasper_store.store.guard import check_options
 from jasper_store.store.planning import plan_for
 from jasper_store.store.ragged import RaggedTensor
@@ -354,8 +354,11 @@ class TensorStore(Mapping[str, StoredTensor]):
     def __repr__(self) -> str:
         if self._closed:
             return f"TensorStore({str(self.path)!r}, closed)"
-        places = dict.fromkeys(entry.placement for entry in self.plan.entries)
-        return f"TensorStore({str(self.path)!r}, {self.format}, {len(self._tensors)} tensors in {', '.join(places)})"
+        return summary(self.path, self.format, self._tensors)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What a notebook offers after ``store["``."""
+        return list(self._tensors)
 
     # --- end --------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a conversion tells the manifest: what every file holds and what it was made from."""
+"""A conversion's entries in the manifest: what every file holds and what it was made from."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ManifestBatch:
         """Add an entry to the next write."""
         self._entries[target.name] = entry
 
-    def write_now_and_then(self) -> None:
+    def write_if_due(self) -> None:
         """Write what was added if the last time was a while ago."""
         if time.monotonic() - self._written > _SECONDS:
             self.write()

@@ -243,7 +243,7 @@ class Run:
                     self._batch.forget(task.target)
                 publish(temporary, task.target)
             self._batch.add(task.target, entry)
-            self._batch.write_now_and_then()
+            self._batch.write_if_due()
         for path in side_files:
             with self._copied(path) as temporary:
                 publish(temporary, self.directory / path.name)
@@ -300,7 +300,7 @@ class Run:
         try:
             old = self.options.fmt.locate(task.target, self.options.schema)
         except CorruptFileError:
-            return task  # being replaced is the best that can happen to it
+            return task  # a damaged file has nothing to keep
         names = {spec.name for spec in task.specs}
         rest = tuple(spec for spec in old if spec.name not in names)
         self.facts.add(spec.path for spec in rest)
@@ -320,7 +320,7 @@ class Run:
             self._leave(temporary)
 
     def _leave(self, temporary: Path) -> None:
-        """Remove a temporary, unless the manifest counts on it already: then the next run gives it its name."""
+        """Remove a temporary, unless the manifest names it already: then the next run renames it."""
         if self._committed:
             untrack(temporary)
         else:

@@ -1,8 +1,9 @@
 """Reading mapped tensors into the page cache before training does, one bounded window at a time.
 
-Each window of 64 MiB is prefetched while the one before it is read, then populated (MADV_POPULATE_READ), or read where there is no such
-call. Everything that the tensors hold of the page cache, pages that were there before included, counts against the
-budget, so that the end of a warm-up never evicts its beginning; what no longer fits is left alone and named.
+Each window of 64 MiB is prefetched while the one before it is read, then populated (MADV_POPULATE_READ), or read
+where there is no such call. Everything that the tensors hold of the page cache, pages that were there before included,
+counts against the budget, so that the end of a warm-up never evicts its beginning; what no longer fits is not read,
+and the report names it.
 
 Ranks of one node share the page cache, so one rank at a time holds a lock file and warms. The first one reads; the
 others find the pages there and only enter them in their own page tables.

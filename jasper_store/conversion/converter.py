@@ -13,10 +13,11 @@ from jasper_store.conversion.run import Run, finish_interrupted
 from jasper_store.conversion.transfer import Options
 from jasper_store.errors import UnknownNameError
 from jasper_store.files.atomic import clean_stale, map_os_errors
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import FORMATS
 from jasper_store.memory import budget
+from jasper_store.store.manifest_file import MANIFEST_LOCK
 
 if TYPE_CHECKING:
     import os
@@ -88,6 +89,7 @@ def convert(
     with _made(directory), exclusive(directory / LOCK_NAME, f"converting into {directory}"):
         finish_interrupted(directory)
         clean_stale(directory)
+        remove_stale(directory / MANIFEST_LOCK)
         run = Run(src, directory, tasks, options, facts, progress, overwrite=overwrite, part=tensors is not None)
         run.do()
     return run.report(sources, time.perf_counter() - started)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["LOCK_NAME", "exclusive"]
+__all__ = ["LOCK_NAME", "exclusive", "remove_stale"]
 
 LOCK_NAME = ".jasper_store.lock"
 _POLL_SECONDS = 0.01
@@ -58,6 +58,13 @@ def exclusive(lock: Path, what: str, *, wait: float = 0.0, warn: bool = True) ->
         # A forked child that ends runs this as well, and must leave its parent's lock alone.
         if os.getpid() == owner:
             _release(fd, lock)
+
+
+def remove_stale(lock: Path) -> None:
+    """Remove a lock file that a killed process left behind; one that is held stays."""
+    if lock.exists():
+        with contextlib.suppress(ConversionError), exclusive(lock, f"removing {lock}", warn=False):
+            pass
 
 
 def _acquire(lock: Path, what: str, wait: float, *, warn: bool) -> int:

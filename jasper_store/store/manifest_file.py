@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
     from jasper_store.formats.registry import Located
 
-__all__ = ["read", "read_and_check", "record_check", "update", "write"]
+__all__ = ["MANIFEST_LOCK", "read", "read_and_check", "record_check", "update", "write"]
 
+MANIFEST_LOCK = f".{MANIFEST_NAME}.lock"
 _LOCK_SECONDS = 5.0
 
 
@@ -152,9 +153,9 @@ def update(directory: str | os.PathLike[str], change: Callable[[Manifest], Manif
         CorruptFileError: the manifest that is there cannot be understood.
     """
     directory = Path(directory)
-    lock = directory / f".{MANIFEST_NAME}.lock"
-    # A lost update costs a check that is run again, which is not worth a warning at each opening.
-    with exclusive(lock, f"writing {directory / MANIFEST_NAME}", wait=_LOCK_SECONDS, warn=False):
+    # A file, and not the directory itself: network file systems lock only what is open for writing. Where there are no
+    # locks at all, a lost update costs a check that is run again, which is not worth a warning at each opening.
+    with exclusive(directory / MANIFEST_LOCK, f"writing {directory / MANIFEST_NAME}", wait=_LOCK_SECONDS, warn=False):
         changed = change(read(directory) or Manifest(directory))
         write(changed)
     return changed

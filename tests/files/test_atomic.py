@@ -200,8 +200,13 @@ def test_a_lock_of_a_killed_process_is_free(tmp_path):
             pass
         child.kill()
         child.wait()
+    assert path.exists()
+    lock.remove_stale(path)
+    assert not path.exists()
+    lock.remove_stale(path)
     with lock.exclusive(path, "third"):
-        pass
+        lock.remove_stale(path)
+        assert path.exists()
 
 
 def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):

@@ -295,7 +295,7 @@ def test_a_planted_link_is_not_written_through(dataset, tmp_path):
 
 def test_a_manifest_that_stays_locked_is_an_error_that_names_the_holder(dataset, monkeypatch):
     monkeypatch.setattr(manifests, "_LOCK_SECONDS", 0.05)
-    with exclusive(dataset / f".{MANIFEST_NAME}.lock", "first"):
+    with exclusive(dataset / manifests.MANIFEST_LOCK, "first"):
         with pytest.raises(ConversionError, match=rf"held by process {os.getpid()} on "):
             manifests.update(dataset, lambda old: old)
         assert not manifests.record_check(dataset, specs(dataset), "check")

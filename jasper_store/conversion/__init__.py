@@ -1,1 +1,1 @@
-"""Files written and checked: the atomic writer, conversion with its proof, verification, and DatasetWriter."""
+"""Files written and checked: conversion with its proof, verification, and DirectoryWriter."""

@@ -1,7 +1,7 @@
 """xxh3-128 of a tensor's values: what the manifest holds, and what proves that a conversion changed nothing.
 
 The hash is of the values as C-ordered little-endian bytes, so it is the same in every format, layout and
-compression. It finds damage and mistakes; it is no defence against somebody who wants two files to agree.
+compression. It finds damage and mistakes; it does not protect against two files that were made to have the same hash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import TensorSpec
 
-__all__ = ["Hasher", "checksum", "checksum_of"]
+__all__ = ["Hasher", "checksum"]
 
 
 class Hasher:
@@ -39,13 +39,6 @@ class Hasher:
     def hexdigest(self) -> str:
         """32 hex digits."""
         return str(self._digest.hexdigest())
-
-
-def checksum_of(values: torch.Tensor) -> str:
-    """Checksum of a tensor in memory."""
-    hasher = Hasher()
-    hasher.update(values.cpu())
-    return hasher.hexdigest()
 
 
 def checksum(

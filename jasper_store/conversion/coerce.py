@@ -1,4 +1,4 @@
-"""What callers hand to a writer, as tensors: refused with its place where it cannot be one."""
+"""Converts what callers pass to a writer to tensors; an error names the tensor and the row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def as_block(name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any] | floa
     """A block of rows as a tensor; shares memory where it can.
 
     Raises:
-        IntegrityError: nothing that makes a tensor.
+        IntegrityError: the rows do not make a tensor.
     """
     if isinstance(rows, torch.Tensor):
         return rows

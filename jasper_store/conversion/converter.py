@@ -12,11 +12,12 @@ from jasper_store.conversion.plan import SourceFacts, find_sources, make_tasks, 
 from jasper_store.conversion.run import Run, finish_interrupted
 from jasper_store.conversion.transfer import Options
 from jasper_store.errors import UnknownNameError
-from jasper_store.files.atomic import clean_stale, translated
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.atomic import clean_stale, map_os_errors
+from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import FORMATS
 from jasper_store.memory import budget
+from jasper_store.store.manifest_file import MANIFEST_LOCK
 
 if TYPE_CHECKING:
     import os
@@ -65,7 +66,7 @@ def convert(
     Raises:
         ConversionError: no room, read-only, another conversion is writing there, a target holds other values and
             ``overwrite`` is False, the source changed meanwhile, or the values read back are not those written.
-        IncompatibleOptionsError: source and destination are the same file, or options that cannot hold together.
+        IncompatibleOptionsError: source and destination are the same file, or options that are incompatible.
         IntegrityError: ``dtype`` would make a finite value infinite.
         DatasetNotFoundError, CorruptFileError: the source cannot be read.
         UnknownNameError: an unknown format, dtype, compression or tensor.
@@ -88,6 +89,7 @@ def convert(
     with _made(directory), exclusive(directory / LOCK_NAME, f"converting into {directory}"):
         finish_interrupted(directory)
         clean_stale(directory)
+        remove_stale(directory / MANIFEST_LOCK)
         run = Run(src, directory, tasks, options, facts, progress, overwrite=overwrite, part=tensors is not None)
         run.do()
     return run.report(sources, time.perf_counter() - started)
@@ -97,7 +99,7 @@ def convert(
 def _made(directory: Path) -> Iterator[None]:
     """Make a directory and its parents; those made are removed again if nothing came to lie in them."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    with translated(directory):
+    with map_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     try:
         yield

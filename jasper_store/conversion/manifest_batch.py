@@ -1,4 +1,4 @@
-"""What a conversion tells the manifest: what every file holds and what it was made from."""
+"""A conversion's entries in the manifest: what every file holds and what it was made from."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jasper_store.files.atomic import translated
-from jasper_store.store.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    FileFingerprint,
-    Manifest,
-    Source,
-    TensorEntry,
-    dtype_name,
-    update,
-)
+from jasper_store.files.atomic import map_os_errors
+from jasper_store.files.fingerprint import FileFingerprint
+from jasper_store.formats.files import dtype_name
+from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, SourceFile, TensorEntry
+from jasper_store.store.manifest_file import update
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,15 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ManifestBatch"]
 
-_SECONDS = 1.0  # between two writes of the manifest: what a kill forgets is compared again by the next run
+_SECONDS = 1.0  # between two writes of the manifest: entries that a kill loses are compared again by the next run
 
 
 class ManifestBatch:
-    """Entries of one directory's manifest, gathered and written together."""
+    """Entries of one directory's manifest, collected and written together."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._stamps: dict[Path, FileFingerprint] = {}
+        self._fingerprints: dict[Path, FileFingerprint] = {}
         self._entries: dict[str, FileEntry] = {}
         self._written = time.monotonic()
 
@@ -50,22 +44,22 @@ class ManifestBatch:
         }
         return FileEntry(FileFingerprint.of(path), tensors, tuple(self._source(source) for source in paths))
 
-    def _source(self, path: Path) -> Source:
-        if path not in self._stamps:
-            self._stamps[path] = FileFingerprint.of(path)
+    def _source(self, path: Path) -> SourceFile:
+        if path not in self._fingerprints:
+            self._fingerprints[path] = FileFingerprint.of(path)
         real = path.resolve()
         try:
             # Of the real places: ".." of a directory that is reached through a link leads elsewhere.
             relative = Path(os.path.relpath(real, self._directory.resolve())).as_posix()
         except ValueError:  # another drive
             relative = real.as_posix()
-        return Source(relative, self._stamps[path])
+        return SourceFile(relative, self._fingerprints[path])
 
     def add(self, target: Path, entry: FileEntry) -> None:
-        """Remember an entry for the next write."""
+        """Add an entry to the next write."""
         self._entries[target.name] = entry
 
-    def write_now_and_then(self) -> None:
+    def write_if_due(self) -> None:
         """Write what was added if the last time was a while ago."""
         if time.monotonic() - self._written > _SECONDS:
             self.write()
@@ -79,7 +73,7 @@ class ManifestBatch:
         """
         if self._entries:
             entries, self._entries = self._entries, {}
-            with translated(self._directory / MANIFEST_NAME):
+            with map_os_errors(self._directory / MANIFEST_NAME):
                 update(self._directory, lambda old: replace(old, files={**old.files, **entries}))
         self._written = time.monotonic()
 
@@ -93,5 +87,5 @@ class ManifestBatch:
         def without(old: Manifest) -> Manifest:
             return replace(old, files={name: entry for name, entry in old.files.items() if name != target.name})
 
-        with translated(self._directory / MANIFEST_NAME):
+        with map_os_errors(self._directory / MANIFEST_NAME):
             update(self._directory, without)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from jasper_store.errors import IncompatibleOptionsError, IntegrityError, UnknownNameError
+from jasper_store.formats.files import dtype_name
 
 __all__ = ["Narrowing", "narrowed", "parse_dtype"]
 
-_FLOATS = {
-    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-}
+_FLOATS = {dtype_name(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -75,9 +74,8 @@ class Narrowing:
         value = float(block[tuple(position)])
         row = position[0] if position else 0
         where = f"row {first_row + row}" + (f", position {position[1:]}" if position[1:] else "")
-        name = str(self.dtype).removeprefix("torch.")
         msg = (
-            f"{self.name}: {where} holds {value:g}, and {name} ends at {torch.finfo(self.dtype).max:g}; "
+            f"{self.name}: {where} holds {value:g}, and {dtype_name(self.dtype)} ends at {torch.finfo(self.dtype).max:g}; "
             "scale the tensor, or choose dtype='bfloat16', or keep it as it is (dtype=None, or leave it out of tensors=)"
         )
         raise IntegrityError(msg, tensor=self.name)

@@ -16,6 +16,7 @@ from jasper_store.errors import (
     JasperStoreError,
     UnknownNameError,
 )
+from jasper_store.files.fingerprint import FileIdentity
 from jasper_store.formats.base import SupportsRagged
 from jasper_store.formats.files import check_name
 from jasper_store.formats.registry import AUTO_ORDER, base_name, locate
@@ -80,11 +81,11 @@ class SourceFacts:
     """What the source files were when their headers were read, to notice a change before and after each tensor."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._facts = {path: _facts(path) for path in paths}
+        self._identities = {path: _identity(path) for path in paths}
 
     def add(self, paths: Iterable[Path]) -> None:
         """Remember more files as they are now."""
-        self._facts.update({path: _facts(path) for path in paths})
+        self._identities.update({path: _identity(path) for path in paths})
 
     def check(self, paths: Iterable[Path]) -> None:
         """Compare files with what they were.
@@ -93,20 +94,19 @@ class SourceFacts:
             ConversionError: one of them was changed, replaced or removed.
         """
         for path in paths:
-            if _facts(path) != self._facts[path]:
+            if _identity(path) != self._identities[path]:
                 msg = (
                     f"{path}: expected the file to stay as it is while it is converted, found that it was changed, "
-                    "replaced or removed; the target was not published. Run again when nobody writes to the source"
+                    "replaced or removed; the target was not published. Run again when no other process writes to the source"
                 )
                 raise ConversionError(msg, path=path)
 
 
-def _facts(path: Path) -> tuple[int, ...]:
+def _identity(path: Path) -> FileIdentity | None:
     try:
-        found = path.stat()
+        return FileIdentity.of(path)
     except OSError:
-        return ()
-    return (found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev)
+        return None
 
 
 def target_of(src: Path, dst: Path | None, fmt: Format) -> tuple[Path, str | None]:

@@ -18,13 +18,14 @@ from jasper_store.conversion.writeback import WINDOW_NBYTES, drop_pages
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
 from jasper_store.paging import mapping
+from jasper_store.store.tensors import block_rows
 
 if TYPE_CHECKING:
     from collections.abc import Generator
     from io import FileIO
     from pathlib import Path
 
-__all__ = ["BLOCK_NBYTES", "RowReader", "block_rows", "open_rows", "read_blocks"]
+__all__ = ["BLOCK_NBYTES", "BlockReader", "open_rows", "read_blocks"]
 
 # Measured with blocks of 512 KiB to 16 MiB, cached and not: small enough that the blocks in flight stay in the
 # processor's caches and the disk is asked ahead while one is written, large enough that the hand-over costs nothing.
@@ -34,8 +35,8 @@ SCRATCH_NBYTES = 8 << 20  # the widest span of a strided block that is read as o
 _AHEAD = 4  # blocks in flight: one being read, two waiting, one being written
 
 
-class RowReader(Protocol):
-    """Rows of one tensor. Not safe for concurrent use.
+class BlockReader(Protocol):
+    """Blocks of rows of one tensor. Not safe for concurrent use.
 
     Attributes:
         needs_buffer: whether ``read`` writes into ``out``; False for a reader that keeps the values itself.
@@ -50,23 +51,12 @@ class RowReader(Protocol):
         """Release handles."""
 
 
-def block_rows(spec: TensorSpec, nbytes: int | None = None) -> int:
-    """Rows in a block of about ``nbytes``, or of what suits where the tensor lies; at least one."""
-    if nbytes is None:
-        nbytes = CHUNKED_NBYTES if isinstance(spec.location, Chunked) else BLOCK_NBYTES
-    if isinstance(spec.location, Chunked) and spec.location.chunk_shape:
-        # Whole chunks: a chunk cut by a block's end is read and decompressed twice.
-        chunk = max(spec.location.chunk_shape[0], 1)
-        return max(nbytes // max(spec.row_nbytes * chunk, 1), 1) * chunk
-    return max(nbytes // spec.row_nbytes, 1) if spec.row_nbytes else max(spec.n_rows, 1)
-
-
-def open_rows(spec: TensorSpec, *, drop: bool = False) -> RowReader:
-    """A reader for the place where the tensor lies.
+def open_rows(spec: TensorSpec, *, drop: bool = False) -> BlockReader:
+    """A reader of blocks from the place where the tensor lies.
 
     Args:
         spec: the tensor.
-        drop: whether to drop pages from the page cache once they are read; pages that somebody maps stay.
+        drop: whether to drop pages from the page cache once they are read; pages that are mapped stay.
 
     Raises:
         CorruptFileError: the file cannot be opened or is too short.
@@ -93,7 +83,8 @@ def read_blocks(
         CorruptFileError: the file is shorter than its header says, or damaged.
     """
     rows = spec.n_rows
-    step = block_rows(spec, nbytes)
+    suits = CHUNKED_NBYTES if isinstance(spec.location, Chunked) else BLOCK_NBYTES
+    step = block_rows(spec, suits if nbytes is None else nbytes)
     if not rows or not spec.nbytes:
         if rows:
             yield torch.empty(spec.shape, dtype=spec.dtype)
@@ -121,12 +112,12 @@ def read_blocks(
 
 def _fill(
     spec: TensorSpec,
-    reader: RowReader,
+    reader: BlockReader,
     step: int,
     pool: queue.SimpleQueue[torch.Tensor | None],
     filled: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor] | BaseException | None],
 ) -> None:
-    """Body of the reading thread: fill buffers in turn until the tensor, or the patience of the consumer, ends."""
+    """Body of the reading thread: fill buffers in turn until the tensor ends or the consumer stops."""
     try:
         for start in range(0, spec.n_rows, step):
             buffer = pool.get()
@@ -149,7 +140,7 @@ class _InlineRows:
     def __init__(self, values: torch.Tensor) -> None:
         self._values = values
 
-    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - RowReader's signature
+    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - BlockReader's signature
         return self._values[start:stop] if self._values.ndim else self._values
 
     def close(self) -> None:
@@ -255,7 +246,7 @@ class _HugeRows:
         self._map = mapping.FileMap(location.path)
         self._values = mapping.view(self._map, location.offset, spec.dtype, spec.shape)
 
-    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - RowReader's signature
+    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - BlockReader's signature
         return self._values[start:stop]
 
     def close(self) -> None:

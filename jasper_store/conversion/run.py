@@ -1,10 +1,10 @@
-"""A conversion under way: what is skipped, refused, written, published and remembered.
+"""A conversion under way: what is skipped, refused, written, published and recorded.
 
 How the files appear. Each is written under a temporary name, flushed, read back, and renamed. Where nothing is
 replaced, each is published as soon as it is proven: an interrupted run leaves a part of the new files beside the
 source, which readers pass over as long as the source is the more complete one, and the next run skips them.
 Where files of an older dataset are replaced, all new ones are prepared first. Then the manifest is written, which
-is the commit: it names the new files by their stamps, so that until the renames that follow are done, an old file
+is the commit: it names the new files by their fingerprints, so that until the renames that follow are done, an old file
 among new ones is refused on opening instead of being mixed with them; :func:`finish_interrupted` (run by the next
 conversion) completes renames that a kill has cut.
 """
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from jasper_store.conversion.manifest_batch import ManifestBatch
 from jasper_store.conversion.report import ConversionReport, TensorReport
-from jasper_store.conversion.transfer import Stream, matched, stored_nbytes, write_file
+from jasper_store.conversion.transfer import Stream, compressed_nbytes, matched, write_file
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.files.atomic import (
+    map_os_errors,
     publish,
     remove,
     require_space,
@@ -30,11 +31,12 @@ from jasper_store.files.atomic import (
     sync_directory,
     sync_file,
     temporary_name,
-    translated,
     untrack,
 )
 from jasper_store.formats.base import Chunked
-from jasper_store.store.manifest import MANIFEST_NAME, Manifest, dtype_name, read
+from jasper_store.formats.files import dtype_name
+from jasper_store.store.manifest import MANIFEST_NAME, Manifest
+from jasper_store.store.manifest_file import read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +53,7 @@ __all__ = ["Run", "finish_interrupted"]
 def finish_interrupted(directory: Path) -> list[Path]:
     """Complete the renames of a conversion that was killed after its commit; the files that got their name.
 
-    The manifest names the new files by their stamps. A temporary of a dead process that has the stamp of a file
+    The manifest names the new files by their fingerprints. A temporary of a dead process that has the fingerprint of a file
     which is not there, or is another one, is that file.
 
     Raises:
@@ -63,10 +65,10 @@ def finish_interrupted(directory: Path) -> list[Path]:
     for name, path in stale_temporaries(directory) if manifest is not None else ():
         entry = manifest.files.get(name) if manifest is not None else None
         target = directory / name
-        if entry is None or not path.is_file() or not entry.stamp.matches(path):
+        if entry is None or not path.is_file() or not entry.fingerprint.matches(path):
             continue
-        if not target.exists() or not entry.stamp.matches(target):
-            with translated(target):
+        if not target.exists() or not entry.fingerprint.matches(target):
+            with map_os_errors(target):
                 path.replace(target)
             finished.append(target)
     if finished:
@@ -101,7 +103,7 @@ class Run:
         self.copied: list[str] = []
         self._done = 0
         self._total = sum(spec.nbytes for task in tasks for spec in task.specs)
-        self._ledger = ManifestBatch(directory)
+        self._batch = ManifestBatch(directory)
         self._committed = False
 
     def do(self) -> None:
@@ -110,7 +112,7 @@ class Run:
         todo = [task for task in self.tasks if not self._skip(task, manifest)]
         replaced = [task for task in todo if os.path.lexists(task.target)]
         if replaced and not self.overwrite:
-            same = [task for task in replaced if self._adopt(task)]
+            same = [task for task in replaced if self._record_if_equal(task)]
             todo = [task for task in todo if task not in same]
             self._refuse([task.target for task in replaced if task not in same])
             replaced = []
@@ -127,21 +129,21 @@ class Run:
         except BaseException:
             # What is published already is noted for the next run; the first error is the one to be seen.
             with contextlib.suppress(OSError, CorruptFileError):
-                self._ledger.write()
+                self._batch.write()
             raise
-        self._ledger.write()
+        self._batch.write()
 
     # ---- what need not be written
 
     def _skip(self, task: FileTask, manifest: Manifest) -> bool:
-        """Whether the manifest vouches that the target was made from these sources and holds what is asked for."""
+        """Whether the manifest records that the target was made from these sources and holds what is asked for."""
         entry = manifest.files.get(task.target.name)
-        if entry is None or not task.target.is_file() or not entry.stamp.matches(task.target):
+        if entry is None or not task.target.is_file() or not entry.fingerprint.matches(task.target):
             return False
-        made_from = {(self.directory / source.path).resolve(): source.stamp for source in entry.made_from}
+        made_from = {(self.directory / source.path).resolve(): source.fingerprint for source in entry.made_from}
         for spec, dtype in task.written(self.options.dtype):
-            stamp = made_from.get(spec.path.resolve())
-            if stamp is None or not stamp.matches(spec.path):
+            fingerprint = made_from.get(spec.path.resolve())
+            if fingerprint is None or not fingerprint.matches(spec.path):
                 return False
             tensor = entry.tensors.get(spec.name)
             if tensor is None or tensor.xxh3_128 is None:
@@ -174,8 +176,8 @@ class Run:
             bool(filters) or all(spec.n_rows <= 1 for spec in targets)
         )
 
-    def _adopt(self, task: FileTask) -> bool:
-        """Whether an existing file that nobody vouches for holds the source's values: compares all of them."""
+    def _record_if_equal(self, task: FileTask) -> bool:
+        """Whether an existing file without an entry holds the source's values: compares all of them."""
         targets = self._targets(task)
         if targets is None or not self._same_layout(list(targets.values())):
             return False
@@ -192,7 +194,7 @@ class Run:
             if found != sums[spec.name]:
                 return False
         self.facts.check(spec.path for spec in task.specs)
-        self._ledger.add(task.target, self._ledger.entry(task, task.target, sums, self.options.dtype))
+        self._batch.add(task.target, self._batch.entry(task, task.target, sums, self.options.dtype))
         for spec in task.specs:
             self._skipped(task, spec, targets[spec.name], sums[spec.name])
         return True
@@ -238,10 +240,10 @@ class Run:
             with self._written(task) as (temporary, entry):
                 if task.target.name in manifest.files:
                     # Its old entry would refuse the new file in the moment between the rename and the new entry.
-                    self._ledger.forget(task.target)
+                    self._batch.forget(task.target)
                 publish(temporary, task.target)
-            self._ledger.add(task.target, entry)
-            self._ledger.write_now_and_then()
+            self._batch.add(task.target, entry)
+            self._batch.write_if_due()
         for path in side_files:
             with self._copied(path) as temporary:
                 publish(temporary, self.directory / path.name)
@@ -261,10 +263,10 @@ class Run:
             sync_directory(self.directory)
             for _, target, known in ready:
                 if known is not None:
-                    self._ledger.add(target, known)
-            self._ledger.write()
+                    self._batch.add(target, known)
+            self._batch.write()
             self._committed = True
-            with translated(self.directory):
+            with map_os_errors(self.directory):
                 for temporary, target, _ in ready:
                     temporary.replace(target)
                 sync_directory(self.directory)
@@ -275,7 +277,7 @@ class Run:
         temporary = temporary_name(task.target)
         sources = [spec.path for spec in (*task.specs, *task.kept)]
         try:
-            with translated(task.target, temporary, task.needed(self.options.dtype)):
+            with map_os_errors(task.target, temporary, task.needed(self.options.dtype)):
                 self.facts.check(sources)
                 try:
                     written = write_file(task, temporary, self.options, self._advance)
@@ -284,7 +286,7 @@ class Run:
                     raise
                 self.facts.check(sources)
                 sums = {item.spec.name: item.checksum for item in written}
-                entry = self._ledger.entry(task, temporary, sums, self.options.dtype)
+                entry = self._batch.entry(task, temporary, sums, self.options.dtype)
                 for item in written:
                     self._add_row(task, item.spec, item.target, item.checksum, item.seconds, item.max_error)
                 yield temporary, entry
@@ -298,7 +300,7 @@ class Run:
         try:
             old = self.options.fmt.locate(task.target, self.options.schema)
         except CorruptFileError:
-            return task  # being replaced is the best that can happen to it
+            return task  # a damaged file has nothing to keep
         names = {spec.name for spec in task.specs}
         rest = tuple(spec for spec in old if spec.name not in names)
         self.facts.add(spec.path for spec in rest)
@@ -310,7 +312,7 @@ class Run:
         target = self.directory / path.name
         temporary = temporary_name(target)
         try:
-            with translated(target, temporary, path.stat().st_size):
+            with map_os_errors(target, temporary, path.stat().st_size):
                 shutil.copyfile(path, temporary)
                 yield temporary
             self.copied.append(path.name)
@@ -318,7 +320,7 @@ class Run:
             self._leave(temporary)
 
     def _leave(self, temporary: Path) -> None:
-        """Remove a temporary, unless the manifest counts on it already: then the next run gives it its name."""
+        """Remove a temporary, unless the manifest names it already: then the next run renames it."""
         if self._committed:
             untrack(temporary)
         else:
@@ -349,7 +351,7 @@ class Run:
             written_as=dtype_name(target.dtype),
             shape=spec.shape,
             bytes_in=spec.nbytes,
-            bytes_out=stored_nbytes(target),
+            bytes_out=compressed_nbytes(target),
             seconds=seconds,
             checksum=checksum,
             max_error=max_error,

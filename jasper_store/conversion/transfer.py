@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jasper_store.conversion.plan import FileTask
     from jasper_store.formats.base import Format, Schema, TensorSpec
 
-__all__ = ["Options", "Stream", "Written", "matched", "stored_nbytes", "write_file"]
+__all__ = ["Options", "Stream", "Written", "compressed_nbytes", "matched", "write_file"]
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def matched(task: FileTask, located: Sequence[TensorSpec], *, one_tensor: bool) 
     return {spec.name: spec for spec in located}
 
 
-def stored_nbytes(spec: TensorSpec) -> int:
+def compressed_nbytes(spec: TensorSpec) -> int:
     """Bytes that a tensor's values take in its file, after compression."""
     if not isinstance(spec.location, Chunked):
         return spec.nbytes

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from jasper_store.conversion.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Chunked, Schema
+from jasper_store.formats.files import dtype_name
 from jasper_store.formats.registry import format_for
 from jasper_store.memory import budget
-from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, dtype_name, read
+from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
+from jasper_store.store.manifest_file import read
 
 if TYPE_CHECKING:
     import os
@@ -85,16 +87,9 @@ class VerifyReport:
         return not self.errors
 
     def add(self, findings: Iterable[Finding]) -> None:
-        """Take in findings, each where its severity says."""
+        """Add findings, each to the list of its severity."""
         for finding in findings:
             {"error": self.errors, "warning": self.warnings, "fact": self.facts}[finding.severity].append(finding)
-
-    def merge(self, other: VerifyReport) -> VerifyReport:
-        """Take in another report's findings; returns self."""
-        self.errors += other.errors
-        self.warnings += other.warnings
-        self.facts += other.facts
-        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -136,7 +131,7 @@ def verify_files(
     Args:
         path: directory or file.
         schema: names and HDF5 paths.
-        visitor: asked by name for somebody to look at a tensor's values, once per file that holds it.
+        visitor: makes the :class:`Visitor` of a tensor by its name, or ``None``; called once per file that holds it.
         progress: called as ``progress(tensor, done_bytes, total_bytes)``, from one thread at a time.
         threads: tensors that are read at the same time.
 
@@ -192,7 +187,7 @@ class _Check:
         else:
             if found is None:
                 text = (
-                    f"no {MANIFEST_NAME}: nobody recorded what the values were, so only the structure of the files is "
+                    f"no {MANIFEST_NAME}: the values were not recorded, so only the structure of the files is "
                     "checked. js.convert and js.DatasetWriter write one"
                 )
                 self._add("warning", None, "manifest", text)
@@ -245,8 +240,8 @@ class _Check:
 
     def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
         size = file.stat().st_size
-        if size != entry.stamp.size:
-            text = f"{file}: expected {entry.stamp.size:,} bytes, found {size:,}; restore the file or convert it again"
+        if size != entry.fingerprint.size:
+            text = f"{file}: expected {entry.fingerprint.size:,} bytes, found {size:,}; restore the file or convert it again"
             self._add("error", file.name, "size", text)
         found = {spec.name: spec for spec in specs}
         for name in entry.tensors.keys() - found.keys():

@@ -32,7 +32,7 @@ _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # SYNC_FILE_RANGE_*
 
 
 def drop_pages(fd: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Ask the kernel to drop clean pages of a file that nobody maps; ``nbytes`` 0 means to the end."""
+    """Ask the kernel to drop clean pages of a file that are not mapped; ``nbytes`` 0 means to the end."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 

@@ -1,10 +1,9 @@
-"""``DatasetWriter``: a dataset larger than memory, appended block by block and published in one step."""
+"""``DirectoryWriter``: a dataset larger than memory, appended block by block and published in one step."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,34 +14,32 @@ import torch
 from jasper_store.conversion.checksum import Hasher
 from jasper_store.conversion.coerce import as_block, as_json, flatten
 from jasper_store.conversion.plan import FileTask, make_tasks
+from jasper_store.conversion.staging import make_staging, publish
 from jasper_store.conversion.transfer import Options, write_file
 from jasper_store.errors import ClosedError, ConversionError, IntegrityError, UnknownNameError
 from jasper_store.files.atomic import (
-    clean_stale,
-    recover_directory,
+    map_os_errors,
     remove,
     require_space,
-    swap_directory,
     sync_directory,
     sync_file,
-    temporary_name,
-    translated,
 )
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.formats.base import Schema
-from jasper_store.formats.files import check_name
-from jasper_store.formats.registry import FORMATS, base_name, format_for
-from jasper_store.store.manifest import FileEntry, FileFingerprint, Manifest, TensorEntry, dtype_name
+from jasper_store.formats.files import check_name, dtype_name
+from jasper_store.formats.registry import FORMATS, base_name, locate
+from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry
+from jasper_store.store.manifest_file import write as write_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
 
-    from jasper_store.formats.base import FileWriter, Format
+    from jasper_store.formats.base import FileWriter, Format, TensorSpec
 
-__all__ = ["DatasetWriter"]
+__all__ = ["DirectoryWriter"]
 
 _SPOOL: Final = "safetensors"  # takes rows of unknown number, every dtype, and needs no second pass
 _CONFIG: Final = "config.json"
@@ -65,8 +62,8 @@ class _Part:
         return () if self.row_shape is None else (self.rows, *self.row_shape)
 
 
-class DatasetWriter:
-    """Writes a dataset block by block; nothing is to be seen of it before :meth:`close` has published all of it.
+class DirectoryWriter:
+    """Writes a dataset block by block; nothing of it is visible before :meth:`close` has published all of it.
 
     Blocks may come in any order of tensors, and sizes need not be known. Memory is what the caller's block takes.
     Everything is written into a hidden directory beside the target, which takes the target's name in the end, so a
@@ -84,10 +81,12 @@ class DatasetWriter:
         config: written as ``config.json``.
         overwrite: replace a dataset that is there, with everything in its directory. A directory that holds anything
             but datasets, JSON files and what this library leaves is never replaced.
+        check: called by :meth:`close` with the tensors as they were written, in the hidden directory, just before it
+            is published. What it raises ends the writer, and nothing is published.
 
     Raises:
         ConversionError: the target is there and ``overwrite`` is False, holds other things, cannot be written, or is
-            being written by somebody else.
+            being written by another writer.
         UnknownNameError: an unknown format or compression.
         IncompatibleOptionsError: a compression that the format does not have, or a config that is no JSON.
     """
@@ -101,6 +100,7 @@ class DatasetWriter:
         compression: str | None = None,
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
+        check: Callable[[Sequence[TensorSpec]], None] | None = None,
     ) -> None:
         chosen = next((name for name in FORMATS if name == format), None)
         if chosen is None:
@@ -112,34 +112,21 @@ class DatasetWriter:
         # A link to a directory is followed: the dataset behind it is what gets replaced, not the link.
         self._target = Path(os.path.realpath(path))
         self._overwrite = overwrite
+        self._check = check
         self._parts: dict[str, _Part] = {}
         self._ragged: set[str] = set()
         self._closed = False
         self._published = False
         with contextlib.ExitStack() as stack:
-            self._staging = self._prepare(stack)
+            self._staging = make_staging(stack, self._target, overwrite=overwrite)
+            with map_os_errors(self._target):
+                # A compression that the format or this machine lacks is refused now, and not after the last block.
+                probe = self._staging / "probe"
+                self._fmt.writer(probe, self._options.schema, compression=self._options.compression).abort()
+                probe.unlink()
             stack.callback(_abort, self._parts)
             # Runs on abandon(), when the writer is forgotten, and when the process ends in good order.
             self._release = weakref.finalize(self, _release, stack.pop_all(), os.getpid())
-
-    def _prepare(self, stack: contextlib.ExitStack) -> Path:
-        """Lock the target, see that it may be written, make the hidden directory; undone by the stack."""
-        parent = self._target.parent
-        with translated(self._target):
-            parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(exclusive(parent / f".{self._target.name}{LOCK_NAME}", f"writing {self._target}"))
-        with translated(self._target):
-            recover_directory(self._target)
-            clean_stale(parent, self._target.name)
-            self._check_target()
-            staging = temporary_name(self._target, "staging")
-            stack.callback(remove, staging)
-            staging.mkdir()
-            # A compression that the format or this machine lacks is refused now, and not after the last block.
-            probe = staging / "probe"
-            self._fmt.writer(probe, self._options.schema, compression=self._options.compression).abort()
-            probe.unlink()
-        return staging
 
     @property
     def path(self) -> Path:
@@ -215,7 +202,7 @@ class DatasetWriter:
         spooled = self._fmt.one_file is not None or (self._fmt.name == "pt" and base_name(name) in self._ragged)
         rows = 1 if row_shape is None else None
         try:
-            with translated(self._target):
+            with map_os_errors(self._target):
                 if not spooled:
                     path = self._staging / f"{name}{self._fmt.suffixes[0]}"
                     writer = self._started(self._fmt, path, name, dtype, row_shape, rows)
@@ -267,6 +254,7 @@ class DatasetWriter:
         Raises:
             ConversionError: nothing was appended, no room, or the system refused; nothing was published.
             ClosedError: it was abandoned.
+            Exception: what ``check`` raised; nothing was published.
         """
         if self._published:
             return self._target
@@ -281,24 +269,16 @@ class DatasetWriter:
             files = self._finish_files()
             if self._config is not None:
                 (self._staging / _CONFIG).write_text(self._config, encoding="utf-8")
-            Manifest(self._staging, files).write()
+            write_manifest(Manifest(self._staging, files))
             for file in self._staging.iterdir():
                 sync_file(file)
             sync_directory(self._staging)
-            self._publish()
+            if self._check is not None:
+                self._check(locate(self._staging, self._fmt.name, self._options.schema).specs)
+            publish(self._staging, self._target, overwrite=self._overwrite)
+            self._published = True
         self._end()
         return self._target
-
-    def _publish(self) -> None:
-        with contextlib.ExitStack() as stack:
-            if self._target.is_dir():
-                # Not under the hands of a conversion into the old directory.
-                stack.enter_context(exclusive(self._target / LOCK_NAME, f"replacing {self._target}"))
-            self._check_target()
-            if sys.platform == "win32":
-                stack.close()  # a directory that holds an open file cannot be renamed there; the lock beside it stays
-            swap_directory(self._staging, self._target)
-            self._published = True
 
     def _finish_files(self) -> dict[str, FileEntry]:
         """Turn spooled tensors into the files of the format, and describe every file."""
@@ -347,7 +327,7 @@ class DatasetWriter:
     def _abandoned_on_failure(self) -> Iterator[None]:
         """A block that was half written cannot be taken back, so a failure ends the writer."""
         try:
-            with translated(self._target):
+            with map_os_errors(self._target):
                 yield
         except BaseException:
             self.abandon()
@@ -359,29 +339,7 @@ class DatasetWriter:
             msg = f"{self._target}: this writer was {done}; make a new one to write more"
             raise ClosedError(msg, path=self._target)
 
-    def _check_target(self) -> None:
-        """Refuse to replace what must not be lost."""
-        if not self._target.exists():
-            return
-        if not self._target.is_dir():
-            msg = f"{self._target}: expected a directory or nothing at this name, found a file; name another directory"
-            raise ConversionError(msg, path=self._target)
-        there = sorted(path for path in self._target.iterdir() if path.name != LOCK_NAME)
-        if there and not self._overwrite:
-            msg = (
-                f"{self._target}: expected no directory of this name, or an empty one, found {len(there)} entries "
-                f"({there[0].name}, ...); pass overwrite=True to replace all of it, or name another directory"
-            )
-            raise ConversionError(msg, path=self._target)
-        foreign = [path.name for path in there if not _replaceable(path)]
-        if foreign:
-            msg = (
-                f"{self._target}: expected nothing but data and JSON files in the directory that is replaced, found "
-                f"{', '.join(foreign[:5])}; move them away, or name another directory"
-            )
-            raise ConversionError(msg, path=self._target)
-
-    def __enter__(self) -> DatasetWriter:  # noqa: PYI034 - typing.Self needs Python 3.11
+    def __enter__(self) -> DirectoryWriter:  # noqa: PYI034 - typing.Self needs Python 3.11
         self._check_open()
         return self
 
@@ -403,11 +361,6 @@ def _release(stack: contextlib.ExitStack, owner: int) -> None:
     """Remove the hidden directory and free the lock; not from a forked child, which merely inherited the writer."""
     if os.getpid() == owner:
         stack.close()
-
-
-def _replaceable(path: Path) -> bool:
-    """Whether a file in a directory that is replaced is part of a dataset, and not something of the user's."""
-    return path.is_file() and (format_for(path) is not None or path.suffix == ".json" or path.name.startswith("."))
 
 
 def _sizes(row_shape: tuple[int, ...]) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from jasper_store.errors import ConversionError
+from jasper_store.errors import ConversionError, JasperStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "atomic_file",
     "clean_stale",
-    "is_temporary",
+    "map_os_errors",
     "publish",
     "recover_directory",
     "remove",
@@ -41,12 +41,12 @@ __all__ = [
     "sync_directory",
     "sync_file",
     "temporary_name",
-    "translated",
     "untrack",
     "write_bytes",
 ]
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?P<random>-[0-9a-f]{8})?\.(?P<kind>tmp|staging|old)")
+# The random part is missing from manifests that a release before this one left behind.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(-[0-9a-f]{8})?\.(?P<kind>tmp|staging|old)")
 _SPARE = 0.01  # of the bytes to be written, for headers, directories and the file system's own blocks
 _MINE: set[str] = set()  # temporaries of this process that are in use, so that a reused pid cannot claim them
 _MINE_LOCK = threading.Lock()
@@ -58,11 +58,6 @@ def temporary_name(target: Path, kind: str = "tmp") -> Path:
     with _MINE_LOCK:
         _MINE.add(path.name)
     return path
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file name is one that :func:`temporary_name` makes."""
-    return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove(path: Path) -> None:
@@ -109,8 +104,7 @@ def _is_stale(path: Path, match: re.Match[str]) -> bool:
     pid = int(match["pid"])
     if pid == os.getpid():
         with _MINE_LOCK:
-            # Without the random part it is the manifest's, which another thread may be writing.
-            return match["random"] is not None and path.name not in _MINE
+            return path.name not in _MINE
     try:
         # A second of grace: file times and process times come from clocks of different grain. A directory moved
         # aside kept the time of its last change, which says nothing about the process that moved it.
@@ -138,7 +132,7 @@ def atomic_file(target: Path, *, needed: int | None = None) -> Iterator[Path]:
     """
     temporary = temporary_name(target)
     try:
-        with translated(target, temporary, needed):
+        with map_os_errors(target, temporary, needed):
             yield temporary
             publish(temporary, target)
     finally:
@@ -166,8 +160,9 @@ def write_bytes(target: Path, content: bytes) -> None:
     Raises:
         ConversionError: as :func:`atomic_file`.
     """
-    with atomic_file(target, needed=len(content)) as temporary:
-        temporary.write_bytes(content)
+    # "x" creates the file or fails: a link that was planted at this name is not followed.
+    with atomic_file(target, needed=len(content)) as temporary, temporary.open("xb") as file:
+        file.write(content)
 
 
 def sync_file(path: Path) -> None:
@@ -206,7 +201,7 @@ def require_space(directory: Path, needed: int, *, what: str) -> None:
     Raises:
         ConversionError: with both numbers.
     """
-    with translated(directory, None, needed):
+    with map_os_errors(directory, None, needed):
         free = shutil.disk_usage(directory).free
     total = needed + int(needed * _SPARE)
     if total > free:
@@ -218,7 +213,7 @@ def require_space(directory: Path, needed: int, *, what: str) -> None:
 
 
 @contextlib.contextmanager
-def translated(target: Path, temporary: Path | None = None, needed: int | None = None) -> Iterator[None]:
+def map_os_errors(target: Path, temporary: Path | None = None, needed: int | None = None) -> Iterator[None]:
     """Turn the system's refusals to write into :class:`ConversionError`; everything else passes.
 
     Args:
@@ -229,7 +224,7 @@ def translated(target: Path, temporary: Path | None = None, needed: int | None =
     try:
         yield
     except (OSError, RuntimeError) as exc:
-        if isinstance(exc, ConversionError) or (isinstance(exc, RuntimeError) and _buried_errno(str(exc)) is None):
+        if isinstance(exc, JasperStoreError) or (isinstance(exc, RuntimeError) and _buried_errno(str(exc)) is None):
             raise
         raise _translate(exc, target, temporary, needed) from exc
 

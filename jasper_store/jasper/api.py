@@ -109,7 +109,7 @@ def plan(
 def warm_up(
     store_or_path: TensorStore | str | PathLike[str],
     tensors: Collection[str] | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     progress: Progress | None = None,
 ) -> WarmupReport:
     """Read tensors into the page cache, so that the first epoch runs at memory speed.
@@ -235,7 +235,7 @@ def _quietly_opened(path: Path) -> TensorStore:
         return open_store(path, use_mmap=True, schema=known_at(path).schema)
 
 
-class DatasetWriter(writer.DatasetWriter):
+class DatasetWriter(writer.DirectoryWriter):
     """Build a dataset larger than memory: rows appended tensor by tensor, block by block, published atomically.
 
     Nothing that opens is left behind by a writer that is abandoned or killed.

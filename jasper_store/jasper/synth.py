@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from jasper_store.conversion.writer import DatasetWriter
+from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.jasper.schema import PAIR_KEYWORDS, SCHEMA
 from jasper_store.loading.order import order
@@ -90,7 +90,7 @@ def synthesize(
     """
     target = Path(path)
     world = _World(options)
-    with DatasetWriter(target, format=format, config=_config(options), schema=SCHEMA, overwrite=overwrite) as writer:
+    with DirectoryWriter(target, format=format, config=_config(options), schema=SCHEMA, overwrite=overwrite) as writer:
         writer.append("centroid_embs", world.centroids.to(options.dtype))
         writer.append("keyword_embs", world.keywords.to(options.dtype))
         for block in range(world.blocks):

@@ -138,7 +138,8 @@ class Loader(DataLoader[Any]):
         )
         # PyTorch refuses a batch sampler together with a sampler, and trainers look at `loader.sampler`.
         object.__setattr__(self, "batch_sampler", batches)
-        self.dataset_obj = dataset
+        # Any: programs call what is a JASPER dataset's own on it.
+        self.dataset_obj: Any = dataset
         self.sampler_obj = sampler
         self.stopwatch = Stopwatch()
         self._prefetcher = prefetcher

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 
 from jasper_store.loading.order import BlockOrder, Order
-from jasper_store.loading.window_prefetcher import READERS, StagedNode, WindowPrefetcher
+from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, StagedNode, WindowPrefetcher
 from jasper_store.loading.windows import Windows
 from jasper_store.samples.dataset import GatherContext
 from jasper_store.samples.graph import BY_POSITION
@@ -37,10 +37,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from jasper_store.loading.advisor import Stopwatch
-    from jasper_store.samples.dataset import Dataset
     from jasper_store.samples.graph import SampleGraph
 
-__all__ = ["GROUP_SAMPLES", "PrefetchedBatches", "Prefetcher", "depth_for", "stageable_nodes"]
+__all__ = ["GROUP_SAMPLES", "PrefetchSource", "PrefetchedBatches", "Prefetcher", "depth_for", "stageable_nodes"]
 
 # What a stage makes of some batches on the trainer's thread: work for the prefetching thread, or none.
 _Job: TypeAlias = "Callable[[], None]"
@@ -108,7 +107,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: PrefetchSource,
         depth: int = MIN_BATCHES,
         *,
         batch_size: int = GROUP_SAMPLES,
@@ -353,7 +352,7 @@ def _list_is_mapped(graph: SampleGraph, mapped: Set[str]) -> bool:
     return graph.row != BY_POSITION and graph.nodes[graph.row.node].tensor in mapped
 
 
-def _rows_at(dataset: Dataset, indices: torch.Tensor, *, prefetch: bool = False) -> torch.Tensor:
+def _rows_at(dataset: PrefetchSource, indices: torch.Tensor, *, prefetch: bool = False) -> torch.Tensor:
     """Rows of the samples at indices, int64: the split's, or the indices themselves."""
     graph = dataset.graph
     if graph.row == BY_POSITION:
@@ -361,7 +360,8 @@ def _rows_at(dataset: Dataset, indices: torch.Tensor, *, prefetch: bool = False)
     listed = dataset.store[graph.nodes[graph.row.node].tensor]
     if prefetch:
         listed.announce(indices)
-    return listed.take(indices).to(torch.int64)
+    rows: torch.Tensor = listed.take(indices).to(torch.int64)
+    return rows
 
 
 def _end(threads: ThreadPoolExecutor, _ending: Callable[[], bool] = sys.is_finalizing) -> None:

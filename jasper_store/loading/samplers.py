@@ -379,11 +379,12 @@ class BatchIterator(_StatefulIterator):
     def __next__(self) -> Indices:
         if self._source is None:
             self._source = self._begin()
-        batch = next(self._source)
+        batch: torch.Tensor = next(self._source)
         # Counted in full batches: where ranks get a different number of last samples, all states still agree.
         self._served += self._batches.batch_size
         if self._batches.partial_lists and len(batch) < self._batches.batch_size:
-            return batch.tolist()
+            found: list[int] = batch.tolist()
+            return found
         if self._source.context.prefetched and not self.own:
             return batch.numpy().view(PrefetchedIndices)
         return batch.cpu().numpy() if self._batches.arrays else batch

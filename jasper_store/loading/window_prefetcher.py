@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +19,36 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from jasper_store.loading.windows import Windows
-    from jasper_store.samples.dataset import Dataset
     from jasper_store.samples.draw import VariantSampler
+    from jasper_store.samples.graph import SampleGraph
+    from jasper_store.samples.reader import SampleReader
     from jasper_store.store.direct_rows import DirectRowReader
 
-__all__ = ["READERS", "WINDOWS", "StagedNode", "WindowPrefetcher"]
+__all__ = ["READERS", "WINDOWS", "PrefetchSource", "StagedNode", "WindowPrefetcher"]
 
 WINDOWS: Final = 4
 """Windows that are held: the one that is served, the one before, which batches on their way may need, and two ahead."""
 READERS: Final = 3
 """Windows that are being read at a time: the one that is waited for, and two ahead."""
+
+
+class PrefetchSource(Protocol):
+    """A dataset, as far as prefetching is concerned."""
+
+    @property
+    def store(self) -> Mapping[str, Any]:
+        """The stored tensors by name."""
+
+    @property
+    def graph(self) -> SampleGraph:
+        """What a sample reads."""
+
+    @property
+    def reader(self) -> SampleReader:
+        """How it is read."""
+
+    def draw_now(self) -> VariantSampler | None:
+        """What decides the variants of batches from now on."""
 
 
 @dataclass
@@ -75,7 +95,7 @@ class WindowPrefetcher:
         in_flight: positions between a batch that leaves :meth:`wrap` and the one that is being gathered.
     """
 
-    def __init__(self, dataset: Dataset, nodes: Sequence[StagedNode], windows: Windows, in_flight: int) -> None:
+    def __init__(self, dataset: PrefetchSource, nodes: Sequence[StagedNode], windows: Windows, in_flight: int) -> None:
         self._dataset, self._nodes, self._windows, self._in_flight = dataset, tuple(nodes), windows, in_flight
         order = windows.order
         self._order, self._position = order, windows.first
@@ -216,7 +236,7 @@ class WindowPrefetcher:
                 reader.close()
 
 
-def _listed(dataset: Dataset) -> Any:
+def _listed(dataset: PrefetchSource) -> Any:
     """The split's list of rows; ``None`` where positions are rows."""
     graph = dataset.graph
     return None if graph.row == BY_POSITION else dataset.store[graph.nodes[graph.row.node].tensor]

@@ -19,6 +19,7 @@ import torch
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.memory.mounts import read_mountinfo
+from jasper_store.memory.sizes import nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ FRACTION = 0.8
 """Share of the winning bound that is used; the rest is for the model's batches, Python and estimation errors."""
 
 _MIB = 1 << 20
-# Version 1 has no word for "no limit": it says the largest page-aligned int64. Nobody has an exbibyte.
+# Version 1 writes the largest page-aligned int64 for "no limit". No machine has an exbibyte.
 _UNLIMITED = 1 << 60
 # (what, limit file, usage file, key in memory.stat of the page cache that can be reclaimed at once)
 _V1: tuple[tuple[str, str, str, str], ...] = (
@@ -116,7 +117,7 @@ def format_bytes(nbytes: int) -> str:
 
 
 def measure(
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     *,
     environ: Mapping[str, str] | None = None,
     proc: Path = Path("/proc"),
@@ -125,20 +126,15 @@ def measure(
     """Measure the host memory that this process may use now.
 
     Args:
-        memory_limit: the user's own limit in bytes; 0 allows nothing.
+        memory_limit: the user's own limit: bytes, or a text such as ``"8GiB"``; 0 allows nothing.
         environ: environment variables; ``os.environ`` by default.
         proc: where the proc file system is.
         host_available: bytes available on the host; psutil's figure by default.
 
     Raises:
-        IncompatibleOptionsError: ``memory_limit`` is not an integer of 0 or more.
+        IncompatibleOptionsError: ``memory_limit`` is not a size.
     """
-    if memory_limit is not None and (isinstance(memory_limit, bool) or not isinstance(memory_limit, int)):
-        msg = f"memory_limit: expected bytes as an int, got {memory_limit!r}; for 8 GiB pass 8 * 2**30"
-        raise IncompatibleOptionsError(msg)
-    if memory_limit is not None and memory_limit < 0:
-        msg = f"memory_limit: expected 0 bytes or more, got {memory_limit}; leave it out for no limit of your own"
-        raise IncompatibleOptionsError(msg)
+    limit = None if memory_limit is None else nbytes_of(memory_limit, "memory_limit")
     env = os.environ if environ is None else environ
     notes: list[str] = []
     available = int(psutil.virtual_memory().available) if host_available is None else host_available()
@@ -146,8 +142,8 @@ def measure(
     bounds.extend(_cgroup_bounds(proc, notes))
     bounds.extend(_slurm_bounds(env, notes))
     bounds.extend(_address_space_bounds(proc))
-    if memory_limit is not None:
-        bounds.append(Bound("memory_limit", memory_limit, "asked for by the caller"))
+    if limit is not None:
+        bounds.append(Bound("memory_limit", limit, "asked for by the caller"))
     return Budget(tuple(bounds), FRACTION, _ranks(env, notes), tuple(notes))
 
 

@@ -11,7 +11,7 @@ import psutil
 
 __all__ = ["Mount", "file_system", "parse_mountinfo", "read_mountinfo"]
 
-# Random page faults cost a round trip each on these, and the kernel's announcing often does nothing.
+# Random page faults cost a round trip each on these, and madvise often does nothing there.
 NETWORK = frozenset(
     {
         "9p", "acfs", "afs", "afpfs", "beegfs", "beegfs_nodev", "ceph", "cifs", "coda", "davfs", "fuse", "gfs", "gfs2",

@@ -1,7 +1,7 @@
 """What processes hold in memory, split so that a full page cache is not taken for a leak.
 
 A process that reads a large mapped dataset shows a resident size as large as the dataset. Nearly all of it is file
-pages, which the kernel takes back when anybody needs memory. What counts against the machine is anonymous memory,
+pages, which the kernel takes back when memory is needed. What counts against the machine is anonymous memory,
 and in forked workers only what they do not share with their parent.
 """
 
@@ -17,17 +17,17 @@ from jasper_store.errors import JasperStoreError
 from jasper_store.memory.budget import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
-__all__ = ["MemoryReport", "memory_report", "total", "tree_report"]
+__all__ = ["MemoryReport", "memory_report"]
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """Memory of one process (or the sum of several), in bytes.
+    """Memory of one process, in bytes.
 
     Attributes:
-        pid: the process; 0 for a sum.
+        pid: the process.
         total_rss: all that is resident: ``anonymous + file + shared``.
         anonymous: its own data, preloaded tensors among it; pages still shared with a parent since a fork included.
         file: pages of mapped files, which the kernel can take back at any time.
@@ -66,7 +66,7 @@ def memory_report(pid: int | None = None, *, proc: Path = Path("/proc")) -> Memo
     Walks its page tables: a few milliseconds for each 10 GiB that is mapped and touched.
 
     Raises:
-        JasperStoreError: there is no such process, or it belongs to somebody else.
+        JasperStoreError: there is no such process, or it belongs to another user.
     """
     own = pid is None
     number = psutil.Process().pid if pid is None else pid
@@ -77,29 +77,6 @@ def memory_report(pid: int | None = None, *, proc: Path = Path("/proc")) -> Memo
         return _from_proc(number, rollup, status)
     except (OSError, KeyError):  # Not Linux, before 4.14, or not ours to read.
         return _from_psutil(number)
-
-
-def tree_report(pid: int | None = None) -> tuple[MemoryReport, ...]:
-    """This process (or ``pid``) and all below it, DataLoader workers among them; ended ones are left out.
-
-    Raises:
-        JasperStoreError: there is no process ``pid``.
-    """
-    reports = [memory_report(pid)]
-    for child in psutil.Process(pid).children(recursive=True):
-        try:
-            reports.append(memory_report(child.pid))
-        except JasperStoreError:  # noqa: PERF203 - a worker may end between the listing and the reading
-            continue
-    return tuple(reports)
-
-
-def total(reports: Iterable[MemoryReport]) -> MemoryReport:
-    """Sum of several processes; of its figures, only ``proportional`` counts shared pages once."""
-    parts = list(reports)
-    names = ("total_rss", "anonymous", "file", "shared", "private", "proportional", "swap", "huge")
-    sums = {name: sum(int(getattr(part, name)) for part in parts) for name in names}
-    return MemoryReport(pid=0, source="+".join(sorted({part.source for part in parts})), **sums)
 
 
 def _fields(text: str) -> dict[str, int]:

@@ -133,7 +133,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         format: str = "auto",  # noqa: A002 - the word that users pass
         use_mmap: bool | None = None,
         device: torch.device | str | None = None,
-        memory_limit: int | None = None,
+        memory_limit: int | str | None = None,
         dtype: torch.dtype | None = None,
         admit: Callable[[Plan], None] | None = None,
     ) -> None:
@@ -383,14 +383,14 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         Raises:
             CorruptFileError, DatasetNotFoundError, IntegrityError: what is wrong with the new ones.
         """
-        self.store.adopt(reopened_tensors(self.store, self.reloadable, self.graph.bounds, self.nouns))
+        self.store.replace(reopened_tensors(self.store, self.reloadable, self.graph.bounds, self.nouns))
         self._state.tensors_changed()
         self._generation_seen = self._state.read()[2]
 
     def _follow_reload(self, generation: int) -> None:
         """Do in a worker what :meth:`reload` did in the trainer's process."""
         try:
-            self.store.adopt(reopened_tensors(self.store, self.reloadable, self.graph.bounds, self.nouns))
+            self.store.replace(reopened_tensors(self.store, self.reloadable, self.graph.bounds, self.nouns))
         except (ValueError, OSError) as exc:
             warnings.warn(
                 f"new {' and '.join(self.reloadable)} could not be read in this worker, the old ones stay in use: {exc}",

@@ -246,6 +246,11 @@ class Declaration:
             path.append(rows)
 
 
+def _require_names(what: str, given: object) -> None:
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise DeclarationError(f"{what} should map names to texts, found {given!r:.120}")
+
+
 def _parts(found: object) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
     """Fields and splits of what stands under :data:`CONFIG_KEY`."""
     if not isinstance(found, Mapping) or not found.keys() <= {"fields", "splits"} or "fields" not in found:

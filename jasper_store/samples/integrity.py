@@ -33,7 +33,7 @@ def check_bounds_once(store: TensorStore, bounds: Iterable[Bound], nouns: Nouns 
     for bound in unchecked.values():
         check_bound(store[bound.tensor], bound, nouns)
     if unchecked:
-        store.remember(list(unchecked))
+        store.record_checks(list(unchecked))
 
 
 def check_bound(tensor: StoredTensor, bound: Bound, nouns: Nouns | None = None) -> None:

@@ -73,7 +73,7 @@ def open_dataset(
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
     device: torch.device | str | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     dtype: torch.dtype | None = None,
     inspect: Callable[[Mapping[str, TensorSpec]], None] | None = None,
     admit: Callable[[Plan], None] | None = None,

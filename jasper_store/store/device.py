@@ -16,7 +16,8 @@ from jasper_store.errors import InsufficientMemoryError
 from jasper_store.formats.base import Chunked, Extent
 from jasper_store.memory.budget import format_bytes
 from jasper_store.paging.reader import RangeReader
-from jasper_store.store.load import block_rows, load
+from jasper_store.store.load import load
+from jasper_store.store.tensors import block_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from jasper_store.formats.files import dtype_name
 from jasper_store.memory import report
 from jasper_store.memory.budget import format_bytes
 from jasper_store.memory.mounts import file_system
@@ -14,10 +16,17 @@ from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
 
 if TYPE_CHECKING:
-    from jasper_store.memory.report import MemoryReport
-    from jasper_store.store.store import TensorStore
+    from collections.abc import Mapping
+    from pathlib import Path
 
-__all__ = ["StoreMemory", "TensorMemory", "explain", "memory_of"]
+    from jasper_store.memory.report import MemoryReport
+    from jasper_store.store.manifest import Manifest
+    from jasper_store.store.placement import Plan
+    from jasper_store.store.tensors import StoredTensor
+
+__all__ = ["StoreMemory", "TensorMemory", "explain", "memory_of", "summary"]
+
+_SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +98,44 @@ class StoreMemory:
         }
 
 
-def memory_of(store: TensorStore) -> StoreMemory:
-    """Measure what a store and its process hold now."""
+def summary(path: Path, format_name: str, tensors: Mapping[str, StoredTensor]) -> str:
+    """A store in a few lines: bytes by place, then its first tensors as a table."""
+    places: dict[str, int] = {}
+    for tensor in tensors.values():
+        places[tensor.placement] = places.get(tensor.placement, 0) + tensor.nbytes
+    sizes = ", ".join(f"{place} {format_bytes(nbytes)}" for place, nbytes in places.items())
+    rows = [
+        (name, dtype_name(tensor.dtype), str(list(tensor.shape)), tensor.placement)
+        for name, tensor in islice(tensors.items(), _SHOWN)
+    ]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    lines = [f"TensorStore({str(path)!r}): {format_name}, {len(tensors)} tensors in {sizes or 'no place'}"]
+    lines += [f"  {r[0]:<{widths[0]}}  {r[1]:<{widths[1]}}  {r[2]:<{widths[2]}}  {r[3]}" for r in rows]
+    if len(tensors) > _SHOWN:
+        lines.append(f"  ... and {len(tensors) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def memory_of(tensors: Mapping[str, StoredTensor]) -> StoreMemory:
+    """Measure what tensors and this process hold now."""
     entries = []
-    for name, tensor in store.items():
+    for name, tensor in tensors.items():
         elsewhere = isinstance(tensor, (MappedTensor, ChunkedTensor))
         held = 0 if elsewhere else tensor.nbytes
         entries.append(TensorMemory(name, tensor.placement, held, tensor.residency(), tensor.nbytes))
     return StoreMemory(report.memory_report(), tuple(entries))
 
 
-def explain(store: TensorStore) -> str:
-    """The plan, and how the store talks to the machine it is on."""
-    fstype, network = file_system(store.path)
+def explain(
+    path: Path, format_name: str, plan: Plan, manifest: Manifest | None, tensors: Mapping[str, StoredTensor]
+) -> str:
+    """The plan, and how a store's tensors are read on this machine."""
+    fstype, network = file_system(path)
     backend = madvise_batcher().backend
-    mapped = [tensor for tensor in store.values() if isinstance(tensor, MappedTensor)]
+    mapped = [tensor for tensor in tensors.values() if isinstance(tensor, MappedTensor)]
     lines = [
-        f"{store.path} ({store.format}), {len(store)} tensors",
-        str(store.plan),
+        f"{path} ({format_name}), {len(tensors)} tensors",
+        str(plan),
         f"file system: {fstype or 'unknown'}{', over a network' if network else ''}",
     ]
     lines.append(
@@ -122,8 +151,6 @@ def explain(store: TensorStore) -> str:
         cold = [tensor.name for tensor in mapped if tensor.prefetching]
         lines.append(f"announcing rows: {how}; " + (f"on for {', '.join(cold)}" if cold else "off, all in memory"))
         lines.append("page advice: " + "; ".join(f"{tensor.name} {tensor.advice}" for tensor in mapped))
-    lines.append(
-        "manifest: "
-        + ("none" if store.manifest is None else f"vouches for {', '.join(store.manifest.verified) or 'no check yet'}")
-    )
+    checks = "none" if manifest is None else f"records {', '.join(manifest.verified) or 'no check yet'}"
+    lines.append(f"manifest: {checks}")
     return "\n".join(lines)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.formats.files import dtype_name
+from jasper_store.memory.sizes import nbytes_of
 
 if TYPE_CHECKING:
     from typing import NoReturn, TypeGuard
@@ -37,9 +39,9 @@ def check_options(
     num_workers: int = 0,
     any_mapped: bool | None = None,
     dtype: torch.dtype | None = None,
-    memory_limit: int | None = None,
-) -> None:
-    """Refuse options that cannot hold together. Needs no CUDA on the machine and initialises none.
+    memory_limit: int | str | None = None,
+) -> int | None:
+    """Refuse options that are incompatible. Needs no CUDA on the machine and initialises none.
 
     Call it with what the user asked for before anything is opened, and again with ``any_mapped`` and the plan's
     device once a plan is known.
@@ -51,12 +53,16 @@ def check_options(
         num_workers: of the loader.
         any_mapped: whether the plan maps anything that a batch reads; ``None`` before there is a plan.
         dtype: floating dtype to convert to while loading.
-        memory_limit: bytes.
+        memory_limit: bytes, or a text such as ``"8GiB"``.
+
+    Returns:
+        ``memory_limit`` in bytes.
 
     Raises:
         IncompatibleOptionsError: naming both options and what to change.
     """
-    _check_types(use_mmap, pin_memory, num_workers, dtype, memory_limit)
+    _check_types(use_mmap, pin_memory, num_workers, dtype)
+    limit = None if memory_limit is None else nbytes_of(memory_limit, "memory_limit")
     device = normalize_device(device)
     if is_cuda(device):
         if use_mmap or any_mapped:
@@ -88,8 +94,9 @@ def check_options(
         _refuse(
             f"use_mmap=True with dtype={dtype}",
             "a map shows the bytes as they are stored, and dtype converts them while loading",
-            f"use_mmap=None or False with dtype, or convert the files once (jasper-store convert --dtype {_word(dtype)})",
+            f"use_mmap=None or False with dtype, or convert the files once (jasper-store convert --dtype {dtype_name(dtype)})",
         )
+    return limit
 
 
 def resolve_pin_memory(pin_memory: bool | None, *, any_mapped: bool, device: str | None, cuda_available: bool) -> bool:
@@ -117,8 +124,8 @@ def is_cuda(device: str | None) -> TypeGuard[str]:
     return device is not None and device.startswith("cuda")
 
 
-def _check_types(use_mmap: Any, pin_memory: Any, num_workers: Any, dtype: Any, memory_limit: Any) -> None:
-    """Types, where a wrong one would otherwise be taken for true or false."""
+def _check_types(use_mmap: Any, pin_memory: Any, num_workers: Any, dtype: Any) -> None:
+    """Refuse types that would otherwise be read as true or false."""
     for name, value in (("use_mmap", use_mmap), ("pin_memory", pin_memory)):
         if value is not None and not isinstance(value, bool):
             msg = f"{name}={value!r}: expected None, True or False"
@@ -127,18 +134,9 @@ def _check_types(use_mmap: Any, pin_memory: Any, num_workers: Any, dtype: Any, m
         msg = f"num_workers={num_workers!r}: expected a number of processes, 0 or more"
         raise IncompatibleOptionsError(msg)
     if dtype is not None and dtype not in NARROW:
-        names = ", ".join(sorted(_word(d) for d in NARROW))
+        names = ", ".join(sorted(dtype_name(d) for d in NARROW))
         msg = f"dtype={dtype!r}: expected one of torch's {names}; only floating tensors are converted"
         raise IncompatibleOptionsError(msg)
-    if memory_limit is not None and (
-        not isinstance(memory_limit, int) or isinstance(memory_limit, bool) or memory_limit < 0
-    ):
-        msg = f"memory_limit={memory_limit!r}: expected a number of bytes, 0 or more, e.g. 8 * 2**30"
-        raise IncompatibleOptionsError(msg)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _refuse(what: str, why: str, remedy: str) -> NoReturn:

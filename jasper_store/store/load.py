@@ -8,7 +8,7 @@ import torch
 
 from jasper_store.formats.base import Chunked, Extent, Inline
 from jasper_store.paging import preload
-from jasper_store.store.tensors import BLOCK_NBYTES, span_nbytes
+from jasper_store.store.tensors import block_rows, span_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,12 +87,3 @@ def _unpack(spec: TensorSpec, out: torch.Tensor, on_bytes: Callable[[int], None]
                 on_bytes((stop - start) * spec.row_nbytes)
     finally:
         reader.close()
-
-
-def block_rows(spec: TensorSpec) -> int:
-    """Rows of a block that is about 8 MiB and ends where a chunk ends, so that no chunk is unpacked twice."""
-    rows = max(1, BLOCK_NBYTES // max(spec.row_nbytes, 1))
-    shape = spec.location.chunk_shape if isinstance(spec.location, Chunked) else None
-    if not shape:
-        return rows
-    return max(rows // shape[0], 1) * shape[0]

@@ -1,4 +1,4 @@
-"""From located tensors to a plan: measures the machine, asks the mount table, and says what will be slow."""
+"""From located tensors to a plan: measures the memory, reads the mount table, and warns of slow layouts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.formats.base import Chunked, Extent, Inline
+from jasper_store.formats.files import dtype_name
 from jasper_store.memory.budget import device_budget, format_bytes, measure
 from jasper_store.memory.mounts import file_system
 from jasper_store.paging.mapping import mappable
+from jasper_store.store.assignment import make_auto_plan, make_plan
 from jasper_store.store.guard import NARROW, is_cuda, normalize_device
 from jasper_store.store.mapped import rows_are_runs, why_not_mappable
-from jasper_store.store.placement import Item, make_auto_plan, make_plan
+from jasper_store.store.placement import Item
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +105,7 @@ def _remarks(spec: TensorSpec, target: torch.dtype) -> list[str]:
     remarks = []
     location = spec.location
     if target != spec.dtype:
-        remarks.append(f"{_word(spec.dtype)} to {_word(target)}")
+        remarks.append(f"{dtype_name(spec.dtype)} to {dtype_name(target)}")
     if isinstance(location, Extent):
         if not mappable(location.offset, spec.dtype):
             remarks.append(f"not aligned in its file (byte {location.offset:,})")
@@ -114,10 +116,6 @@ def _remarks(spec: TensorSpec, target: torch.dtype) -> list[str]:
         filters = location.filters or "no filter"
         remarks.append(f"chunks of {format_bytes(chunk)}, {filters}" if chunk else filters)
     return remarks
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _chunk_nbytes(spec: TensorSpec) -> int:
@@ -143,7 +141,7 @@ def _slow(specs: Sequence[TensorSpec], plan: Plan) -> list[str]:
         if placement == "mmap" and not rows_are_runs(spec) and spec.nbytes > _DWARFS_NBYTES:
             texts.append(
                 f"{spec.name}: rows are scattered over {spec.path} (Fortran order, or a saved view), so a row of "
-                f"{format_bytes(spec.row_nbytes)} touches many pages and cannot be announced; convert it "
+                f"{format_bytes(spec.row_nbytes)} touches many pages and cannot be prefetched; convert it "
                 "(jasper-store convert DIR), or preload it (use_mmap=False)"
             )
     return texts

@@ -7,41 +7,48 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
+from jasper_store.files.fingerprint import FileIdentity
 from jasper_store.formats.base import Inline, Schema
-from jasper_store.formats.registry import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import torch
 
     from jasper_store.formats.base import FormatName, TensorSpec
-    from jasper_store.store.store import TensorStore
 
-__all__ = ["ReopenSpec", "digest_of", "same", "stats_of"]
-
-
-def stats_of(specs: Sequence[TensorSpec]) -> dict[Path, tuple[int, int]]:
-    """Size and modification time of every file, as they are when it is opened."""
-    found = {}
-    for path in dict.fromkeys(spec.path for spec in specs):
-        facts = path.stat()
-        found[path] = (facts.st_size, facts.st_mtime_ns)
-    return found
+__all__ = ["ReopenSpec", "digest_of", "identities_of"]
 
 
-def digest_of(specs: Sequence[TensorSpec], stats: Mapping[Path, tuple[int, int]]) -> str:
-    """Short text that changes whenever a file does, or where a tensor lies in it."""
+def identities_of(specs: Sequence[TensorSpec]) -> dict[Path, FileIdentity]:
+    """Identity of every file that the tensors lie in, as it is now."""
+    return {path: FileIdentity.of(path) for path in dict.fromkeys(spec.path for spec in specs)}
+
+
+def digest_of(specs: Sequence[TensorSpec], identities: Mapping[Path, FileIdentity]) -> str:
+    """Short text that changes whenever a file does, or where a tensor lies in it; the same on every node."""
     digest = xxhash.xxh3_64()
     for spec in sorted(specs, key=lambda spec: spec.name):
         location = "" if isinstance(spec.location, Inline) else repr(spec.location)
-        digest.update(repr((spec.name, str(spec.dtype), spec.shape, location, stats[spec.path])).encode())
+        found = identities[spec.path]
+        # Other nodes number the inodes and devices of a shared file system in their own way.
+        facts = (spec.name, str(spec.dtype), spec.shape, location, (found.size, found.mtime_ns))
+        digest.update(repr(facts).encode())
     return digest.hexdigest()
 
 
 class ReopenSpec:
-    """How to open a store again in another process; what a store and its tensors pickle as. Small at any size."""
+    """How to open a store again in another process; what a store and its tensors pickle as. Small at any size.
+
+    Attributes:
+        path: the directory or file.
+        format: the format that was chosen.
+        schema: what is known of the names.
+        dtype: floating dtype that the store was opened with.
+        digest: :func:`digest_of` the files; another one is refused on opening.
+        on_device: whether anything is resident on a CUDA device, which cannot be sent.
+    """
 
     def __init__(
         self,
@@ -50,13 +57,30 @@ class ReopenSpec:
         schema: Schema,
         dtype: torch.dtype | None,
         digest: str,
+        *,
+        opener: Callable[[ReopenSpec], Any],
     ) -> None:
+        """``opener`` is a module's function that opens the store; given, because this file may not import the store."""
         self.path = path
         self.format = format
         self.schema = schema
         self.dtype = dtype
         self.digest = digest
         self.on_device = False
+        self._opener = opener
+
+    def check(self, digest: str) -> None:
+        """Compare the files' digest with the one that was sent.
+
+        Raises:
+            CorruptFileError: they differ.
+        """
+        if digest != self.digest:
+            msg = (
+                f"{self.path}: the files changed after the store was opened, so this process would see other data than "
+                "the one that sent it; open the dataset again, then start the workers"
+            )
+            raise CorruptFileError(msg, path=self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.on_device:
@@ -73,33 +97,16 @@ class ReopenSpec:
             self.schema.stacks,
             self.schema.optional,
         )
-        return (_reopen, (self.path, self.format, schema, self.dtype, self.digest))
+        return (_opened, (self.path, self.format, schema, self.dtype, self.digest, self._opener))
 
 
-def _reopen(
+def _opened(
     path: Path,
     format: FormatName,  # noqa: A002
     schema_parts: tuple[Any, ...],
     dtype: torch.dtype | None,
     digest: str,
-) -> TensorStore:
-    """Open a store where it was unpickled: everything that can be is mapped, and nothing is said twice."""
-    from jasper_store.store.planning import plan_for
-    from jasper_store.store.store import TensorStore
-
-    schema = Schema(*schema_parts)
-    located = locate(path, format, schema)
-    stats = stats_of(located.specs)
-    if digest_of(located.specs, stats) != digest:
-        msg = (
-            f"{path}: the files changed after the store was opened, so this process would see other data than the one "
-            "that sent it; open the dataset again, then start the workers"
-        )
-        raise CorruptFileError(msg, path=path)
-    plan = plan_for(located, schema, use_mmap=True, dtype=dtype)
-    return TensorStore(ReopenSpec(path, format, schema, dtype, digest), located, plan, stats=stats)
-
-
-def same(store: TensorStore) -> TensorStore:
-    """What a store's pickle calls on what its recipe became."""
-    return store
+    opener: Callable[[ReopenSpec], Any],
+) -> Any:
+    """The store, where its specification was unpickled."""
+    return opener(ReopenSpec(path, format, Schema(*schema_parts), dtype, digest, opener=opener))

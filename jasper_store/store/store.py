@@ -19,13 +19,13 @@ from jasper_store.errors import (
 )
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import base_name, locate
-from jasper_store.store import manifest as manifests
+from jasper_store.store import manifest_file
 from jasper_store.store.build import Builder, Progress
-from jasper_store.store.explain import explain, memory_of
+from jasper_store.store.explain import explain, memory_of, summary
 from jasper_store.store.guard import check_options
 from jasper_store.store.planning import plan_for
 from jasper_store.store.ragged import RaggedTensor
-from jasper_store.store.reopen import ReopenSpec, digest_of, same, stats_of
+from jasper_store.store.reopen import ReopenSpec, digest_of, identities_of
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from jasper_store.files.fingerprint import FileIdentity
     from jasper_store.formats.base import FormatName, TensorSpec
     from jasper_store.formats.registry import Located
     from jasper_store.store.explain import StoreMemory
+    from jasper_store.store.manifest import Manifest
     from jasper_store.store.placement import Plan
 
 __all__ = ["Progress", "TensorStore", "open_store", "plan_store"]
@@ -49,7 +51,7 @@ def open_store(
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
     device: str | torch.device | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     schema: Schema | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
@@ -67,7 +69,8 @@ def open_store(
         use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
         device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
             onto the device; ``"auto"`` the device if everything fits there, else the host.
-        memory_limit: bytes; one more upper bound on what is loaded (of which the budget takes 0.8).
+        memory_limit: bytes, or a text such as ``"8GiB"``; one more upper bound on what is loaded (of which the
+            budget takes 0.8).
         schema: what is known of the names; by default every tensor is read once per sample.
         dtype: floating dtype that floating tensors of two or more dimensions are converted to, with
             ``Tensor.to``'s rounding. Loaded tensors are converted while they are read and held in it. One that the
@@ -80,32 +83,34 @@ def open_store(
         A :class:`TensorStore`; close it, or use it in a ``with`` statement.
 
     Raises:
-        IncompatibleOptionsError: options that cannot hold together; before anything is touched.
+        IncompatibleOptionsError: options that are incompatible; before anything is touched.
         DatasetNotFoundError: no such path, or no tensors there.
-        CorruptFileError: a file is damaged, or is not the one that the manifest vouches for.
+        CorruptFileError: a file is damaged, or is not the one that the manifest records.
         InsufficientMemoryError: what must be loaded does not fit; before anything is loaded.
 
     Warns:
         PerformanceWarning: what was asked for works, but slowly; says what would make it fast.
         StaleDataWarning: a file is older than what it was made from.
     """
-    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
     # Absolute from here on: what a store pickles as is opened in another process, maybe in another directory.
     path = Path(path).absolute()
-    located, manifest, stale = _locate(path, format, schema)
-    stats = stats_of(located.specs)
+    located = locate(path, format, schema)
+    manifest, stale = manifest_file.read_and_check(path if path.is_dir() else path.parent, located)
+    identities = identities_of(located.specs)
     if describe is not None:
         schema = describe(located.specs)
-    plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+    plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
     if admit is not None:
         admit(plan)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
     for text in plan.warnings:
         warnings.warn(text, PerformanceWarning, stacklevel=3)
-    recipe = ReopenSpec(path, located.format, schema, dtype, digest_of(located.specs, stats))
-    return TensorStore(recipe, located, plan, manifest=manifest, stats=stats, progress=progress)
+    digest = digest_of(located.specs, identities)
+    reopen_spec = ReopenSpec(path, located.format, schema, dtype, digest, opener=_reopened)
+    return TensorStore(reopen_spec, located, plan, manifest=manifest, identities=identities, progress=progress)
 
 
 def plan_store(
@@ -114,31 +119,32 @@ def plan_store(
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
     device: str | torch.device | None = None,
-    memory_limit: int | None = None,
+    memory_limit: int | str | None = None,
     schema: Schema | None = None,
     dtype: torch.dtype | None = None,
     describe: Callable[[Sequence[TensorSpec]], Schema] | None = None,
 ) -> Plan:
     """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
-    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
     located = locate(Path(path).absolute(), format, schema)
     if describe is not None:
         schema = describe(located.specs)
-    return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=memory_limit, dtype=dtype)
+    return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
 
 
-def _locate(path: Path, format: str, schema: Schema) -> tuple[Located, manifests.Manifest | None, list[str]]:  # noqa: A002
-    """Tensors, manifest, and texts about stale files."""
-    located = locate(path, format, schema)
-    manifest = manifests.read(path if path.is_dir() else path.parent)
-    if manifest is None:
-        return located, None, list(located.warnings)
-    stale = manifest.check(located.specs)
-    # A manifest that knows what the files were made from judges by content; file times alone are a guess, and
-    # copying a directory shuffles them.
-    known = all(manifest.made_from_is_known(spec.path) for spec in located.specs)
-    return located, manifest, stale if known else [*stale, *located.warnings]
+def _reopened(spec: ReopenSpec) -> TensorStore:
+    """Open a store where it was unpickled: everything that can be is mapped, and no warning is given twice."""
+    located = locate(spec.path, spec.format, spec.schema)
+    identities = identities_of(located.specs)
+    spec.check(digest_of(located.specs, identities))
+    plan = plan_for(located, spec.schema, use_mmap=True, dtype=spec.dtype)
+    return TensorStore(spec, located, plan, identities=identities)
+
+
+def _same(store: TensorStore) -> TensorStore:
+    """What a store's pickle calls on what its :class:`ReopenSpec` became."""
+    return store
 
 
 class TensorStore(Mapping[str, StoredTensor]):
@@ -159,31 +165,33 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     def __init__(
         self,
-        recipe: ReopenSpec,
+        reopen_spec: ReopenSpec,
         located: Located,
         plan: Plan,
         *,
-        stats: Mapping[Path, tuple[int, int]],
-        manifest: manifests.Manifest | None = None,
+        identities: Mapping[Path, FileIdentity],
+        manifest: Manifest | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.path = recipe.path
+        self.path = reopen_spec.path
         self.format: FormatName = located.format
         self.plan = plan
         self.specs = located.specs
         self.manifest = manifest
-        self._recipe = recipe
-        self._stats = dict(stats)
+        self._reopen_spec = reopen_spec
+        self._identities = dict(identities)
         self._closed = False
         self.generation = 0
         self._tensors: dict[str, StoredTensor] = {}
         self._stacks: dict[tuple[str, ...], StoredTensor] = {}
-        recipe.on_device = plan.device is not None
+        reopen_spec.on_device = plan.device is not None
         with ExitStack() as undo:
             undo.callback(self.close)
-            tensors, self._stacks = Builder(plan, recipe.dtype, progress).build(located.specs, recipe.schema.stacks)
+            tensors, self._stacks = Builder(plan, reopen_spec.dtype, progress).build(
+                located.specs, reopen_spec.schema.stacks
+            )
             for tensor in tensors.values():
-                tensor.origin = recipe
+                tensor.origin = reopen_spec
             self._tensors = tensors
             undo.pop_all()
 
@@ -265,23 +273,23 @@ class TensorStore(Mapping[str, StoredTensor]):
         """Whether the manifest says that these very files passed a check before."""
         return self.manifest is not None and self.manifest.is_verified(self.specs, check)
 
-    def remember(self, checks: Sequence[str]) -> bool:
-        """Note in the manifest that the files passed some checks; a convenience that never fails.
+    def record_checks(self, checks: Sequence[str]) -> bool:
+        """Record in the manifest that the files passed some checks; a directory that cannot be written is no error.
 
         Returns:
-            Whether it was noted: not in a directory that cannot be written, and not if a file changed since the
+            Whether it was recorded: not in a directory that cannot be written, and not if a file changed since the
             store was opened (then it is not known which bytes were checked).
         """
         directory = self.path if self.path.is_dir() else self.path.parent
         try:
-            if stats_of(self.specs) != self._stats:
+            if identities_of(self.specs) != self._identities:
                 return False
         except OSError:
             return False
-        noted = manifests.remember(directory, self.specs, checks)
-        if noted:
-            self.manifest = manifests.read(directory)
-        return noted
+        recorded = manifest_file.record_checks(directory, self.specs, checks)
+        if recorded:
+            self.manifest = manifest_file.read(directory)
+        return recorded
 
     # --- files that change ------------------------------------------------------------------------------------
 
@@ -296,13 +304,13 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         for name in names:
             self[name]  # unknown names are refused before a file is opened
-        found = {spec.name: spec for spec in locate(self.path, self.format, self._recipe.schema).specs}
+        found = {spec.name: spec for spec in locate(self.path, self.format, self._reopen_spec.schema).specs}
         for name in names:
             if name not in found:
                 msg = f"{self.path}: {name} is no longer there ({self.format}); the one in use stays"
                 raise DatasetNotFoundError(msg, path=self.path, tensor=name)
         fresh: dict[str, StoredTensor] = {}
-        builder = Builder(self.plan, self._recipe.dtype)
+        builder = Builder(self.plan, self._reopen_spec.dtype)
         try:
             for name in names:
                 fresh[name] = builder.open(found[name])
@@ -312,10 +320,10 @@ class TensorStore(Mapping[str, StoredTensor]):
             raise
         return fresh
 
-    def adopt(self, tensors: Mapping[str, StoredTensor]) -> None:
-        """Put reopened tensors in the place of those of the same name, all at once.
+    def replace(self, tensors: Mapping[str, StoredTensor]) -> None:
+        """Replace tensors by reopened ones of the same name, all at once.
 
-        The old ones are let go, not closed: a thread that is reading from one finishes.
+        The old ones are not closed here, so that a thread that is reading from one can finish.
         """
         self._require_open()
         self._tensors = {**self._tensors, **tensors}
@@ -323,9 +331,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         self._stacks = {names: stack for names, stack in self._stacks.items() if not tensors.keys() & set(names)}
         self.specs = tuple(self._tensors[spec.name].spec for spec in self.specs)
         for tensor in tensors.values():
-            tensor.origin = self._recipe
-        self._stats = stats_of(self.specs)
-        self._recipe.digest = digest_of(self.specs, self._stats)
+            tensor.origin = self._reopen_spec
+        self._identities = identities_of(self.specs)
+        self._reopen_spec.digest = digest_of(self.specs, self._identities)
 
     # --- what a person wants to know --------------------------------------------------------------------------
 
@@ -335,9 +343,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         return {name: tensor.residency() for name, tensor in self._tensors.items()}
 
     def explain(self) -> str:
-        """The plan in words, the file system, how rows are announced and pages advised, and what is vouched for."""
+        """The plan in words, the file system, how rows are prefetched, and which checks the manifest records."""
         self._require_open()
-        return explain(self)
+        return explain(self.path, self.format, self.plan, self.manifest, self._tensors)
 
     def memory_report(self) -> StoreMemory:
         """What this process holds as anonymous, file and shared memory, and each tensor of it and of the page cache.
@@ -346,7 +354,7 @@ class TensorStore(Mapping[str, StoredTensor]):
             ClosedError: the store was closed.
         """
         self._require_open()
-        return memory_of(self)
+        return memory_of(self._tensors)
 
     def release(self) -> None:
         """Ask the system to take back the page-cache pages of all tensors; they are read again when needed."""
@@ -357,8 +365,11 @@ class TensorStore(Mapping[str, StoredTensor]):
     def __repr__(self) -> str:
         if self._closed:
             return f"TensorStore({str(self.path)!r}, closed)"
-        places = dict.fromkeys(entry.placement for entry in self.plan.entries)
-        return f"TensorStore({str(self.path)!r}, {self.format}, {len(self._tensors)} tensors in {', '.join(places)})"
+        return summary(self.path, self.format, self._tensors)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What a notebook offers after ``store["``."""
+        return list(self._tensors)
 
     # --- end --------------------------------------------------------------------------------------------------
 
@@ -395,4 +406,4 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._require_open()
-        return (same, (self._recipe,))
+        return (_same, (self._reopen_spec,))

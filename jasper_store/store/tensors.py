@@ -26,6 +26,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import Dataset
 
 from jasper_store.errors import ClosedError, IncompatibleOptionsError, InsufficientMemoryError
 from jasper_store.memory.budget import format_bytes, measure
@@ -33,16 +34,17 @@ from jasper_store.paging import residency
 from jasper_store.store.rows import as_rows, wrap_negative
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
+    from torch.utils.data import ConcatDataset
 
     from jasper_store.formats.base import TensorSpec
     from jasper_store.native.gather import Source
     from jasper_store.store.rows import Rows
 
-__all__ = ["BLOCK_NBYTES", "StoredTensor", "file_range", "span_nbytes"]
+__all__ = ["BLOCK_NBYTES", "StoredTensor", "block_rows", "file_range", "span_nbytes"]
 
 BLOCK_NBYTES = 8 << 20
 """Bytes per block of a sequential scan, unless the caller says how many rows."""
@@ -50,8 +52,11 @@ BLOCK_NBYTES = 8 << 20
 _SURELY_FITS = 64 << 20
 
 
-class StoredTensor(ABC):
-    """A named tensor of a store: rows on demand.
+class StoredTensor(Dataset[torch.Tensor], ABC):
+    """A named tensor of a store: rows on demand. Also a map-style dataset whose samples are its rows.
+
+    So ``torch.utils.data.StackDataset(emb=store["embs"], y=store["labels"])`` is a dataset of both; a DataLoader
+    gathers the rows of a batch at once. Batches of many tensors are faster through the loaders of this package.
 
     Attributes:
         name: its name in the store.
@@ -150,7 +155,7 @@ class StoredTensor(ABC):
         """Rows start to stop, [stop - start, ...]: a view where there is one. Both are inside."""
 
     def _part(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start to stop of a sequential scan, which has announced them already."""
+        """Rows start to stop of a sequential scan, which has prefetched them already."""
         return self._rows(start, stop)
 
     @abstractmethod
@@ -159,7 +164,7 @@ class StoredTensor(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the data; views stay valid and hold it as long as they live. May be called twice."""
+        """Release the data; views stay valid and hold it as long as they live. May be called twice."""
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """Row of an int, rows of a slice or of a 1-D index; negative ones count from the end.
@@ -192,6 +197,19 @@ class StoredTensor(ABC):
             raise IndexError(msg)
         row %= self.n_rows
         return self._rows(row, row + 1)[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Rows of a batch for a DataLoader, gathered at once: views of one owned tensor.
+
+        Raises:
+            IndexError, ClosedError: as ``[...]``.
+        """
+        return list(self[list(indices)].unbind())
+
+    def __add__(self, other: Dataset[torch.Tensor]) -> ConcatDataset[torch.Tensor]:
+        """The rows of two datasets one after the other, as for any Dataset; it is not arithmetic."""
+        operand: Any = other  # a number, where a caller takes "+" for arithmetic
+        return super().__add__(other) if isinstance(operand, Dataset) else NotImplemented
 
     def _require_dims(self, index: Any) -> Any:
         if not self.shape:
@@ -227,11 +245,11 @@ class StoredTensor(ABC):
             if drop_behind:
                 self._scan_behind(start, stop)
 
-    def _scan_ahead(self, start: int, stop: int) -> None:  # noqa: B027 - nothing to do is an answer
+    def _scan_ahead(self, start: int, stop: int) -> None:
         """Rows that a sequential scan reads now and next."""
 
-    def _scan_behind(self, start: int, stop: int) -> None:  # noqa: B027
-        """Rows that a sequential scan is done with."""
+    def _scan_behind(self, start: int, stop: int) -> None:
+        """Rows that a sequential scan has finished."""
 
     def announce(self, rows: Rows) -> None:  # noqa: ARG002 - there is nothing to announce for data in memory
         """Ask the kernel to read these rows in, and return at once; only mapped data has anything to ask for.
@@ -249,7 +267,7 @@ class StoredTensor(ABC):
         return False
 
     def drop_runs(self, starts: np.ndarray, stops: np.ndarray) -> None:  # noqa: ARG002 - as announce
-        """Let the system have the pages of many runs of rows again; they are read anew when needed.
+        """Drop the pages of many runs of rows; they are read again when needed.
 
         Args:
             starts: first row of each run, integers [k]; as far as they are in the range of rows.
@@ -271,7 +289,7 @@ class StoredTensor(ABC):
         return residency.cached_bytes(self.path, offset, nbytes) or 0
 
     def drop(self) -> None:
-        """Ask the page cache to let go of its bytes; they are read again when needed.
+        """Drop its bytes from the page cache; they are read again when needed.
 
         Raises:
             ClosedError: the store was closed.
@@ -326,3 +344,17 @@ def span_nbytes(spec: TensorSpec) -> int:
     if strides is None or 0 in spec.shape:
         return spec.nbytes
     return (1 + sum((n - 1) * s for n, s in zip(spec.shape, strides, strict=True))) * spec.dtype.itemsize
+
+
+def block_rows(spec: TensorSpec, nbytes: int = BLOCK_NBYTES) -> int:
+    """Rows of a block of about ``nbytes``, at least one; blocks of chunked data hold whole chunks.
+
+    A chunk that the end of a block cuts would be read and unpacked twice.
+    """
+    from jasper_store.formats.base import Chunked
+
+    chunk_shape = spec.location.chunk_shape if isinstance(spec.location, Chunked) else None
+    if chunk_shape:
+        chunk = max(chunk_shape[0], 1)
+        return max(nbytes // max(spec.row_nbytes * chunk, 1), 1) * chunk
+    return max(nbytes // spec.row_nbytes, 1) if spec.row_nbytes else max(spec.n_rows, 1)

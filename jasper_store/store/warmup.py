@@ -1,18 +1,19 @@
 """Reading mapped tensors into the page cache before training does, one bounded window at a time.
 
-Each window of 64 MiB is announced one ahead and then populated (MADV_POPULATE_READ), or read where there is no such
-call. Everything that the tensors hold of the page cache, pages that were there before included, counts against the
-budget, so that the end of a warm-up never evicts its beginning; what no longer fits is left alone and named.
+Each window of 64 MiB is prefetched while the one before it is read, then populated (MADV_POPULATE_READ), or read
+where there is no such call. Everything that the tensors hold of the page cache, pages that were there before included,
+counts against the budget, so that the end of a warm-up never evicts its beginning; what no longer fits is not read,
+and the report names it.
 
-Ranks of one node share the page cache. They take turns at a lock file; the first one reads, the others find the
-pages there and only enter them in their own page tables.
+Ranks of one node share the page cache, so one rank at a time holds a lock file and warms. The first one reads; the
+others find the pages there and only enter them in their own page tables.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
+import math
 import os
 import tempfile
 import time
@@ -23,7 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from jasper_store.errors import UnknownNameError
+from jasper_store.files.fingerprint import FileIdentity
+from jasper_store.files.lock import exclusive
 from jasper_store.memory.budget import format_bytes, measure
+from jasper_store.memory.sizes import nbytes_of
 from jasper_store.paging import preload, residency
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.mapped import MappedTensor
@@ -137,7 +141,7 @@ def warm(
     store: TensorStore,
     *,
     tensors: Collection[str] | None = None,
-    budget: int | None = None,
+    budget: int | str | None = None,
     progress: Progress | None = None,
 ) -> WarmupReport:
     """Bring tensors into the page cache.
@@ -146,7 +150,7 @@ def warm(
         store: an open store.
         tensors: names, in the order to warm them; by default all that are mapped or chunked, those that a sample
             reads most of per byte first.
-        budget: bytes of the page cache that they may take altogether; by default 0.8 of what this process may use,
+        budget: bytes of the page cache that they may take altogether, or a text such as ``"8GiB"``; by default 0.8 of what this process may use,
             measured again after every GiB.
         progress: called with (bytes done, bytes in all).
 
@@ -155,11 +159,12 @@ def warm(
 
     Raises:
         UnknownNameError: the store has no such tensor.
+        IncompatibleOptionsError: ``budget`` is not a size.
         ClosedError: the store was closed.
     """
     begin = time.perf_counter()
     targets = _targets(store, tensors)
-    limit = _Limit(budget)
+    limit = _Limit(None if budget is None else nbytes_of(budget, "budget"))
     jobs = [_Job(tensor) for tensor in targets]
     seen: set[Path] = set()
     for job in jobs:
@@ -201,7 +206,7 @@ class _Limit:
     def __init__(self, budget: int | None) -> None:
         self._fixed = budget is not None
         # The page cache is shared by all ranks of a node, so theirs is not a part each.
-        self.nbytes = self._measured() if budget is None else max(budget, 0)
+        self.nbytes = self._measured() if budget is None else budget
         self._taken = 0
         self._windows = 0
 
@@ -214,7 +219,7 @@ class _Limit:
         """Count a window; False if it no longer fits."""
         self._windows += 1
         if not self._fixed and self._windows % _REMEASURE == 0:
-            # Pages read so far count as available; what has gone missing, somebody else is using.
+            # Pages read so far count as available; what is missing is used by another process.
             self.nbytes = min(self.nbytes, self._measured())
         if self._taken + nbytes > self.nbytes:
             return False
@@ -291,25 +296,18 @@ class _Waited:
 
 @contextlib.contextmanager
 def _turn(path: Path) -> Iterator[_Waited]:
-    """Wait until no other process of this node is warming the same files."""
-    waited = _Waited()
-    try:
-        import fcntl
-    except ImportError:  # Windows: every process reads; the page cache is shared all the same
-        yield waited
-        return
-    facts = path.stat()
-    key = hashlib.sha1(f"{facts.st_dev}:{facts.st_ino}".encode(), usedforsecurity=False).hexdigest()[:16]
-    lock = Path(tempfile.gettempdir()) / f"jasper_store-warm-{os.getuid()}-{key}.lock"
+    """Wait until no other process or thread of this node is warming the same files."""
+    identity = FileIdentity.of(path)
+    begin = time.perf_counter()
     with contextlib.ExitStack() as stack:
         try:
-            fd = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        except OSError:  # no place for a lock file: warming twice is slower, not wrong
-            yield waited
-            return
-        stack.callback(os.close, fd)
-        begin = time.perf_counter()
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        waited.seconds = time.perf_counter() - begin
-        yield waited
+            lock = Path(tempfile.gettempdir()) / f"jasper_store-warm-{_user()}-{identity.device}-{identity.inode}.lock"
+            stack.enter_context(exclusive(lock, f"warming {path}", wait=math.inf, warn=False))
+        except OSError:
+            pass  # no place for a lock file: warming twice is slower, not wrong
+        yield _Waited(time.perf_counter() - begin)
+
+
+def _user() -> int:
+    """Number of the user, so that users who share a temporary directory do not lock each other out."""
+    return os.getuid() if hasattr(os, "getuid") else 0

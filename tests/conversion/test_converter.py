@@ -13,7 +13,7 @@ import h5py
 import pytest
 import torch
 
-from jasper_store.conversion.checksum import checksum, checksum_of
+from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.converter import convert
 from jasper_store.errors import (
     ConversionError,
@@ -25,10 +25,12 @@ from jasper_store.errors import (
 )
 from jasper_store.files.lock import LOCK_NAME, exclusive
 from jasper_store.formats.registry import locate
-from jasper_store.store import manifest
+from jasper_store.store import manifest_file
+from jasper_store.store.manifest import MANIFEST_NAME
 from tests.conversion.samples import (
     FORMAT_NAMES,
     SCHEMA,
+    checksum_of,
     checksums,
     expected,
     read_by_others,
@@ -103,7 +105,7 @@ def test_the_default_is_safetensors_in_the_same_directory(source):
 
 def test_one_file_and_an_hdf5_file_name(source, tmp_path):
     convert(source / "embs.pt", tmp_path / "out", "npy")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["embs.npy", manifest.MANIFEST_NAME]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["embs.npy", MANIFEST_NAME]
     convert(source, tmp_path / "there" / "all.h5", "hdf5", schema=SCHEMA)
     with h5py.File(tmp_path / "there" / "all.h5") as file:
         assert file["embeddings/all"].shape == (33, 7)
@@ -123,12 +125,12 @@ def test_a_second_run_skips_everything(source):
 
 
 @pytest.mark.parametrize("fmt", FORMAT_NAMES)
-def test_right_targets_that_nobody_vouches_for_are_compared_and_adopted(in_every_format, tmp_path, fmt):
+def test_right_targets_without_an_entry_are_compared_and_recorded(in_every_format, tmp_path, fmt):
     convert(in_every_format["pt"], tmp_path, fmt, schema=SCHEMA)
-    (tmp_path / manifest.MANIFEST_NAME).unlink()
+    (tmp_path / MANIFEST_NAME).unlink()
     report = convert(in_every_format["pt"], tmp_path, fmt, schema=SCHEMA)
     assert all(row.skipped for row in report.tensors)
-    found = manifest.read(tmp_path)
+    found = manifest_file.read(tmp_path)
     assert found is not None
     assert {name for entry in found.files.values() for name in entry.tensors} == expected().keys()
 
@@ -374,14 +376,14 @@ def test_other_json_files_come_along(source, tmp_path):
 
 def test_the_manifest_says_what_was_written_from_what(source, tmp_path):
     convert(source, tmp_path / "out")
-    found = manifest.read(tmp_path / "out")
+    found = manifest_file.read(tmp_path / "out")
     assert found is not None
     entry = found.files["embs.safetensors"]
-    assert entry.stamp.matches(tmp_path / "out" / "embs.safetensors")
+    assert entry.fingerprint.matches(tmp_path / "out" / "embs.safetensors")
     assert entry.tensors["embs"].shape == (33, 7)
     assert entry.tensors["embs"].xxh3_128 == checksum_of(expected()["embs"])
     assert [item.path for item in entry.made_from] == ["../pt/embs.pt"]
-    assert entry.made_from[0].stamp.matches(source / "embs.pt")
+    assert entry.made_from[0].fingerprint.matches(source / "embs.pt")
 
 
 def test_a_destination_behind_a_link_is_recognised_again(source, tmp_path):
@@ -390,7 +392,7 @@ def test_a_destination_behind_a_link_is_recognised_again(source, tmp_path):
     convert(source, tmp_path / "link")
     assert all(row.skipped for row in convert(source, tmp_path / "link").tensors)
     assert all(row.skipped for row in convert(source, tmp_path / "deep" / "down").tensors)
-    found = manifest.read(tmp_path / "link")
+    found = manifest_file.read(tmp_path / "link")
     assert found is not None
     assert found.check(locate(tmp_path / "link", "auto", SCHEMA).specs) == []
 
@@ -482,10 +484,10 @@ def test_a_commit_cut_between_its_renames_is_completed(tmp_path, monkeypatch, re
         patch.setattr(Path, "replace", cut)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, overwrite=True)
-    vouched = manifest.read(out)
-    assert vouched is not None
+    recorded = manifest_file.read(out)
+    assert recorded is not None
     with pytest.raises(CorruptFileError):
-        vouched.check(locate(out, "auto", SCHEMA).specs)
+        recorded.check(locate(out, "auto", SCHEMA).specs)
     report = convert(source, out, overwrite=True)
     assert all(row.skipped for row in report.tensors)
     assert all((value == 1).all() for value in read_by_others(out, "safetensors").values())

@@ -20,14 +20,15 @@ import pytest
 import torch
 
 from jasper_store.conversion import rows, run as convert_run, writer as convert_writer
-from jasper_store.conversion.checksum import checksum, checksum_of
+from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.converter import convert, finish_interrupted
-from jasper_store.conversion.writer import DatasetWriter
+from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
-from jasper_store.store import manifest
-from tests.conversion.samples import FORMAT_NAMES, write_pt
+from jasper_store.store import manifest_file
+from jasper_store.store.manifest import MANIFEST_NAME
+from tests.conversion.samples import FORMAT_NAMES, checksum_of, write_pt
 
 SHAPE = (10_000, 20)
 NAMES = ("a", "b", "c")
@@ -97,9 +98,9 @@ def state(directory: Path) -> set[float] | None:
     """The values of a dataset as it opens; ``None`` if it does not open. A tensor of mixed values has two."""
     try:
         found = locate(directory, "auto", Schema())
-        vouched = manifest.read(directory)
-        if vouched is not None:
-            vouched.check(found.specs)
+        recorded = manifest_file.read(directory)
+        if recorded is not None:
+            recorded.check(found.specs)
     except (DatasetNotFoundError, CorruptFileError):
         return None
     whole = {checksum_of(torch.full(SHAPE, value)): value for value in (0.0, 1.0)}
@@ -132,7 +133,7 @@ def convert_over(root: Path, fmt: str) -> Scene:
 
 def write_over(root: Path, fmt: str) -> Scene:
     def restore() -> None:
-        with DatasetWriter(root / "set", overwrite=True) as writer:
+        with DirectoryWriter(root / "set", overwrite=True) as writer:
             for name in NAMES:
                 writer.append(name, torch.zeros(SHAPE))
 
@@ -160,7 +161,7 @@ def kill_at_random(zygote: Zygote, root: Path, scene: str, times: int, seed: int
         if killed == times:
             break
         if scene == "convert, new":
-            for path in [*(root / "set").glob("*.npy"), root / "set" / manifest.MANIFEST_NAME]:
+            for path in [*(root / "set").glob("*.npy"), root / "set" / MANIFEST_NAME]:
                 path.unlink(missing_ok=True)
         restore()
         killed += zygote.killed(rng.uniform(0, lasts), **options)
@@ -254,7 +255,7 @@ def test_a_write_that_is_refused_leaves_the_old_data(tmp_path, fmt):
 
 @pytest.mark.parametrize("fmt", FORMAT_NAMES)
 def test_a_writer_that_is_refused_leaves_nothing(tmp_path, fmt):
-    writer = DatasetWriter(tmp_path / "set", fmt)
+    writer = DirectoryWriter(tmp_path / "set", fmt)
     writer.append("a", torch.zeros(3))
 
     def fill() -> None:
@@ -277,7 +278,7 @@ def test_a_full_disk(tmp_path, fmt, unasked):
         # What was proven before the disk was full is kept for the next run, and nothing half.
         assert not (disk / "set").exists() or hidden(disk / "set") == []
         assert state(tmp_path / "pt") == {1.0}
-        writer = DatasetWriter(disk / "other", fmt)
+        writer = DirectoryWriter(disk / "other", fmt)
 
         def fill() -> None:
             for _ in range(100):
@@ -311,7 +312,7 @@ def test_a_read_only_disk(tmp_path):
         with pytest.raises(ConversionError, match="expected to be able to write"):
             convert(source, disk / "new")
         with pytest.raises(ConversionError, match="expected to be able to write"):
-            DatasetWriter(disk / "new")
+            DirectoryWriter(disk / "new")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the read-only mount is root's test of this")
@@ -321,7 +322,7 @@ def test_a_read_only_directory(tmp_path):
     with pytest.raises(ConversionError, match="expected to be able to write"):
         convert(source, tmp_path / "set")
     with pytest.raises(ConversionError, match="expected to be able to write"):
-        DatasetWriter(tmp_path / "set" / "new")
+        DirectoryWriter(tmp_path / "set" / "new")
 
 
 # ---- a source that changes
@@ -368,7 +369,7 @@ def test_a_failing_close_leaves_nothing(tmp_path, monkeypatch):
     def fail(*args: object) -> None:
         raise OSError(5, "Input/output error")
 
-    writer = DatasetWriter(tmp_path / "set")
+    writer = DirectoryWriter(tmp_path / "set")
     writer.append("a", torch.zeros(3))
     monkeypatch.setattr(convert_writer, "sync_file", fail)
     with pytest.raises(ConversionError, match="Input/output error"):

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, strategies as st
 
 from jasper_store.conversion import rows, writeback
-from jasper_store.conversion.checksum import Hasher, checksum, checksum_of
+from jasper_store.conversion.checksum import Hasher, checksum
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Extent, Inline, Schema, TensorSpec
 from jasper_store.formats.registry import FORMATS
-from tests.conversion.samples import same_bits
+from jasper_store.store.tensors import block_rows
+from tests.conversion.samples import checksum_of, same_bits
 
 
 def whole(spec: TensorSpec, nbytes: int) -> torch.Tensor:
@@ -68,8 +69,8 @@ def test_compressed_blocks_are_whole_chunks(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("a", data=np.arange(1000.0).reshape(100, 10), chunks=(7, 4), compression="gzip")
     (spec,) = FORMATS["hdf5"].locate(tmp_path / "a.h5", Schema())
-    assert rows.block_rows(spec, 1) == 7
-    assert rows.block_rows(spec, 80 * 21) == 21
+    assert block_rows(spec, 1) == 7
+    assert block_rows(spec, 80 * 21) == 21
     assert torch.equal(whole(spec, 80 * 21), torch.arange(1000.0, dtype=torch.float64).reshape(100, 10))
 
 

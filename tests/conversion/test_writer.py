@@ -1,4 +1,4 @@
-"""DatasetWriter: any order, unknown sizes, published whole or not at all."""
+"""DirectoryWriter: any order, unknown sizes, published whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_store.conversion.checksum import checksum_of
 from jasper_store.conversion.verify import verify_files
-from jasper_store.conversion.writer import DatasetWriter
-from jasper_store.errors import ClosedError, ConversionError, IncompatibleOptionsError, IntegrityError, UnknownNameError
+from jasper_store.conversion.writer import DirectoryWriter
+from jasper_store.errors import (
+    ClosedError,
+    ConversionError,
+    DatasetNotFoundError,
+    IncompatibleOptionsError,
+    IntegrityError,
+    UnknownNameError,
+)
 from jasper_store.files import atomic
-from jasper_store.store import manifest
-from tests.conversion.samples import FORMAT_NAMES, SCHEMA, expected, read_by_others, same_bits
+from jasper_store.store import manifest_file
+from jasper_store.store.manifest import MANIFEST_NAME
+from tests.conversion.samples import FORMAT_NAMES, SCHEMA, checksum_of, expected, read_by_others, same_bits
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from jasper_store.formats.base import TensorSpec
 
 
 def names(directory: Path) -> list[str]:
@@ -31,7 +41,7 @@ def names(directory: Path) -> list[str]:
 def test_blocks_in_any_order_make_the_dataset(tmp_path, fmt):
     values = {name: value for name, value in expected().items() if not name.startswith("words.")}
     ragged = [[3, 1], [], [2**40], [0, 0, 7]]
-    with DatasetWriter(tmp_path / "set", fmt, schema=SCHEMA, config={"answer": 42}) as writer:
+    with DirectoryWriter(tmp_path / "set", fmt, schema=SCHEMA, config={"answer": 42}) as writer:
         for part in range(5):
             for name, value in values.items():
                 if value.ndim:
@@ -46,9 +56,9 @@ def test_blocks_in_any_order_make_the_dataset(tmp_path, fmt):
     for name, value in expected().items():
         assert same_bits(found[name], value), name
     assert json.loads((tmp_path / "set" / "config.json").read_text()) == {"answer": 42}
-    vouched = manifest.read(tmp_path / "set")
-    assert vouched is not None
-    sums = {name: tensor.xxh3_128 for entry in vouched.files.values() for name, tensor in entry.tensors.items()}
+    recorded = manifest_file.read(tmp_path / "set")
+    assert recorded is not None
+    sums = {name: tensor.xxh3_128 for entry in recorded.files.values() for name, tensor in entry.tensors.items()}
     assert sums == {name: checksum_of(value) for name, value in expected().items()}
     report = verify_files(tmp_path / "set", schema=SCHEMA)
     assert report.ok
@@ -59,16 +69,16 @@ def test_blocks_in_any_order_make_the_dataset(tmp_path, fmt):
 def test_compressed_hdf5(tmp_path):
     import h5py
 
-    with DatasetWriter(tmp_path / "set", "hdf5", compression="gzip") as writer:
+    with DirectoryWriter(tmp_path / "set", "hdf5", compression="gzip") as writer:
         writer.append("a", torch.zeros(1000, 4))
     with h5py.File(tmp_path / "set" / "dataset.h5") as file:
         assert file["a"].compression == "gzip"
-    assert names(tmp_path / "set") == ["dataset.h5", manifest.MANIFEST_NAME]
+    assert names(tmp_path / "set") == ["dataset.h5", MANIFEST_NAME]
 
 
 def test_what_an_exception_leaves(tmp_path):
     def fail() -> None:
-        with DatasetWriter(tmp_path / "set") as writer:
+        with DirectoryWriter(tmp_path / "set") as writer:
             writer.append("a", torch.zeros(3))
             raise KeyboardInterrupt
 
@@ -78,7 +88,7 @@ def test_what_an_exception_leaves(tmp_path):
 
 
 def test_what_forgetting_it_leaves(tmp_path):
-    writer = DatasetWriter(tmp_path / "set")
+    writer = DirectoryWriter(tmp_path / "set")
     writer.append("a", torch.zeros(3))
     del writer
     gc.collect()
@@ -86,7 +96,7 @@ def test_what_forgetting_it_leaves(tmp_path):
 
 
 def test_what_a_forked_child_that_ends_leaves(tmp_path):
-    writer = DatasetWriter(tmp_path / "set")
+    writer = DirectoryWriter(tmp_path / "set")
     writer.append("a", torch.zeros(3))
     if (pid := os.fork()) == 0:
         writer._release()
@@ -97,13 +107,13 @@ def test_what_a_forked_child_that_ends_leaves(tmp_path):
 
 
 def test_use_after_the_end(tmp_path):
-    writer = DatasetWriter(tmp_path / "one")
+    writer = DirectoryWriter(tmp_path / "one")
     writer.append("a", torch.zeros(3))
     assert writer.close() == tmp_path / "one"
     assert writer.close() == tmp_path / "one"
     with pytest.raises(ClosedError, match="published"):
         writer.append("a", torch.zeros(3))
-    writer = DatasetWriter(tmp_path / "two")
+    writer = DirectoryWriter(tmp_path / "two")
     writer.abandon()
     writer.abandon()
     for use in (writer.close, lambda: writer.append("a", [1]), lambda: writer.append_ragged("a", [[1]])):
@@ -115,12 +125,12 @@ def test_use_after_the_end(tmp_path):
 
 def test_nothing_appended_is_nothing_published(tmp_path):
     with pytest.raises(ConversionError, match="at least one tensor"):
-        DatasetWriter(tmp_path / "set").close()
+        DirectoryWriter(tmp_path / "set").close()
     assert names(tmp_path) == []
 
 
 def test_a_block_must_be_like_the_first(tmp_path):
-    with DatasetWriter(tmp_path / "set") as writer:
+    with DirectoryWriter(tmp_path / "set") as writer:
         writer.append("a", torch.zeros(3, 4))
         with pytest.raises(IntegrityError, match=r"expected torch.float32 \[n, 4\].* found torch.float64 \[3, 4\]"):
             writer.append("a", torch.zeros(3, 4, dtype=torch.float64))
@@ -151,7 +161,7 @@ def test_a_block_must_be_like_the_first(tmp_path):
 
 
 def test_what_a_format_cannot_hold_is_refused_at_once(tmp_path):
-    with DatasetWriter(tmp_path / "set", "hdf5") as writer:
+    with DirectoryWriter(tmp_path / "set", "hdf5") as writer:
         with pytest.raises(IncompatibleOptionsError, match="cannot hold"):
             writer.append("a", torch.zeros(2, dtype=torch.complex64))
         writer.append("a", torch.zeros(2))
@@ -161,7 +171,7 @@ def test_what_a_format_cannot_hold_is_refused_at_once(tmp_path):
 def test_anything_array_like(tmp_path):
     array = np.arange(6.0).reshape(3, 2)
     array.flags.writeable = False
-    with DatasetWriter(tmp_path / "set") as writer:
+    with DirectoryWriter(tmp_path / "set") as writer:
         writer.append("a", array)
         writer.append("a", array[::-1])
         writer.append("b", [[1, 2], [3, 4]])
@@ -176,20 +186,20 @@ def test_anything_array_like(tmp_path):
 
 
 def test_an_old_dataset_is_replaced_only_on_request(tmp_path):
-    with DatasetWriter(tmp_path / "set") as writer:
+    with DirectoryWriter(tmp_path / "set") as writer:
         writer.append("a", torch.zeros(3))
     with pytest.raises(ConversionError, match="overwrite=True"):
-        DatasetWriter(tmp_path / "set")
-    with DatasetWriter(tmp_path / "set", "npy", overwrite=True) as writer:
+        DirectoryWriter(tmp_path / "set")
+    with DirectoryWriter(tmp_path / "set", "npy", overwrite=True) as writer:
         writer.append("b", torch.zeros(3))
-        assert names(tmp_path / "set") == ["a.safetensors", manifest.MANIFEST_NAME]
-    assert names(tmp_path / "set") == ["b.npy", manifest.MANIFEST_NAME]
+        assert names(tmp_path / "set") == ["a.safetensors", MANIFEST_NAME]
+    assert names(tmp_path / "set") == ["b.npy", MANIFEST_NAME]
     assert names(tmp_path) == ["set"]
 
 
 def test_an_empty_directory_is_no_dataset(tmp_path):
     (tmp_path / "set").mkdir()
-    with DatasetWriter(tmp_path / "set") as writer:
+    with DirectoryWriter(tmp_path / "set") as writer:
         writer.append("a", torch.zeros(3))
     assert names(tmp_path) == ["set"]
 
@@ -199,9 +209,9 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     target.mkdir()
     (target / "thesis.tex").write_text("precious")
     with pytest.raises(ConversionError, match=r"found thesis\.tex"):
-        DatasetWriter(target, overwrite=True)
+        DirectoryWriter(target, overwrite=True)
     (target / "thesis.tex").unlink()
-    writer = DatasetWriter(target, overwrite=True)
+    writer = DirectoryWriter(target, overwrite=True)
     writer.append("a", torch.zeros(3))
     (target / "notes").mkdir()  # it came while the writer was at work
     with pytest.raises(ConversionError, match="found notes"):
@@ -210,23 +220,23 @@ def test_what_is_not_ours_is_never_replaced(tmp_path):
     assert names(target) == ["notes"]
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConversionError, match="found a file"):
-        DatasetWriter(tmp_path / "file", overwrite=True)
+        DirectoryWriter(tmp_path / "file", overwrite=True)
 
 
 def test_a_link_to_a_dataset_is_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with DatasetWriter(tmp_path / "link") as writer:
+    with DirectoryWriter(tmp_path / "link") as writer:
         writer.append("a", torch.zeros(3))
     assert (tmp_path / "link").is_symlink()
     assert "a.safetensors" in names(tmp_path / "real")
 
 
 def test_two_writers_do_not_meet(tmp_path):
-    with DatasetWriter(tmp_path / "set") as writer:
+    with DirectoryWriter(tmp_path / "set") as writer:
         with pytest.raises(ConversionError, match=f"process {os.getpid()} on"):
-            DatasetWriter(tmp_path / "set")
-        with DatasetWriter(tmp_path / "other") as other:
+            DirectoryWriter(tmp_path / "set")
+        with DirectoryWriter(tmp_path / "other") as other:
             other.append("a", torch.zeros(1))
         writer.append("a", torch.zeros(1))
     assert names(tmp_path) == ["other", "set"]
@@ -234,13 +244,13 @@ def test_two_writers_do_not_meet(tmp_path):
 
 def test_options_are_checked_before_the_first_block(tmp_path):
     with pytest.raises(UnknownNameError, match="'safetensors', 'npy', 'hdf5', 'pt'"):
-        DatasetWriter(tmp_path / "set", "parquet")
+        DirectoryWriter(tmp_path / "set", "parquet")
     with pytest.raises(IncompatibleOptionsError, match="compression"):
-        DatasetWriter(tmp_path / "set", "npy", compression="gzip")
+        DirectoryWriter(tmp_path / "set", "npy", compression="gzip")
     with pytest.raises(UnknownNameError, match="bzip2"):
-        DatasetWriter(tmp_path / "set", "hdf5", compression="bzip2")
+        DirectoryWriter(tmp_path / "set", "hdf5", compression="bzip2")
     with pytest.raises(IncompatibleOptionsError, match="JSON"):
-        DatasetWriter(tmp_path / "set", config={"a": object()})
+        DirectoryWriter(tmp_path / "set", config={"a": object()})
     assert names(tmp_path) == []
 
 
@@ -249,14 +259,14 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     stale = child.with_name(child.name.replace(f".{os.getpid()}-", ".999999999-"))
     stale.mkdir()
     (stale / "a.safetensors").write_bytes(b"x")
-    with DatasetWriter(tmp_path / "set") as writer:
+    with DirectoryWriter(tmp_path / "set") as writer:
         assert not stale.exists()
         writer.append("a", torch.zeros(1))
     assert names(tmp_path) == ["set"]
 
 
 def test_values_that_changed_in_the_hidden_directory_are_noticed(tmp_path):
-    writer = DatasetWriter(tmp_path / "set", "hdf5")
+    writer = DirectoryWriter(tmp_path / "set", "hdf5")
     writer.append("a", torch.zeros(1000))
     with (writer._spool / "a.safetensors").open("r+b") as file:
         file.seek(5000)
@@ -272,6 +282,38 @@ def test_one_value_may_have_any_strides(tmp_path, fmt):
     odd = torch.arange(6.0).reshape(2, 3)[:, :1].t()[:, :1]
     assert odd.is_contiguous()
     assert odd.stride() == (1, 3)
-    with DatasetWriter(tmp_path / "set", fmt) as writer:
+    with DirectoryWriter(tmp_path / "set", fmt) as writer:
         writer.append("a", odd)
     assert torch.equal(read_by_others(tmp_path / "set", fmt)["a"], torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_a_check_sees_what_was_written_before_it_is_published(tmp_path, fmt):
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def check(specs: Sequence[TensorSpec]) -> None:
+        assert not (tmp_path / "set").exists()
+        assert all(spec.path.is_file() for spec in specs)
+        seen.update({spec.name: spec.shape for spec in specs})
+
+    with DirectoryWriter(tmp_path / "set", fmt, check=check) as writer:
+        writer.append("a", torch.zeros(3, 2))
+        writer.append_ragged("r", [[1], [2, 3]])
+    assert seen == {"a": (3, 2), "r.values": (3,), "r.offsets": (3,)}
+
+
+@pytest.mark.parametrize("error", [IntegrityError, DatasetNotFoundError, KeyboardInterrupt])
+def test_what_a_check_refuses_is_not_published(tmp_path, error):
+    with DirectoryWriter(tmp_path / "set") as writer:
+        writer.append("a", torch.zeros(3))
+
+    def refuse(specs: Sequence[TensorSpec]) -> None:
+        raise error("no field of that name")
+
+    writer = DirectoryWriter(tmp_path / "set", overwrite=True, check=refuse)
+    writer.append("b", torch.zeros(3))
+    with pytest.raises(error, match="no field"):
+        writer.close()
+    assert writer.closed
+    assert names(tmp_path) == ["set"]
+    assert names(tmp_path / "set") == ["a.safetensors", MANIFEST_NAME]

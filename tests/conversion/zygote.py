@@ -17,7 +17,7 @@ import h5py  # noqa: F401 - imported here once, not in every child
 import torch
 
 from jasper_store.conversion.converter import convert
-from jasper_store.conversion.writer import DatasetWriter
+from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.formats.base import Schema
 
 
@@ -26,7 +26,7 @@ def run_convert(src: str, dst: str | None, format: str, overwrite: bool) -> None
 
 
 def run_write(dst: str, format: str, value: float) -> None:  # noqa: A002
-    with DatasetWriter(dst, format, overwrite=True, schema=Schema()) as writer:
+    with DirectoryWriter(dst, format, overwrite=True, schema=Schema()) as writer:
         for _ in range(20):
             for name in ("a", "b", "c"):
                 writer.append(name, torch.full((500, 20), value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_refusals_of_the_system_are_translated_with_numbers(tmp_path, code, text
 
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
 def test_the_number_in_an_hdf5_message_is_understood(tmp_path, error):
-    with pytest.raises(ConversionError, match="no room"), atomic.translated(tmp_path / "a.h5"):
+    with pytest.raises(ConversionError, match="no room"), atomic.map_os_errors(tmp_path / "a.h5"):
         raise error("Can't write data (file write failed: errno = 28, error message = 'No space left on device')")
 
 
@@ -199,8 +200,13 @@ def test_a_lock_of_a_killed_process_is_free(tmp_path):
             pass
         child.kill()
         child.wait()
+    assert path.exists()
+    lock.remove_stale(path)
+    assert not path.exists()
+    lock.remove_stale(path)
     with lock.exclusive(path, "third"):
-        pass
+        lock.remove_stale(path)
+        assert path.exists()
 
 
 def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):
@@ -224,6 +230,64 @@ def test_many_threads_hold_a_lock_one_at_a_time(tmp_path):
     assert most == 1
     assert entered > 0
     assert not path.exists()
+
+
+def test_a_lock_is_waited_for(tmp_path):
+    path = tmp_path / lock.LOCK_NAME
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock.exclusive(path, "first"):
+            held.set()
+            release.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    with pytest.raises(ConversionError, match="second"), lock.exclusive(path, "second", wait=0.05):
+        pass
+    threading.Timer(0.05, release.set).start()
+    with lock.exclusive(path, "third", wait=60):
+        pass
+    thread.join()
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_that_ends_leaves_the_lock(tmp_path):
+    path = tmp_path / lock.LOCK_NAME
+    holder = lock.exclusive(path, "first")
+    with holder:
+        if (pid := os.fork()) == 0:
+            holder.__exit__(None, None, None)
+            os._exit(0)
+        os.waitpid(pid, 0)
+        with pytest.raises(ConversionError, match=f"process {os.getpid()} "), lock.exclusive(path, "second"):
+            pass
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("plant", ["symlink_to", "hardlink_to"])
+def test_a_file_planted_at_the_locks_name_is_not_written(tmp_path, plant):
+    victim, path = tmp_path / "victim", tmp_path / lock.LOCK_NAME
+    victim.write_bytes(b"mine")
+    getattr(path, plant)(victim)
+    with pytest.raises(ConversionError), lock.exclusive(path, "work"):
+        pass
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_small_file_is_not_written_through_a_planted_link(tmp_path, monkeypatch):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr(secrets, "token_hex", lambda n: "0123abcd")
+    temporary = atomic.temporary_name(tmp_path / "a.json")
+    temporary.symlink_to(victim)
+    with pytest.raises(ConversionError):
+        atomic.write_bytes(tmp_path / "a.json", b"theirs")
+    assert victim.read_bytes() == b"mine"
+    assert names(tmp_path) == ["victim"]
 
 
 @pytest.fixture(params=["exchange", "two renames"])

@@ -78,7 +78,12 @@ def put(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("steering", lambda _: [1], "type", "steering should be a tensor, got list"),
         ("steering", lambda t: t[:, 0], "shape", r"steering should be \[batch, 16\]"),
         ("steering", lambda t: t[:-1], "shape", "batch=3, but question_emb has batch=4"),
-        ("negative_embs", lambda t: t[:, :, 1:], "shape", r"negative_embs should be \[batch, 3, 16\], got \[4, 3, 15\]"),
+        (
+            "negative_embs",
+            lambda t: t[:, :, 1:],
+            "shape",
+            r"negative_embs should be \[batch, 3, 16\], got \[4, 3, 15\]",
+        ),
         ("negative_tiers", lambda t: t[:, 1:], "shape", r"negative_tiers should be \[batch, 3\], got \[4, 2\]"),
         ("question_emb", lambda t: t.long(), "dtype", "question_emb should be floating point"),
         ("cluster_id", lambda t: t.float(), "dtype", "cluster_id should be integers"),

@@ -19,9 +19,9 @@ from jasper_store.errors import (
     JasperStoreWarning,
     UnknownNameError,
 )
+from jasper_store.jasper import loader as loader_module
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.loader import create_loader
-from jasper_store.jasper import loader as loader_module
 from jasper_store.loading.device import to_device
 from jasper_store.loading.epochs import set_epoch
 from jasper_store.loading.loader import Loader
@@ -65,7 +65,7 @@ def test_training_shuffles_and_drops_the_last_batch(data: Path) -> None:
     assert len(batches) == len(loader) == N_TRAIN // 16
     assert type(batches[0]) is dict
     assert batches[0]["question_emb"].shape == (16, 16)
-    wanted = loader.dataset_obj.__getitems__(order(N_TRAIN, 42, 0)[:16]).tensors
+    wanted = loader.dataset_obj.__getitems__(order(N_TRAIN, 42, 0)[:16]).tensors  # type: ignore[attr-defined]
     assert all(torch.equal(batches[0][key], wanted[key]) for key in wanted)
 
 

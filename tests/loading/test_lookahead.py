@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,7 +94,7 @@ class FakeDataset:
             STEERING, torch.zeros(n, 1)
         )
         values |= {"pair_index": torch.stack([pairs, 2 * pairs], 1), "hard_negatives": 2 * pairs[:, None]}
-        self.store: Mapping[str, FakeTensor] = {
+        self.store: dict[str, FakeTensor] = {
             name: FakeTensor(name, value, "mmap" if name in mapped else "ram", self.log)
             for name, value in values.items()
         }

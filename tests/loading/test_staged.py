@@ -24,7 +24,7 @@ from jasper_store.loading.order import BlockOrder
 from jasper_store.loading.window_prefetcher import WindowPrefetcher
 from jasper_store.native import gather
 from jasper_store.samples.reader import SampleReader
-from jasper_store.store import placement
+from jasper_store.store import assignment
 from tests.builders import build_pt_dataset
 
 BLOCK, WINDOW = 8, 4
@@ -52,7 +52,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(choices, "_staged_nbytes", lambda _: 0)
     # What a plan does for data of some gigabytes, where index tensors are small.
     monkeypatch.setattr(
-        placement, "_choose", lambda items, must, _: must | {i.name for i in items} - set(STEERING_TENSORS)
+        assignment, "_choose", lambda items, must, _: must | {i.name for i in items} - set(STEERING_TENSORS)
     )
     monkeypatch.setattr(choices, "_mapped_and_left", lambda _: (2, 1))
 

@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.store.guard import check_options, normalize_device, resolve_pin_memory
@@ -28,7 +29,9 @@ NONSENSE: list[dict[str, Any]] = [
     {"device": "cuda:x"},
     {"memory_limit": -1},
     {"memory_limit": 1e9},
-    {"memory_limit": "8GiB"},
+    {"memory_limit": "8 elephants"},
+    {"memory_limit": True},
+    {"memory_limit": 2**63},
     {"dtype": torch.int8},
     {"dtype": "float16"},
 ]
@@ -77,6 +80,18 @@ def test_pairs_that_can(options):
 def test_refused_before_the_path_is_even_looked_at(function, options, words):
     with pytest.raises(IncompatibleOptionsError):
         function("/nowhere/at/all", **options)
+
+
+def test_a_memory_limit_comes_back_in_bytes(tmp_path):
+    assert check_options() is None
+    assert check_options(memory_limit="1.5 KiB") == 1536
+    assert check_options(memory_limit=0) == 0
+    save_file({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+    for limit in (1000, "1000", "1kB"):
+        plan = plan_store(tmp_path, memory_limit=limit)
+        assert plan.budget.winner.nbytes == 1000
+        with open_store(tmp_path, memory_limit=limit) as store:
+            assert store.use_mmap
 
 
 def test_cuda_is_not_initialised(monkeypatch):

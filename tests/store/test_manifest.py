@@ -1,6 +1,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -8,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from jasper_store.errors import CorruptFileError, StaleDataWarning
+from jasper_store.errors import ConversionError, CorruptFileError, StaleDataWarning
+from jasper_store.files.fingerprint import FileFingerprint
+from jasper_store.files.lock import exclusive
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
-from jasper_store.store import manifest as manifests
-from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, FileFingerprint, Manifest, Source, TensorEntry
+from jasper_store.store import manifest_file as manifests
+from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, SourceFile, TensorEntry
 from jasper_store.store.store import open_store
 
 
@@ -66,9 +70,9 @@ def test_a_directory_without_one_opens(tmp_path):
 
 
 def test_round_trip(dataset):
-    source = Source("../raw/a.pt", FileFingerprint(10, 20, "f" * 32))
+    source = SourceFile("../raw/a.pt", FileFingerprint(10, 20, "f" * 32))
     written = enter(dataset, made_from=(source,))
-    manifests.remember(dataset, specs(dataset), "check")
+    manifests.record_checks(dataset, specs(dataset), ["check"])
     again = read(dataset)
     assert again.files == written.files
     assert set(again.verified["check"]) == {"a.safetensors", "b.safetensors"}
@@ -109,7 +113,7 @@ def test_replaced_by_one_of_the_same_size(dataset):
 
 
 def test_a_copy_with_new_times_is_the_same_dataset(dataset, tmp_path):
-    manifests.remember(dataset, specs(dataset), "check")
+    manifests.record_checks(dataset, specs(dataset), ["check"])
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy, copy_function=shutil.copyfile)
     for path in copy.iterdir():
@@ -131,38 +135,38 @@ def test_a_header_that_says_something_else_is_refused(dataset):
 def test_marks_fall_when_a_file_changes_and_cover_all_files_together(dataset):
     (dataset / MANIFEST_NAME).unlink()
     both = specs(dataset)
-    assert manifests.remember(dataset, both[:1], "check")
+    assert manifests.record_checks(dataset, both[:1], ["check"])
     manifest = read(dataset)
-    assert manifest.is_verified(both[:1], "check")
-    assert not manifest.is_verified(both, "check")
+    assert manifest.is_verified(both[:1], ["check"])
+    assert not manifest.is_verified(both, ["check"])
     write(both[0].path, value=3.0)
     touch(both[0].path)
-    assert not manifest.is_verified(both[:1], "check")
+    assert not manifest.is_verified(both[:1], ["check"])
     both[0].path.unlink()
-    assert not manifest.is_verified(both[:1], "check")
-    # Files that only a mark knows may change: nobody wrote them here, so nobody vouches for their bytes.
+    assert not manifest.is_verified(both[:1], ["check"])
+    # Files that only a mark knows may change: no entry records their bytes.
     write(both[0].path, value=4.0)
     open_store(dataset).close()
 
 
-def test_a_store_remembers_and_is_vouched_for_next_time(dataset):
+def test_a_store_records_a_check_for_the_next_time(dataset):
     with open_store(dataset) as store:
         assert not store.is_verified("check")
-        assert store.remember("check")
+        assert store.record_checks(["check"])
         assert store.is_verified("check")
     with open_store(dataset) as store:
         assert store.is_verified("check")
 
 
-def test_a_file_that_changed_since_opening_is_not_remembered(dataset):
+def test_a_file_that_changed_since_opening_is_not_recorded(dataset):
     with open_store(dataset, use_mmap=False) as store:
         touch(dataset / "a.safetensors")
-        assert not store.remember("check")
+        assert not store.record_checks(["check"])
 
 
 def test_a_single_file_uses_the_manifest_beside_it(dataset):
     with open_store(dataset / "b.safetensors") as store:
-        assert store.remember("check")
+        assert store.record_checks(["check"])
     write(dataset / "a.safetensors", rows=10)
     with open_store(dataset / "b.safetensors") as store:
         assert store.is_verified("check")
@@ -173,22 +177,22 @@ def test_directories_that_cannot_be_written_are_no_error(dataset, monkeypatch):
         raise PermissionError(13, "read-only")
 
     with open_store(dataset) as store:
-        monkeypatch.setattr(Manifest, "write", refuse)
-        assert not store.remember("check")
-    assert not manifests.remember(dataset / "missing", specs(dataset), "check")
+        monkeypatch.setattr(manifests, "write", refuse)
+        assert not store.record_checks(["check"])
+    assert not manifests.record_checks(dataset / "missing", specs(dataset), ["check"])
 
 
-def test_files_outside_the_directory_are_not_remembered(dataset, tmp_path):
+def test_files_outside_the_directory_are_not_recorded(dataset, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    assert not manifests.remember(other, specs(dataset), "check")
-    assert not manifests.Manifest(other).is_verified(specs(dataset), "check")
+    assert not manifests.record_checks(other, specs(dataset), ["check"])
+    assert not Manifest(other).is_verified(specs(dataset), "check")
 
 
 def test_a_stale_conversion_is_warned_of_by_content_not_by_time(dataset, tmp_path):
     source = tmp_path / "raw.pt"
     source.write_bytes(b"before")
-    enter(dataset, made_from=(Source("../raw.pt", FileFingerprint.of(source)),))
+    enter(dataset, made_from=(SourceFile("../raw.pt", FileFingerprint.of(source)),))
     touch(source)
     open_store(dataset).close()
     source.write_bytes(b"behind")
@@ -200,7 +204,7 @@ def test_a_stale_conversion_is_warned_of_by_content_not_by_time(dataset, tmp_pat
 
 
 VALID = {"format_version": 1, "files": {}, "verified": {}}
-STAMP = {"size": 1, "mtime_ns": 2, "sample": None}
+FINGERPRINT = {"size": 1, "mtime_ns": 2, "sample": None}
 
 
 @pytest.mark.parametrize(
@@ -215,14 +219,14 @@ STAMP = {"size": 1, "mtime_ns": 2, "sample": None}
         json.dumps({}),
         json.dumps(VALID | {"format_version": 2}),
         json.dumps(VALID | {"files": []}),
-        json.dumps(VALID | {"files": {"../a": {**STAMP, "tensors": {}}}}),
-        json.dumps(VALID | {"files": {"/a": {**STAMP, "tensors": {}}}}),
+        json.dumps(VALID | {"files": {"../a": {**FINGERPRINT, "tensors": {}}}}),
+        json.dumps(VALID | {"files": {"/a": {**FINGERPRINT, "tensors": {}}}}),
         json.dumps(VALID | {"files": {"a": {"size": 1}}}),
-        json.dumps(VALID | {"files": {"a": {**STAMP, "size": "1", "tensors": {}}}}),
-        json.dumps(VALID | {"files": {"a": {**STAMP, "size": -1, "tensors": {}}}}),
-        json.dumps(VALID | {"files": {"a": {**STAMP, "tensors": {"a": {"dtype": 1, "shape": []}}}}}),
-        json.dumps(VALID | {"files": {"a": {**STAMP, "tensors": {"a": {"dtype": "int8", "shape": [True]}}}}}),
-        json.dumps(VALID | {"files": {"a": {**STAMP, "sample": "zz", "tensors": {}}}}),
+        json.dumps(VALID | {"files": {"a": {**FINGERPRINT, "size": "1", "tensors": {}}}}),
+        json.dumps(VALID | {"files": {"a": {**FINGERPRINT, "size": -1, "tensors": {}}}}),
+        json.dumps(VALID | {"files": {"a": {**FINGERPRINT, "tensors": {"a": {"dtype": 1, "shape": []}}}}}),
+        json.dumps(VALID | {"files": {"a": {**FINGERPRINT, "tensors": {"a": {"dtype": "int8", "shape": [True]}}}}}),
+        json.dumps(VALID | {"files": {"a": {**FINGERPRINT, "sample": "zz", "tensors": {}}}}),
         json.dumps(VALID | {"verified": {"check": {"a": 1}}}),
         json.dumps(VALID | {"verified": 3}),
         b"\xff\xfe\x00".decode("latin-1"),
@@ -233,7 +237,7 @@ def test_malformed_is_refused_with_a_remedy(dataset, text):
     with pytest.raises(CorruptFileError, match="delete it and run jasper-store verify"):
         open_store(dataset)
     with pytest.raises(CorruptFileError):
-        manifests.remember(dataset, specs(dataset), "check")
+        manifests.record_checks(dataset, specs(dataset), ["check"])
 
 
 def test_writing_is_atomic(dataset, monkeypatch):
@@ -243,7 +247,7 @@ def test_writing_is_atomic(dataset, monkeypatch):
         raise OSError(28, "no space")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(ConversionError, match="no room"):
         manifests.update(dataset, lambda old: replace(old, verified={}))
     assert (dataset / MANIFEST_NAME).read_bytes() == before
     assert sorted(p.name for p in dataset.iterdir()) == ["a.safetensors", "b.safetensors", MANIFEST_NAME]
@@ -251,7 +255,9 @@ def test_writing_is_atomic(dataset, monkeypatch):
 
 def test_two_writers_lose_nothing(dataset):
     found = specs(dataset)
-    threads = [threading.Thread(target=manifests.remember, args=(dataset, found, f"check {i}")) for i in range(8)]
+    threads = [
+        threading.Thread(target=manifests.record_checks, args=(dataset, found, [f"check {i}"])) for i in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -259,23 +265,61 @@ def test_two_writers_lose_nothing(dataset):
     assert set(read(dataset).verified) == {f"check {i}" for i in range(8)}
 
 
-def test_a_stamp_samples_all_over_a_large_file(tmp_path):
+UPDATES = """
+import sys
+from pathlib import Path
+from jasper_store.formats.base import Schema
+from jasper_store.formats.registry import locate
+from jasper_store.store.manifest_file import record_checks
+specs = locate(Path(sys.argv[1]), "auto", Schema()).specs
+for i in range(20):
+    assert record_checks(sys.argv[1], specs, [f"{sys.argv[2]} {i}"])
+"""
+
+
+def test_two_processes_lose_nothing(dataset):
+    children = [subprocess.Popen([sys.executable, "-c", UPDATES, str(dataset), name]) for name in ("a", "b")]
+    assert [child.wait(120) for child in children] == [0, 0]
+    assert set(read(dataset).verified) == {f"{name} {i}" for name in ("a", "b") for i in range(20)}
+    assert sorted(p.name for p in dataset.iterdir()) == ["a.safetensors", "b.safetensors", MANIFEST_NAME]
+
+
+def test_a_planted_link_is_not_written_through(dataset, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    # The name that a temporary of the manifest had before names were drawn at random.
+    planted = dataset / f".{MANIFEST_NAME}.{os.getpid()}.tmp"
+    planted.symlink_to(victim)
+    assert manifests.record_checks(dataset, specs(dataset), ["check"])
+    assert victim.read_text() == "mine"
+    assert read(dataset).is_verified(specs(dataset), "check")
+
+
+def test_a_manifest_that_stays_locked_is_an_error_that_names_the_holder(dataset, monkeypatch):
+    monkeypatch.setattr(manifests, "_LOCK_SECONDS", 0.05)
+    with exclusive(dataset / manifests.MANIFEST_LOCK, "first"):
+        with pytest.raises(ConversionError, match=rf"held by process {os.getpid()} on "):
+            manifests.update(dataset, lambda old: old)
+        assert not manifests.record_checks(dataset, specs(dataset), ["check"])
+
+
+def test_a_fingerprint_samples_all_over_a_large_file(tmp_path):
     path = tmp_path / "sparse"
     with path.open("wb") as file:
         file.truncate(60 << 30)
-    stamp = FileFingerprint.of(path)
+    fingerprint = FileFingerprint.of(path)
     for position in (0, (60 << 30) - 1):
         with path.open("r+b") as file:
             file.seek(position)
             file.write(b"x")
         changed = FileFingerprint.of(path)
-        assert changed.sample != stamp.sample
-        stamp = changed
-    assert FileFingerprint(stamp.size, 0, stamp.sample).matches(path)
-    assert not FileFingerprint(stamp.size, 0, None).matches(path)
-    assert not FileFingerprint(stamp.size - 1, stamp.mtime_ns, stamp.sample).matches(path)
+        assert changed.sample != fingerprint.sample
+        fingerprint = changed
+    assert FileFingerprint(fingerprint.size, 0, fingerprint.sample).matches(path)
+    assert not FileFingerprint(fingerprint.size, 0, None).matches(path)
+    assert not FileFingerprint(fingerprint.size - 1, fingerprint.mtime_ns, fingerprint.sample).matches(path)
 
 
-def test_only_regular_files_are_stamped(tmp_path):
+def test_only_regular_files_have_fingerprints(tmp_path):
     with pytest.raises(OSError, match=r"directory|regular|denied"):
         FileFingerprint.of(tmp_path)

@@ -5,7 +5,8 @@ from hypothesis import given, strategies as st
 
 from jasper_store.errors import InsufficientMemoryError
 from jasper_store.memory.budget import Bound, Budget
-from jasper_store.store.placement import Item, make_auto_plan, make_plan
+from jasper_store.store.assignment import make_auto_plan, make_plan
+from jasper_store.store.placement import Item
 
 MIB = 1 << 20
 

@@ -204,7 +204,7 @@ class TestOpening:
             store.explain,
             store.memory_report,
             lambda: store.reopened(["embs"]),
-            lambda: store.adopt({}),
+            lambda: store.replace({}),
             store.__enter__,
             lambda: pickle.dumps(store),
         ):
@@ -313,7 +313,7 @@ class TestTravelling:
 
     def test_data_on_a_device_stays_there(self, dataset):
         store = open_store(dataset)
-        store._recipe.on_device = True
+        store._reopen_spec.on_device = True
         with pytest.raises(IncompatibleOptionsError, match="num_workers=0"):
             pickle.dumps(store)
 
@@ -337,7 +337,7 @@ class TestReplacing:
             fresh = store.reopened(["embs"])
             assert torch.equal(store["embs"].tensor(), old)
             assert torch.equal(fresh["embs"].tensor(), old + 1)
-            store.adopt(fresh)
+            store.replace(fresh)
             assert store["embs"] is fresh["embs"]
             assert torch.equal(held.tensor(), old)
             again = pickle.loads(pickle.dumps(store))
@@ -450,3 +450,16 @@ def test_more_files_than_may_be_open(tmp_path):
             open_store(tmp_path, use_mmap=False).close()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_store_and_a_plan_are_readable_in_a_notebook(tmp_path):
+    save_file({f"t{i:02}": torch.zeros(8, 16, dtype=torch.float16) for i in range(14)}, tmp_path / "a.safetensors")
+    with open_store(tmp_path, use_mmap=True) as store:
+        lines = repr(store).splitlines()
+        assert lines[0] == f"TensorStore({str(tmp_path)!r}): safetensors, 14 tensors in mmap 3.50 KiB"
+        assert lines[1].split() == ["t00", "float16", "[8,", "16]", "mmap"]
+        assert len(lines) == 14
+        assert lines[-1].strip() == "... and 2 more"
+        assert store._ipython_key_completions_() == [f"t{i:02}" for i in range(14)]
+        assert repr(store.plan) == str(store.plan)
+        assert "tensor" in repr(store.plan).splitlines()[0]

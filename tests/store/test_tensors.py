@@ -40,7 +40,7 @@ def store(request, tmp_path_factory):
     WRITERS[written](directory, VALUES)
     with quiet(directory) if place == "chunked" else open_store(directory, use_mmap=place == "mmap") as opened:
         if place == "device":
-            opened.adopt({name: DeviceTensor(opened[name].spec, opened[name].tensor()) for name in opened})
+            opened.replace({name: DeviceTensor(opened[name].spec, opened[name].tensor()) for name in opened})
         yield opened
 
 

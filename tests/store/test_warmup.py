@@ -2,13 +2,14 @@ import json
 import multiprocessing
 import os
 import tempfile
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
-from jasper_store.errors import ClosedError, UnknownNameError
+from jasper_store.errors import ClosedError, IncompatibleOptionsError, UnknownNameError
 from jasper_store.formats.base import Schema
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.store import warmup
@@ -37,6 +38,10 @@ def dataset(tmp_path):
         with path.open("r+b") as file:
             os.fsync(file.fileno())
     return directory
+
+
+def lock_files():
+    return list(Path(tempfile.gettempdir()).iterdir())
 
 
 SCHEMA = Schema(reads_per_sample={"a": 1.0, "b": 6.0, "c": 0.0})
@@ -82,6 +87,9 @@ def test_the_budget_is_kept_and_the_rest_is_named(dataset):
             assert report.after <= 7 * MIB
             assert b.after == b.nbytes
         assert warm(store, budget=0).bytes_read == 0
+        assert warm(store, budget="6 MiB").budget == 6 * MIB
+        with pytest.raises(IncompatibleOptionsError, match=r"budget='-1': expected a size such as 8GiB"):
+            warm(store, budget="-1")
 
 
 def test_some_tensors_in_the_order_given(dataset):
@@ -157,9 +165,18 @@ def test_ranks_of_a_node_take_turns(dataset):
     for process in processes:
         process.join()
     assert [after for _, after in reports] == [total, total]
+    assert lock_files() == []
     if cold:
         assert min(read for read, _ in reports) == 0
         assert sum(read for read, _ in reports) <= total
+
+
+def test_no_lock_file_stays_behind(dataset):
+    seen = set()
+    with open_store(dataset, use_mmap=True) as store:
+        warm(store, progress=lambda done, total: seen.update(lock_files()))
+    assert len(seen) == 1
+    assert lock_files() == []
 
 
 def test_no_place_for_a_lock_is_no_error(dataset, monkeypatch):

@@ -1,0 +1,194 @@
+"""``jasper_store.json`` on the disk: read on opening, changed under a lock, replaced in one step.
+
+A manifest that is there and cannot be understood is refused, never ignored: it may be the only sign that something
+is wrong. One that is missing, or a directory that cannot be written, is no error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from jasper_store.errors import CorruptFileError
+from jasper_store.files.atomic import write_bytes
+from jasper_store.files.fingerprint import FileFingerprint
+from jasper_store.files.lock import exclusive
+from jasper_store.store.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    SourceFile,
+    TensorEntry,
+    key_of,
+)
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.registry import Located
+
+__all__ = ["MANIFEST_LOCK", "read", "read_and_check", "record_checks", "update", "write"]
+
+MANIFEST_LOCK = f".{MANIFEST_NAME}.lock"
+_LOCK_SECONDS = 5.0
+
+
+def read(directory: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a directory; ``None`` if there is none.
+
+    Raises:
+        CorruptFileError: it is there and cannot be understood.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as exc:
+        msg = f"{path}: cannot be read ({exc.strerror or exc}); make it readable, or delete it and run jasper-store verify"
+        raise CorruptFileError(msg, path=path) from exc
+    try:
+        return _parse(directory, json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        detail = f"missing {exc}" if isinstance(exc, KeyError) else str(exc)
+        msg = f"{path}: not a manifest that this release understands ({detail}); delete it and run jasper-store verify"
+        raise CorruptFileError(msg, path=path) from exc
+
+
+def read_and_check(directory: Path, located: Located) -> tuple[Manifest | None, list[str]]:
+    """The manifest of a directory, and texts about files that are older than what they were made from.
+
+    Raises:
+        CorruptFileError: the manifest cannot be understood, or a file is not the one that it records.
+    """
+    manifest = read(directory)
+    if manifest is None:
+        return None, list(located.warnings)
+    stale = manifest.check(located.specs)
+    # A manifest that knows what the files were made from judges by content; file times alone are a guess, and
+    # copying a directory shuffles them.
+    known = all(manifest.made_from_is_known(spec.path) for spec in located.specs)
+    return manifest, stale if known else [*stale, *located.warnings]
+
+
+def _parse(directory: Path, raw: Any) -> Manifest:
+    version = raw["format_version"]
+    if version != FORMAT_VERSION:
+        msg = f"format_version {version!r}, expected {FORMAT_VERSION}"
+        raise ValueError(msg)
+    files = {_safe_name(name): _parse_file(entry) for name, entry in raw["files"].items()}
+    verified = {
+        _typed(check, str): {_safe_name(name): _parse_fingerprint(mark) for name, mark in marks.items()}
+        for check, marks in raw.get("verified", {}).items()
+    }
+    return Manifest(directory, files, verified)
+
+
+def _parse_file(raw: Any) -> FileEntry:
+    tensors = {
+        _typed(name, str): TensorEntry(
+            _typed(entry["dtype"], str),
+            tuple(_typed(n, int) for n in _typed(entry["shape"], list)),
+            _hex(entry.get("xxh3_128")),
+        )
+        for name, entry in raw["tensors"].items()
+    }
+    sources = tuple(
+        SourceFile(_typed(s["path"], str), _parse_fingerprint(s)) for s in _typed(raw.get("made_from", []), list)
+    )
+    return FileEntry(_parse_fingerprint(raw), tensors, sources)
+
+
+def _parse_fingerprint(raw: Any) -> FileFingerprint:
+    size, mtime = _typed(raw["size"], int), _typed(raw["mtime_ns"], int)
+    if size < 0:
+        msg = f"size {size}"
+        raise ValueError(msg)
+    return FileFingerprint(size, mtime, _hex(raw.get("sample")))
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        msg = f"expected {kind.__name__}, found {value!r:.60}"
+        raise TypeError(msg)
+    return value
+
+
+def _hex(value: Any) -> str | None:
+    if value is None:
+        return None
+    if len(_typed(value, str)) != 32 or not set(value) <= set("0123456789abcdef"):
+        msg = f"expected 32 hex digits, found {value!r:.60}"
+        raise ValueError(msg)
+    return str(value)
+
+
+def _safe_name(name: Any) -> str:
+    """A relative file name that stays inside the directory."""
+    path = PurePosixPath(_typed(name, str))
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        msg = f"file name {name!r:.60} leaves the dataset's directory"
+        raise ValueError(msg)
+    return str(path)
+
+
+def update(directory: str | os.PathLike[str], change: Callable[[Manifest], Manifest]) -> Manifest:
+    """Read, change and write a manifest while no other thread or process does.
+
+    Args:
+        directory: the dataset's directory, which exists.
+        change: takes the manifest (empty if there was none) and returns the new one.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConversionError: the directory cannot be written, or another process kept the lock for 5 s.
+        CorruptFileError: the manifest that is there cannot be understood.
+    """
+    directory = Path(directory)
+    # A file, and not the directory itself: network file systems lock only what is open for writing. Where there are no
+    # locks at all, a lost update costs a check that is run again, which is not worth a warning at each opening.
+    with exclusive(directory / MANIFEST_LOCK, f"writing {directory / MANIFEST_NAME}", wait=_LOCK_SECONDS, warn=False):
+        changed = change(read(directory) or Manifest(directory))
+        write(changed)
+    return changed
+
+
+def write(manifest: Manifest) -> None:
+    """Write a manifest beside the data, whole or not at all. Unlike :func:`update` it takes no lock.
+
+    Raises:
+        ConversionError: the directory cannot be written; the old manifest, if any, is untouched.
+    """
+    write_bytes(manifest.directory / MANIFEST_NAME, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+
+
+def record_checks(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], checks: Sequence[str]) -> bool:
+    """Record that all files of these tensors passed some checks together, where the directory can be written.
+
+    Returns:
+        False where it could not be written (read-only or vanished directory, files outside of it, a
+        lock held by another process).
+
+    Raises:
+        CorruptFileError: the manifest that is there cannot be understood.
+    """
+    directory = Path(directory)
+    try:
+        marks = {}
+        for path in dict.fromkeys(spec.path for spec in specs):
+            key = key_of(directory, path)
+            if key is None:
+                return False
+            marks[key] = FileFingerprint.of(path)
+        update(directory, lambda old: replace(old, verified={**old.verified, **dict.fromkeys(checks, marks)}))
+    except OSError:
+        return False
+    return True

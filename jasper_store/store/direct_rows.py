@@ -18,7 +18,7 @@ import torch
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.native.gather import Source, kernel
-from jasper_store.native.reads import IN_MEMORY, RowReader, RowsOf, UnreadableError
+from jasper_store.native.reads import IN_MEMORY, AsyncRowReader, RowLayout, UnreadableError
 from jasper_store.store.mapped import MappedTensor
 from jasper_store.store.resident import empty_rows
 
@@ -83,14 +83,14 @@ class DirectRowReader:
                     file = os.open(tensor.path, os.O_RDONLY | os.O_DIRECT)
                     undo.callback(os.close, file)
                     offset, span = tensor.byte_range
-                    places.append(RowsOf(file, offset, tensor.row_stride, tensor.n_rows, offset + span))
+                    places.append(RowLayout(file, offset, tensor.row_stride, tensor.n_rows, offset + span))
                 else:
                     assert tensor.in_memory is not None
                     address, n_rows, _, stride = tensor.in_memory.numbers
-                    places.append(RowsOf(IN_MEMORY, address, stride, n_rows))
+                    places.append(RowLayout(IN_MEMORY, address, stride, n_rows))
             # By tensor number, the last for -1.
             self._from_files = np.array([place.file != IN_MEMORY for place in places] + [False])
-            self._reader = RowReader(places, self._row_nbytes)
+            self._reader = AsyncRowReader(places, self._row_nbytes)
             undo.callback(self._reader.close)
             self._open = undo.pop_all()
 

@@ -42,7 +42,7 @@ def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[Dire
     kinds = {(tensor.dtype, tensor.row_shape) for tensor in tensors}
     if kernel() is None or not hasattr(os, "O_DIRECT") or len(kinds) != 1:
         return []
-    mapped = [isinstance(tensor, MappedTensor) and tensor.stageable for tensor in tensors]
+    mapped = [isinstance(tensor, MappedTensor) and tensor.has_raw_rows for tensor in tensors]
     if not any(mapped) or not all(m or t.in_memory for m, t in zip(mapped, tensors, strict=True)):
         return []
     made: list[DirectRowReader] = []

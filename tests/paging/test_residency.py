@@ -118,7 +118,7 @@ def test_without_fadvise(file, monkeypatch):
 # ------------------------------------------------------------------------------------------------ drop and populate
 
 
-def test_drop_lets_go_and_keeps_private_writes(file):
+def test_drop_evicts_and_keeps_private_writes(file):
     fmap = FileMap(file)
     values = fmap.bytes
     before = values.clone()
@@ -138,7 +138,7 @@ def test_drop_spares_pages_shared_with_neighbours(file):
     assert not paging.drop(fmap.address + 1, PAGE)
 
 
-def test_drop_lets_go_of_what_was_announced_and_never_touched(file):
+def test_drop_evicts_pages_prefetched_and_never_touched(file):
     fmap = FileMap(file)
     paging.populate(fmap.address, 2 * PAGE)
     file.read_bytes()

@@ -85,7 +85,7 @@ def test_where_the_kernel_will_not_tell(file, monkeypatch):
 
 def test_an_old_kernel_is_not_believed_about_other_owners_files(file, monkeypatch):
     no_cachestat(monkeypatch)
-    monkeypatch.setattr(residency, "_mine", lambda _: False)
+    monkeypatch.setattr(residency, "_owns", lambda _: False)
     assert cached_bytes(file, 0, SIZE) is None
 
 

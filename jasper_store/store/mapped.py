@@ -34,7 +34,7 @@ _LARGE_VIEW = 64 << 20
 
 
 def rows_are_runs(spec: TensorSpec) -> bool:
-    """Whether each row is one contiguous run of bytes in the file, so that reading it touches as few pages as possible."""
+    """Whether each row is one run of bytes in the file, so that reading it touches as few pages as possible."""
     if not isinstance(spec.location, Extent):
         return False
     strides, shape = spec.location.strides, spec.shape
@@ -137,7 +137,7 @@ class MappedTensor(HostTensor):
     def _require_whole_file(self) -> None:
         """Raise if the file was truncated since it was mapped: touching a page beyond its end would end the process.
 
-        Costs half a microsecond. It cannot protect views returned before, nor detect a truncation that happens after it.
+        Costs half a microsecond. It cannot protect views returned before, nor detect a truncation after it.
 
         Raises:
             CorruptFileError: the file ends before the end of this tensor.

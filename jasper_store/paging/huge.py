@@ -4,7 +4,7 @@ Gathering rows from huge pages costs up to 15 % less, because fewer address tran
 with free page reporting returns free blocks of the size of a huge page to the host, and gets each of them back only
 when it touches it again: 1.6 GB took 1.2 to 3.7 s there, 0.35 s in small pages, which are seldom reported, and 0.08 s
 in huge pages that the host still backed (docs/notes-paging.md). Fragmented memory, which the kernel compacts first, is
-slow in the same way. Nothing announces either case, so the time of each page is measured.
+slow in the same way. Neither case can be detected beforehand, so the time of each page is measured.
 """
 
 from __future__ import annotations

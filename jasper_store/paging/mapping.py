@@ -2,11 +2,10 @@
 
 On Linux the map is ``MAP_PRIVATE | MAP_NORESERVE`` with read and write access. It opens files larger than RAM
 (a plain private map is refused with ENOMEM under the default overcommit heuristic), needs no write permission,
-and an in-place write through a view lands in a copy that belongs to this process: it can neither reach the
-file nor crash. Elsewhere ``mmap.ACCESS_COPY`` gives the same, except that the system may count the whole file
-against its commit limit. Where a writable map is refused (overcommit mode 2) the map is read-only, which
-:attr:`FileMap.writable` says: writing through a view of such a map would end the process, so callers hand out
-copies instead.
+and an in-place write through a view changes a private copy of the page: it can neither reach the file nor crash.
+Elsewhere ``mmap.ACCESS_COPY`` does the same, except that the system may count the whole file against its commit limit.
+If the system refuses a writable map (overcommit mode 2), the map is read-only and :attr:`FileMap.writable` is False:
+writing through a view of such a map would end the process, so callers return copies instead.
 """
 
 from __future__ import annotations

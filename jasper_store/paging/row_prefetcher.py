@@ -65,7 +65,7 @@ class RowPrefetcher:
     def advise(self, how: Access) -> None:
         """Tell the kernel how the tensor will be accessed.
 
-        Around random rows the kernel's read-ahead reads mostly pages that nobody needs, and scans prefetch what they
+        Around random rows the kernel's read-ahead reads mostly pages that are not needed, and scans prefetch what they
         need themselves; but code that walks through a large view depends on read-ahead.
         """
         if how != self._advice:

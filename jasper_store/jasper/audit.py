@@ -17,7 +17,7 @@ from jasper_store.errors import IntegrityError
 from jasper_store.jasper.integrity import unread_bounds
 from jasper_store.jasper.schema import NOUNS, SPLITS, TENSORS, declaration_for, split_tensor
 from jasper_store.jasper.steering import default_curriculum
-from jasper_store.samples.graph import build_graph
+from jasper_store.samples.graph import Bound, build_graph
 from jasper_store.samples.integrity import check_bound
 from jasper_store.store.store import TensorStore
 
@@ -138,10 +138,17 @@ def _bounds(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
     declaration = declaration_for(default_curriculum())
     bounds = [bound for split in splits for bound in build_graph(declaration, store, split).bounds]
     for bound in {str(bound): bound for bound in reversed([*bounds, *unread_bounds(store)])}.values():
-        try:
-            check_bound(store[bound.tensor], bound, NOUNS)
-        except IntegrityError as exc:
-            yield Finding("error", exc.tensor or bound.tensor, "index bounds", str(exc), None)
+        problem = _bound_problem(store[bound.tensor], bound)
+        if problem is not None:
+            yield Finding("error", problem.tensor or bound.tensor, "index bounds", str(problem), None)
+
+
+def _bound_problem(tensor: StoredTensor, bound: Bound) -> IntegrityError | None:
+    try:
+        check_bound(tensor, bound, NOUNS)
+    except IntegrityError as exc:
+        return exc
+    return None
 
 
 def _negatives(store: TensorStore) -> Iterator[Finding]:

@@ -127,8 +127,9 @@ class JASPERSteeringDataset(Dataset):
         datasets: dict[str, Self] = {}
         for split in SPLITS:
             datasets[split] = made = cls.__new__(cls)
-            made._config = config
-            made._attach(opened, split, epoch=epoch, seed=seed)
+            # An alternative constructor.
+            made._config = config  # noqa: SLF001
+            made._attach(opened, split, epoch=epoch, seed=seed)  # noqa: SLF001
         return datasets
 
     # --- curriculum -------------------------------------------------------------------------------------------

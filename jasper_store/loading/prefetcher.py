@@ -30,7 +30,7 @@ from jasper_store.samples.graph import BY_POSITION
 from jasper_store.store.direct_rows import direct_readers_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Set
+    from collections.abc import Callable, Iterable, Iterator, Set as AbstractSet
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
 
@@ -76,7 +76,7 @@ def depth_for(batch_size: int, sample_nbytes: int, memory: int | None = None) ->
     return max(1, min(wanted, limit // max(batch_size * sample_nbytes, 1)))
 
 
-def stageable_nodes(graph: SampleGraph, mapped: Set[str]) -> list[int]:
+def stageable_nodes(graph: SampleGraph, mapped: AbstractSet[str]) -> list[int]:
     """Nodes whose rows a block order can read a window ahead: served, one row a sample in the order of the file."""
     index_nodes = set(graph.index_nodes)
     return [
@@ -175,7 +175,7 @@ class Prefetcher:
         store = self.dataset.store
         return stageable_nodes(self.dataset.graph, {name for name, each in store.items() if each.placement == "mmap"})
 
-    def _staged_nodes(self, mapped: Set[str]) -> list[StagedNode]:
+    def _staged_nodes(self, mapped: AbstractSet[str]) -> list[StagedNode]:
         graph, store = self.dataset.graph, self.dataset.store
         found = []
         for number in stageable_nodes(graph, mapped):
@@ -247,7 +247,7 @@ class Prefetcher:
             for name, rows in reader.rows_by_tensor(found, numbers).items():
                 if name in names:
                     idle[name] = 0 if len(rows) else idle[name] + 1
-                    dataset.store[name].announce(rows)
+                    dataset.store[name].prefetch(rows)
 
         def prefetch(indices: torch.Tensor) -> _Job | None:
             # A variant that is never drawn prefetches nothing, so nothing is ever known of its pages.
@@ -292,14 +292,14 @@ class Prefetcher:
                 continue
             wanted = indices if node.rows == BY_POSITION else rows
             if not node.choice:
-                store[node.tensor].announce(wanted)
+                store[node.tensor].prefetch(wanted)
                 continue
             draw = dataset.draw_now()
             assert draw is not None
             variants = draw.variants(wanted)
             for variant, name in enumerate(node.tensors, start=1):
                 if name in names:
-                    store[name].announce(wanted[variants == variant])
+                    store[name].prefetch(wanted[variants == variant])
 
     def _drop(self, names: set[str], blocks: torch.Tensor, order: BlockOrder) -> None:
         """Drop the rows of blocks, where a block's rows are a run in the file."""
@@ -348,7 +348,7 @@ class PrefetchedBatches:
             self.context.staged.close()
 
 
-def _list_is_mapped(graph: SampleGraph, mapped: Set[str]) -> bool:
+def _list_is_mapped(graph: SampleGraph, mapped: AbstractSet[str]) -> bool:
     return graph.row != BY_POSITION and graph.nodes[graph.row.node].tensor in mapped
 
 
@@ -359,7 +359,7 @@ def _rows_at(dataset: PrefetchSource, indices: torch.Tensor, *, prefetch: bool =
         return indices
     listed = dataset.store[graph.nodes[graph.row.node].tensor]
     if prefetch:
-        listed.announce(indices)
+        listed.prefetch(indices)
     rows: torch.Tensor = listed.take(indices).to(torch.int64)
     return rows
 

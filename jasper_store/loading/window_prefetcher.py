@@ -244,9 +244,8 @@ def _listed(dataset: PrefetchSource) -> Any:
 
 def _gather_of(staged: Mapping[int, StagedRows]) -> CompiledGather:
     """Staged rows alone: their addresses by the second input, then the rows at these."""
-    steps: list[Step] = []
-    for rows in staged.values():
-        steps.append(Step("staged rows", rows.addresses, SECOND_INPUT, torch.int64, result=False))
-    for number, rows in enumerate(staged.values()):
-        steps.append(Step("staged rows", rows.memory, IndexRef(number), rows.dtype))
-    return CompiledGather(steps)
+    found = [Step("staged rows", rows.addresses, SECOND_INPUT, torch.int64, result=False) for rows in staged.values()]
+    read = [
+        Step("staged rows", rows.memory, IndexRef(number), rows.dtype) for number, rows in enumerate(staged.values())
+    ]
+    return CompiledGather([*found, *read])

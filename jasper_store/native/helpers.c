@@ -1,12 +1,12 @@
-/* The helping threads of this process.
+/* The helper threads of this process.
  *
- * They are our own, and nobody waits for them to come. A parallel loop of OpenMP ends when all its threads have: where
- * another program keeps a core busy, each gather waited 8 ms for a thread that had nothing left to do. Here the caller
- * works through all parts that nobody else has taken, and waits only for those that somebody is at.
+ * The pool is our own because an OpenMP parallel loop ends only when all of its threads have reached the end: when
+ * another program kept a core busy, each gather waited 8 ms for a thread that had no work left. Here the caller runs
+ * every part that no helper has claimed, and then waits only for the parts that are still running.
  *
- * The first helper also does work on the side: reading from a disk is some hundred short steps, with waits between
- * them. A thread of its own for that wakes up on either core for each of them, and throws off it whoever is there; in a
- * helper it takes the time between two parts, and nobody is disturbed (figures in docs/notes-paging.md).
+ * The first helper also runs background tasks. Reading rows from a disk is some hundred short steps with waits between
+ * them. A dedicated I/O thread wakes up for each step and preempts whatever runs on that core; a helper takes the steps
+ * between two parts and preempts nothing (measured in docs/notes-paging.md).
  */
 #define _GNU_SOURCE
 #include "helpers.h"
@@ -24,237 +24,239 @@
 
 enum {
     MAX_HELPERS = 15,
-    SPINS = 20000,      /* looks for what another thread does before sleeping: some 400 us */
-    OFFERED = 512,      /* looks after which the core is offered to others */
-    ASIDE = 128,        /* looks after which the work on the side is looked at */
-    TAKEN_NS = 1000000, /* a core that was offered, and comes back later than this, was taken */
-    MODEST_CALLS = 30,  /* for which a helper whose core was taken sleeps at once */
-    NAP_NS = 5000,      /* between two looks at the work on the side, where there is nothing else to do */
-    MAX_ASIDE = 8,
+    SPIN_LIMIT = 20000,        /* iterations of a spin loop before the thread sleeps: some 400 us */
+    YIELD_INTERVAL = 512,      /* iterations between two calls of sched_yield */
+    BACKGROUND_INTERVAL = 128, /* iterations between two background steps */
+    PREEMPTED_NS = 1000000,    /* a sched_yield that takes longer than this means that another thread used the core */
+    BACKOFF_CALLS = 30,        /* calls for which a preempted helper sleeps at once instead of spinning */
+    BACKGROUND_NAP_NS = 5000,  /* sleep between two background steps while there is nothing else to do */
+    PREEMPTED_NAP_NS = 20000,  /* sleep of a caller whose helper was preempted in the middle of a part */
+    MAX_BACKGROUND = 8,
 };
 
 static struct {
-    pthread_mutex_t taken;
-    atomic_uint helpers;               /* that were started */
-    atomic_uint wanted;                /* that the present caller may have */
-    _Atomic(struct shared_work *) now; /* what there is to do, or NULL */
-    atomic_uint inside;                /* helpers that may be looking at it */
-    atomic_uint calls;                 /* changes with each call; sleeping helpers wait for that */
-    atomic_uint sleeping;
-    pthread_mutex_t beginning; /* of work on the side */
-    _Atomic(struct side_work *) aside[MAX_ASIDE]; /* a ring: those from first to last, NULL where one is finished */
-    atomic_uint first, last;
-    atomic_uint finished; /* changes when one of them is; who waits for that sleeps on it */
-    atomic_uint process;  /* changes with a fork */
-} pool = {.taken = PTHREAD_MUTEX_INITIALIZER, .beginning = PTHREAD_MUTEX_INITIALIZER};
+    pthread_mutex_t caller_lock;          /* held by the caller that has the helpers */
+    atomic_uint started;                  /* helpers that were started */
+    atomic_uint wanted;                   /* helpers that may work for the current caller */
+    _Atomic(struct parallel_task *) task; /* of the current caller, or NULL */
+    atomic_uint active;                   /* helpers that may hold a pointer to `task` */
+    atomic_uint calls;                    /* futex; increases with each call, and sleeping helpers wait for that */
+    atomic_uint sleeping;                 /* helpers that sleep on `calls` */
+    pthread_mutex_t submit_lock;          /* serialises additions to `background` */
+    _Atomic(struct background_task *) background[MAX_BACKGROUND]; /* ring of [head, tail); NULL once a task is done */
+    atomic_uint head, tail;
+    atomic_uint done_count;      /* futex; increases when a background task is done */
+    atomic_uint fork_generation; /* increases in a forked child */
+} pool = {.caller_lock = PTHREAD_MUTEX_INITIALIZER, .submit_lock = PTHREAD_MUTEX_INITIALIZER};
 
-static void rest(void)
+static void cpu_relax(void)
 {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #endif
 }
 
-static void nap(long nanoseconds)
+static void sleep_ns(long nanoseconds)
 {
     nanosleep(&(struct timespec){.tv_nsec = nanoseconds}, NULL);
 }
 
-static void sleep_on(atomic_uint *word, unsigned seen)
+static void futex_wait(atomic_uint *word, unsigned seen)
 {
     syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
 }
 
-static void wake(atomic_uint *word, unsigned count)
+static void futex_wake(atomic_uint *word, unsigned count)
 {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
-static int64_t nanoseconds(void)
+static int64_t monotonic_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
-static int any_aside(void) { return atomic_load(&pool.first) != atomic_load(&pool.last); }
+static int has_background(void) { return atomic_load(&pool.head) != atomic_load(&pool.tail); }
 
-/* A step of the work on the side that was begun first, and of what may go on beside it. */
-static void step_aside(void)
+/* Advance the oldest background task; advance newer ones too once it is draining. */
+static void run_background_step(void)
 {
-    const unsigned last = atomic_load(&pool.last);
-    for (unsigned i = atomic_load(&pool.first); i != last; i++) {
-        struct side_work *work = atomic_load(&pool.aside[i % MAX_ASIDE]);
-        const int what = work ? work->step(work) : FINISHED;
-        if (what == BUSY)
+    const unsigned tail = atomic_load(&pool.tail);
+    for (unsigned i = atomic_load(&pool.head); i != tail; i++) {
+        struct background_task *task = atomic_load(&pool.background[i % MAX_BACKGROUND]);
+        const int state = task ? task->step(task) : DONE;
+        if (state == BUSY)
             return;
-        if (what != FINISHED)
+        if (state != DONE)
             continue;
-        atomic_store(&pool.aside[i % MAX_ASIDE], NULL);
-        if (i == atomic_load(&pool.first))
-            atomic_store(&pool.first, i + 1);
-        if (!work)
+        atomic_store(&pool.background[i % MAX_BACKGROUND], NULL);
+        if (i == atomic_load(&pool.head))
+            atomic_store(&pool.head, i + 1);
+        if (!task)
             continue;
-        /* From here on it is its owner's, who may let go of its memory. */
-        atomic_store(&work->finished, 1);
-        atomic_fetch_add(&pool.finished, 1);
-        wake(&pool.finished, INT_MAX);
+        /* The submitter may free the task as soon as `done` is set, so nothing below touches it. */
+        atomic_store(&task->done, 1);
+        atomic_fetch_add(&pool.done_count, 1);
+        futex_wake(&pool.done_count, INT_MAX);
     }
 }
 
-/* A part of what there is to do now. Returns 0 if there is none. */
-static int help_once(void)
+/* Run one part of the current task. Returns 0 if there is none. */
+static int run_one_part(void)
 {
-    atomic_fetch_add(&pool.inside, 1);
-    struct shared_work *work = atomic_load(&pool.now);
-    const int did = work && work->one_part(work);
-    atomic_fetch_sub(&pool.inside, 1);
-    return did;
+    atomic_fetch_add(&pool.active, 1);
+    struct parallel_task *task = atomic_load(&pool.task);
+    const int ran = task && task->run_next_part(task);
+    atomic_fetch_sub(&pool.active, 1);
+    return ran;
 }
 
-/* Look for a new call for a while. Returns whether somebody else wants this core: it is offered now and then. */
-static int look_out(unsigned seen, int aside)
+/* Spin until a new call arrives or SPIN_LIMIT is reached, yielding the core now and then. Returns whether another
+ * thread wants the core. */
+static int spin_wait(unsigned seen, int runs_background)
 {
-    for (unsigned spins = 1; spins <= SPINS && atomic_load(&pool.calls) == seen; spins++) {
-        rest();
-        if (aside && spins % ASIDE == 0)
-            step_aside();
-        if (spins % OFFERED)
+    for (unsigned spins = 1; spins <= SPIN_LIMIT && atomic_load(&pool.calls) == seen; spins++) {
+        cpu_relax();
+        if (runs_background && spins % BACKGROUND_INTERVAL == 0)
+            run_background_step();
+        if (spins % YIELD_INTERVAL)
             continue;
-        const int64_t before = nanoseconds();
+        const int64_t before = monotonic_ns();
         sched_yield();
-        if (nanoseconds() - before > TAKEN_NS)
+        if (monotonic_ns() - before > PREEMPTED_NS)
             return 1;
     }
     return 0;
 }
 
-static void *help(void *data)
+static void *helper_main(void *data)
 {
     const unsigned number = (unsigned)(uintptr_t)data;
-    const int aside = number == 0;
-    for (unsigned seen = 0, modest = 0;;) {
-        /* Where others want this core, as torch's own threads do that spin between operations, looking out takes time
-         * from both; who sleeps is put first when woken. */
-        if (modest)
-            modest--;
-        else if (look_out(seen, aside))
-            modest = MODEST_CALLS;
+    const int runs_background = number == 0;
+    for (unsigned seen = 0, backoff = 0;;) {
+        /* If other threads want this core, as torch's own do that spin between operations, spinning takes time from
+         * both. The scheduler prefers a thread that was asleep when it is woken, so the helper sleeps instead. */
+        if (backoff)
+            backoff--;
+        else if (spin_wait(seen, runs_background))
+            backoff = BACKOFF_CALLS;
         while (atomic_load(&pool.calls) == seen) {
-            if (aside && any_aside()) {
-                step_aside();
-                nap(NAP_NS);
+            if (runs_background && has_background()) {
+                run_background_step();
+                sleep_ns(BACKGROUND_NAP_NS);
                 continue;
             }
             atomic_fetch_add(&pool.sleeping, 1);
-            sleep_on(&pool.calls, seen);
+            futex_wait(&pool.calls, seen);
             atomic_fetch_sub(&pool.sleeping, 1);
         }
         seen = atomic_load(&pool.calls);
-        while (number < atomic_load(&pool.wanted) && help_once())
-            if (aside)
-                step_aside();
+        while (number < atomic_load(&pool.wanted) && run_one_part())
+            if (runs_background)
+                run_background_step();
     }
     return NULL;
 }
 
-static void forget_helpers(void)
+/* Reset the pool in a forked child: threads do not survive a fork, and a lock may be held by a thread that does not
+ * exist in the child. */
+static void reset_after_fork(void)
 {
-    /* In a forked child: threads do not survive a fork, and the lock may be somebody's who does not exist here. */
-    pthread_mutex_init(&pool.taken, NULL);
-    atomic_store(&pool.helpers, 0);
-    atomic_store(&pool.now, NULL);
-    atomic_store(&pool.inside, 0);
+    pthread_mutex_init(&pool.caller_lock, NULL);
+    atomic_store(&pool.started, 0);
+    atomic_store(&pool.task, NULL);
+    atomic_store(&pool.active, 0);
     atomic_store(&pool.sleeping, 0);
-    pthread_mutex_init(&pool.beginning, NULL);
-    atomic_store(&pool.first, 0);
-    atomic_store(&pool.last, 0);
-    atomic_fetch_add(&pool.process, 1);
+    pthread_mutex_init(&pool.submit_lock, NULL);
+    atomic_store(&pool.head, 0);
+    atomic_store(&pool.tail, 0);
+    atomic_fetch_add(&pool.fork_generation, 1);
 }
 
-__attribute__((constructor)) static void before_any_fork(void) { pthread_atfork(NULL, NULL, forget_helpers); }
+__attribute__((constructor)) static void register_fork_handler(void) { pthread_atfork(NULL, NULL, reset_after_fork); }
 
-/* Start helpers up to a number; fewer if the system has no more threads to give. Called by who has the pool. */
+/* Start helpers until there are `count`; fewer if the system refuses a thread. The caller holds caller_lock. */
 static void start_helpers(unsigned count)
 {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
-    while (atomic_load(&pool.helpers) < count) {
+    while (atomic_load(&pool.started) < count) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, help, (void *)(uintptr_t)atomic_load(&pool.helpers)))
+        if (pthread_create(&thread, NULL, helper_main, (void *)(uintptr_t)atomic_load(&pool.started)))
             break;
         pthread_detach(thread);
-        atomic_fetch_add(&pool.helpers, 1);
+        atomic_fetch_add(&pool.started, 1);
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void call_helpers(unsigned count)
+static void notify_helpers(unsigned count)
 {
     atomic_fetch_add(&pool.calls, 1);
     if (atomic_load(&pool.sleeping))
-        wake(&pool.calls, count);
+        futex_wake(&pool.calls, count);
 }
 
-void jasper_do_together(struct shared_work *work, unsigned helpers)
+void jasper_parallel_for(struct parallel_task *task, unsigned helpers)
 {
     if (helpers > MAX_HELPERS)
         helpers = MAX_HELPERS;
-    if (pthread_mutex_trylock(&pool.taken)) {
-        while (work->one_part(work))
+    if (pthread_mutex_trylock(&pool.caller_lock)) {
+        while (task->run_next_part(task))
             continue;
         return;
     }
-    if (atomic_load(&pool.helpers) < helpers)
+    if (atomic_load(&pool.started) < helpers)
         start_helpers(helpers);
     atomic_store(&pool.wanted, helpers);
-    atomic_store(&pool.now, work);
-    call_helpers(helpers);
-    while (work->one_part(work))
+    atomic_store(&pool.task, task);
+    notify_helpers(helpers);
+    while (task->run_next_part(task))
         continue;
-    /* A helper looks at `now` only while it is counted as inside, so after this none can reach the work any more. */
-    atomic_store(&pool.now, NULL);
-    for (unsigned spins = 0; atomic_load(&pool.inside); spins++) {
-        if (spins < SPINS)
-            rest();
+    /* A helper reads pool.task only while it is counted in pool.active. Once pool.task is NULL and pool.active was 0,
+     * no helper can reach the task any more. */
+    atomic_store(&pool.task, NULL);
+    for (unsigned spins = 0; atomic_load(&pool.active); spins++) {
+        if (spins < SPIN_LIMIT)
+            cpu_relax();
         else
-            /* It was interrupted. Sleeping leaves it this core, where spinning, or yielding, would not. */
-            nap(20000);
+            /* The helper was preempted. Sleeping leaves this core to it; spinning or yielding would not. */
+            sleep_ns(PREEMPTED_NAP_NS);
     }
-    pthread_mutex_unlock(&pool.taken);
+    pthread_mutex_unlock(&pool.caller_lock);
 }
 
-int jasper_begin_aside(struct side_work *work)
+int jasper_submit_background(struct background_task *task)
 {
-    if (!atomic_load(&pool.helpers) && !pthread_mutex_trylock(&pool.taken)) {
+    if (!atomic_load(&pool.started) && !pthread_mutex_trylock(&pool.caller_lock)) {
         start_helpers(1);
-        pthread_mutex_unlock(&pool.taken);
+        pthread_mutex_unlock(&pool.caller_lock);
     }
-    if (!atomic_load(&pool.helpers))
+    if (!atomic_load(&pool.started))
         return 0;
-    work->process = atomic_load(&pool.process);
-    pthread_mutex_lock(&pool.beginning);
-    const unsigned last = atomic_load(&pool.last);
-    const int room = last - atomic_load(&pool.first) < MAX_ASIDE;
-    if (room) {
-        atomic_store(&pool.aside[last % MAX_ASIDE], work);
-        atomic_store(&pool.last, last + 1);
+    task->fork_generation = atomic_load(&pool.fork_generation);
+    pthread_mutex_lock(&pool.submit_lock);
+    const unsigned tail = atomic_load(&pool.tail);
+    const int has_room = tail - atomic_load(&pool.head) < MAX_BACKGROUND;
+    if (has_room) {
+        atomic_store(&pool.background[tail % MAX_BACKGROUND], task);
+        atomic_store(&pool.tail, tail + 1);
     }
-    pthread_mutex_unlock(&pool.beginning);
-    if (room)
-        /* All are woken: the first of them is meant, and one that is woken may be another. */
-        call_helpers(MAX_HELPERS);
-    return room;
+    pthread_mutex_unlock(&pool.submit_lock);
+    if (has_room)
+        /* Only the first helper runs background tasks, and a futex cannot wake a chosen thread: wake all of them. */
+        notify_helpers(MAX_HELPERS);
+    return has_room;
 }
 
-int jasper_await_aside(struct side_work *work)
+int jasper_wait_background(struct background_task *task)
 {
-    if (work->process != atomic_load(&pool.process))
-        return atomic_load(&work->finished);
-    for (unsigned seen; seen = atomic_load(&pool.finished), !atomic_load(&work->finished);)
-        sleep_on(&pool.finished, seen);
+    if (task->fork_generation != atomic_load(&pool.fork_generation))
+        return atomic_load(&task->done);
+    for (unsigned seen; seen = atomic_load(&pool.done_count), !atomic_load(&task->done);)
+        futex_wait(&pool.done_count, seen);
     return 1;
 }
-
-unsigned jasper_helpers(void) { return atomic_load(&pool.helpers); }

@@ -1,38 +1,37 @@
-/* Threads that help: with work that the caller waits for, and in between with work that somebody else waits for. */
+/* The helper threads of this process: they share the work of a caller that waits for it, and between two such calls
+ * they advance background tasks. */
 #ifndef JASPER_HELPERS_H
 #define JASPER_HELPERS_H
 
 #include <stdatomic.h>
 
-/* Work in parts, any of which may be done by any thread. `one_part` does one that nobody has begun, and returns 0 if
- * there is none left. */
-struct shared_work {
-    int (*one_part)(struct shared_work *);
+/* Work that is split into parts. Any thread may run any part. `run_next_part` claims a part and runs it; it returns 0
+ * if no part is left to claim. */
+struct parallel_task {
+    int (*run_next_part)(struct parallel_task *);
 };
 
-/* Have parts done by the caller and by some helpers; returns when all of them are done. One caller at a time has the
- * helpers; another that comes meanwhile works alone. */
-void jasper_do_together(struct shared_work *work, unsigned helpers);
+/* Run all parts of a task in the calling thread and in up to `helpers` helper threads. Returns when every part is done.
+ * One caller at a time gets the helpers; a concurrent caller runs all of its parts itself. */
+void jasper_parallel_for(struct parallel_task *task, unsigned helpers);
 
-/* What a step came to; while work is BUSY what was begun after it has to wait. */
-enum { BUSY, ENDING, FINISHED };
+/* State of a background task after a step. BUSY: it still has requests to submit, so later tasks wait. DRAINING: it
+ * only waits for requests in flight, so later tasks may start. DONE: its step is never called again. */
+enum { BUSY, DRAINING, DONE };
 
-/* Work in short steps that mostly waits for a disk. `step` is never called by two threads at a time, and not again once
- * it has returned FINISHED. */
-struct side_work {
-    int (*step)(struct side_work *);
-    atomic_int finished;
-    unsigned process; /* that it was begun in */
+/* Work in short steps that mostly waits for a disk. At most one thread at a time calls `step`. */
+struct background_task {
+    int (*step)(struct background_task *);
+    atomic_int done;
+    unsigned fork_generation; /* of the process that submitted it */
 };
 
-/* Have a helper do it, between the parts that it helps with, after what was begun before. Returns 0, and nothing will be
- * done, where no helper can be had or each place is taken. */
-int jasper_begin_aside(struct side_work *work);
+/* Queue a task for the first helper, which advances it between the parts it runs, in the order of submission. The
+ * caller keeps the memory valid until the task is done. Returns 0 if the task was not queued: no helper could be
+ * started, or the queue is full. */
+int jasper_submit_background(struct background_task *task);
 
-/* Wait until it is finished. Returns 0 where it never will be: it was begun before this process was forked. */
-int jasper_await_aside(struct side_work *work);
-
-/* How many there are: they are started by the first work that wants them, and a forked child has none at first. */
-unsigned jasper_helpers(void);
+/* Wait until a queued task is done. Returns 0 if it never will be: it was submitted before this process was forked. */
+int jasper_wait_background(struct background_task *task);
 
 #endif

@@ -1,4 +1,4 @@
-"""The package's own compiled part (``rows.c``, ``reads.c``, ``helpers.c``), where it was built; nothing needs it to be there."""
+"""Loads the compiled library (``rows.c``, ``reads.c``, ``helpers.c``). It is optional: every caller has a way without it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 7
+_ABI: Final = 8
 
 
 @functools.cache
 def library() -> Any:
-    """The library, or ``None`` where it was not built for this system."""
+    """The library; ``None`` if it was not built for this system."""
     if sys.byteorder != "little" or not LIBRARY.exists():
         return None
     try:
         found = ctypes.CDLL(str(LIBRARY))
         if found.jasper_rows_abi() != _ABI:
-            return None  # built from other sources, as an old checkout's is
+            return None  # built from other sources, for example by an older checkout
     except (OSError, AttributeError):
         return None
     number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
@@ -32,8 +32,6 @@ def library() -> Any:
     found.jasper_open_reader.restype = address
     found.jasper_close_reader.argtypes = [address]
     found.jasper_close_reader.restype = None
-    found.jasper_helpers.argtypes = []
-    found.jasper_helpers.restype = ctypes.c_uint
     found.jasper_begin_read.argtypes = [
         *(address, address, number, signed, signed),
         *(address, address, number, signed, address, address),

@@ -1,8 +1,11 @@
-/* Brings scattered rows of files into memory: many reads at once, past the page cache, without the interpreter.
+/* Reads scattered rows of files into memory: many reads in flight, past the page cache, without the interpreter.
  *
- * A read costs a disk as much as some more pages of one, so rows that lie near each other are read in one run with what
- * is between them, piece by piece into a small buffer, and copied out of it while they are in the processor's cache. All
- * of it goes in short steps, which a helping thread does between others. Measured figures stand in docs/notes-paging.md.
+ * A read costs a disk as much as some more pages of a longer one, so rows that lie near each other are read in one run,
+ * together with the bytes between them. A run is read piece by piece into a small buffer, and the rows are copied out
+ * of it while they are in the processor's cache. All of this goes in short steps, which a helper thread runs between
+ * other work. Measured figures are in docs/notes-paging.md.
+ *
+ * Reads are queued with Linux AIO, which works in containers whose seccomp profile blocks io_uring.
  */
 #define _GNU_SOURCE
 #include "helpers.h"
@@ -19,52 +22,84 @@
 
 enum {
     PAGE = 4096,
-    DEPTH = 32,              /* reads under way at a time */
-    READ_NBYTES = 128 << 10, /* of one read, at most */
-    STEP_READS = 8,          /* handed over in a step, and taken in: some 50 us */
-    BUFFER_NBYTES = DEPTH * READ_NBYTES,
-    NO_MEMORY = -1,
-    ANOTHER_PROCESS = -2,
+    QUEUE_DEPTH = 32,            /* reads in flight, at most */
+    MAX_READ_NBYTES = 128 << 10, /* bytes of one read, at most */
+    STEP_READS = 8,              /* reads that one background step submits, and completes: some 50 us */
+    BUFFER_NBYTES = QUEUE_DEPTH * MAX_READ_NBYTES,
 };
 
-/* Where the rows of a tensor lie. As RowReader in reads.py packs it. */
-struct rows_of {
-    int64_t file;   /* a descriptor opened with O_DIRECT, or -1: they are in memory */
+/* Result of jasper_finish_read. Errors of a tensor are tensor_error(tensor, ROW_MISSING or UNREADABLE). reads.py knows
+ * these numbers. */
+enum { NO_MEMORY = -1, FORKED = -2, ROW_MISSING = 1, UNREADABLE = 2, ERROR_KINDS = 3 };
+
+static int64_t tensor_error(int64_t tensor, int kind) { return ERROR_KINDS * tensor + kind; }
+
+/* Where the rows of a tensor lie. RowLayout in reads.py packs it. */
+struct row_layout {
+    int64_t file;   /* descriptor opened with O_DIRECT, or -1: the rows are in memory */
     int64_t base;   /* of row 0: offset in the file, or address */
     int64_t stride; /* bytes from one row to the next */
     int64_t n_rows;
-    int64_t end; /* byte of the file after the last that is needed of it */
+    int64_t end; /* offset in the file after the last byte of the tensor */
 };
 
 struct reader {
-    aio_context_t queue;     /* 0: there is none to be had, and reads are made one by one */
-    char *buffer;            /* room for each read under way, or NULL */
-    struct reading *reading; /* that was begun and not finished, or NULL */
+    aio_context_t queue;          /* 0: the system refused one, and each read is a pread */
+    char *buffer;                 /* MAX_READ_NBYTES for each read in flight, or NULL */
+    struct read_request *request; /* begun and not finished, or NULL */
 };
 
-struct wanted {
+/* A row of a request that has to be read from a file. */
+struct file_row {
     int64_t row;
-    uint64_t index; /* among what was asked for */
-    int64_t begin;  /* offset in the file */
+    uint64_t index; /* position in the request */
+    int64_t offset; /* in the file */
 };
 
-struct piece {
+struct read {
     int file;
     int64_t offset, nbytes;
-    int64_t needed; /* bytes without which the read has failed; the file may end behind them */
+    int64_t needed; /* fewer bytes than this are an error; the file may end after them */
     int64_t tensor;
-    uint64_t first, last; /* of the rows that are wanted: those that it has a part of are among these */
+    uint64_t first_row, end_row; /* the file rows that this read has a part of are among these */
 };
 
-struct pieces {
-    struct piece *all;
-    uint64_t n, room;
+struct read_list {
+    struct read *items;
+    uint64_t count, capacity;
+};
+
+/* Arguments of jasper_begin_read. */
+struct arguments {
+    const struct row_layout *tensors;
+    uint64_t n_tensors;
+    int64_t row_nbytes, max_gap;
+    const int64_t *tensor_of, *rows;
+    uint64_t n;
+    int64_t zero_row;
+    char *target;
+    int64_t *addresses;
+};
+
+/* A request for rows, and how far it has got. */
+struct read_request {
+    struct background_task task;
+    int in_background; /* whether a helper runs it */
+    struct arguments args;
+    int64_t error;         /* as jasper_finish_read returns it; after an error no more reads are submitted */
+    struct file_row *rows; /* NULL until the reads are planned */
+    struct read_list reads;
+    uint64_t next_read; /* the first that was not submitted */
+    aio_context_t queue;
+    char *buffer;
+    struct iocb iocbs[QUEUE_DEPTH]; /* each reads into its own part of the buffer */
+    unsigned free_iocbs[QUEUE_DEPTH], n_free, in_flight;
 };
 
 struct reader *jasper_open_reader(void)
 {
     struct reader *reader = calloc(1, sizeof *reader);
-    if (reader && syscall(SYS_io_setup, DEPTH, &reader->queue) != 0)
+    if (reader && syscall(SYS_io_setup, QUEUE_DEPTH, &reader->queue) != 0)
         reader->queue = 0;
     return reader;
 }
@@ -83,120 +118,128 @@ void jasper_close_reader(struct reader *reader)
     free(reader);
 }
 
-/* In huge pages if there are some: the kernel looks up each page that it reads into. */
-static int make_buffer(struct reader *reader)
+/* Allocate the buffer, in huge pages if there are any: the kernel looks up each page that it reads into. */
+static int allocate_buffer(struct reader *reader)
 {
     if (reader->buffer)
         return 1;
-    char *found = mmap(NULL, BUFFER_NBYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (found == MAP_FAILED)
+    char *buffer = mmap(NULL, BUFFER_NBYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (buffer == MAP_FAILED)
         return 0;
-    madvise(found, BUFFER_NBYTES, MADV_HUGEPAGE);
-    /* Pages that the disk writes into must not become shared with a child meanwhile: see fork in open(2), O_DIRECT. */
-    madvise(found, BUFFER_NBYTES, MADV_DONTFORK);
-    reader->buffer = found;
+    madvise(buffer, BUFFER_NBYTES, MADV_HUGEPAGE);
+    /* A page that the disk is writing into must not become shared with a forked child: see O_DIRECT and fork in
+     * open(2). */
+    madvise(buffer, BUFFER_NBYTES, MADV_DONTFORK);
+    reader->buffer = buffer;
     return 1;
 }
 
-static int by_row(const void *a, const void *b)
+static int compare_rows(const void *a, const void *b)
 {
-    const int64_t one = ((const struct wanted *)a)->row, other = ((const struct wanted *)b)->row;
+    const int64_t one = ((const struct file_row *)a)->row, other = ((const struct file_row *)b)->row;
     return (one > other) - (one < other);
 }
 
-/* Cut a run into pieces that are read at a time. */
-static int add_run(struct pieces *pieces, struct piece run, const struct wanted *rows, int64_t row_nbytes)
+/* Split a run of bytes into reads of MAX_READ_NBYTES and append them. Returns 0 without memory. */
+static int append_run(struct read_list *reads, struct read run, const struct file_row *rows, int64_t row_nbytes)
 {
     while (run.nbytes > 0) {
-        if (pieces->n == pieces->room) {
-            const uint64_t room = pieces->room ? 2 * pieces->room : 256;
-            struct piece *all = realloc(pieces->all, room * sizeof *all);
-            if (!all)
+        if (reads->count == reads->capacity) {
+            const uint64_t capacity = reads->capacity ? 2 * reads->capacity : 256;
+            struct read *items = realloc(reads->items, capacity * sizeof *items);
+            if (!items)
                 return 0;
-            pieces->all = all, pieces->room = room;
+            reads->items = items, reads->capacity = capacity;
         }
-        struct piece piece = run;
-        if (piece.nbytes > READ_NBYTES)
-            piece.nbytes = READ_NBYTES;
-        if (piece.needed > piece.nbytes)
-            piece.needed = piece.nbytes;
-        pieces->all[pieces->n++] = piece;
-        run.offset += piece.nbytes, run.nbytes -= piece.nbytes, run.needed -= piece.needed;
-        while (run.first < run.last && rows[run.first].begin + row_nbytes <= run.offset)
-            run.first++;
+        struct read read = run;
+        if (read.nbytes > MAX_READ_NBYTES)
+            read.nbytes = MAX_READ_NBYTES;
+        if (read.needed > read.nbytes)
+            read.needed = read.nbytes;
+        reads->items[reads->count++] = read;
+        run.offset += read.nbytes, run.nbytes -= read.nbytes, run.needed -= read.needed;
+        while (run.first_row < run.end_row && rows[run.first_row].offset + row_nbytes <= run.offset)
+            run.first_row++;
     }
     return 1;
 }
 
-/* What some rows of a tensor are read by: rows[start] to rows[start + n - 1], which are put in order. */
-static int plan(const struct rows_of *from, int64_t tensor, struct wanted *rows, uint64_t start, uint64_t n,
-                int64_t row_nbytes, int64_t gap, struct pieces *pieces)
+/* Sort the rows of one tensor, rows[start] to rows[start + n - 1], and append the reads that cover them. Returns 0
+ * without memory. */
+static int plan_tensor(const struct row_layout *layout, int64_t tensor, struct file_row *rows, uint64_t start,
+                       uint64_t n, int64_t row_nbytes, int64_t max_gap, struct read_list *reads)
 {
     const uint64_t end = start + n;
     int sorted = 1;
     for (uint64_t i = start + 1; i < end && sorted; i++)
         sorted = rows[i - 1].row <= rows[i].row;
     if (!sorted)
-        qsort(rows + start, n, sizeof *rows, by_row);
-    int64_t first = 0, last = -1;
+        qsort(rows + start, n, sizeof *rows, compare_rows);
+    int64_t run_begin = 0, run_end = -1; /* whole pages; run_end < 0: there is no run */
     uint64_t first_row = start;
     for (uint64_t i = start; i <= end; i++) {
         int64_t page = 0;
         if (i < end) {
-            rows[i].begin = from->base + rows[i].row * from->stride;
-            page = rows[i].begin / PAGE * PAGE;
+            rows[i].offset = layout->base + rows[i].row * layout->stride;
+            page = rows[i].offset / PAGE * PAGE;
         }
-        if (last >= 0 && (i == end || page > last + gap)) {
-            const int64_t needed = (last < from->end ? last : from->end) - first;
-            const struct piece run = {(int)from->file, first, last - first, needed, tensor, first_row, i};
-            if (!add_run(pieces, run, rows, row_nbytes))
+        if (run_end >= 0 && (i == end || page > run_end + max_gap)) {
+            const int64_t needed = (run_end < layout->end ? run_end : layout->end) - run_begin;
+            const struct read run = {(int)layout->file, run_begin, run_end - run_begin, needed, tensor, first_row, i};
+            if (!append_run(reads, run, rows, row_nbytes))
                 return 0;
-            last = -1;
+            run_end = -1;
         }
         if (i == end)
             break;
-        if (last < 0)
-            first = page, first_row = i;
-        const int64_t stop = (rows[i].begin + row_nbytes + PAGE - 1) / PAGE * PAGE;
-        if (stop > last)
-            last = stop;
+        if (run_end < 0)
+            run_begin = page, first_row = i;
+        const int64_t row_end = (rows[i].offset + row_nbytes + PAGE - 1) / PAGE * PAGE;
+        if (row_end > run_end)
+            run_end = row_end;
     }
     return 1;
 }
 
-/* What was asked for; see jasper_begin_read. */
-struct request {
-    const struct rows_of *tensors;
-    uint64_t n_tensors;
-    int64_t row_nbytes, gap;
-    const int64_t *which, *rows;
-    uint64_t n;
-    int64_t zeros;
-    char *target;
-    int64_t *addresses;
-};
-
-/* What there is to read, and what of it is done. */
-struct reading {
-    struct side_work side;
-    int aside; /* whether a helper has it */
-    struct request request;
-    int64_t failed; /* as jasper_finish_read returns it; if it is not 0, no more are handed over */
-    struct wanted *rows; /* NULL before it is planned */
-    struct pieces pieces;
-    uint64_t next; /* the first of them that was not handed over */
-    aio_context_t queue;
-    char *buffer;
-    struct iocb blocks[DEPTH]; /* each reads into its own part of the buffer */
-    unsigned unused[DEPTH], free_blocks, under_way;
-};
-
-/* Read what a read in the queue left over; an interrupted or a short one. Returns whether all that is needed is there. */
-static int finish(const struct piece *piece, char *buffer, int64_t done)
+/* Plan all reads, and set the address that each row will have. Returns an error as jasper_finish_read does. */
+static int64_t plan_reads(struct read_request *request)
 {
-    while (done < piece->needed) {
+    const struct arguments *args = &request->args;
+    struct file_row *rows = request->rows = malloc((args->n + 1) * sizeof *rows);
+    if (!rows)
+        return NO_MEMORY;
+    for (uint64_t i = 0; i < args->n; i++)
+        args->addresses[i] = args->zero_row;
+    uint64_t count = 0;
+    for (uint64_t t = 0; t < args->n_tensors; t++) {
+        const struct row_layout *layout = &args->tensors[t];
+        const uint64_t start = count;
+        for (uint64_t i = 0; i < args->n; i++) {
+            const int64_t row = args->rows[i];
+            if (args->tensor_of[i] != (int64_t)t)
+                continue;
+            if (row < 0 || row >= layout->n_rows)
+                return tensor_error((int64_t)t, ROW_MISSING);
+            if (layout->file < 0)
+                args->addresses[i] = layout->base + row * layout->stride;
+            else
+                rows[count++] = (struct file_row){row, i, 0};
+        }
+        if (!plan_tensor(layout, (int64_t)t, rows, start, count - start, args->row_nbytes, args->max_gap,
+                         &request->reads))
+            return NO_MEMORY;
+    }
+    for (uint64_t i = 0; i < count; i++)
+        args->addresses[rows[i].index] = (int64_t)(intptr_t)args->target + (int64_t)i * args->row_nbytes;
+    return 0;
+}
+
+/* Finish an interrupted or short read with pread, from byte `done` on. Returns whether all needed bytes are there. */
+static int finish_short_read(const struct read *read, char *buffer, int64_t done)
+{
+    while (done < read->needed) {
         const ssize_t got =
-            pread(piece->file, buffer + done, (size_t)(piece->nbytes - done), (off_t)(piece->offset + done));
+            pread(read->file, buffer + done, (size_t)(read->nbytes - done), (off_t)(read->offset + done));
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0)
@@ -206,178 +249,149 @@ static int finish(const struct piece *piece, char *buffer, int64_t done)
     return 1;
 }
 
-/* Copy what a piece has of the rows. */
-static void copy(const struct reading *reading, const struct piece *piece, const char *buffer)
+/* Copy the parts of rows that a read brought to their place in the target. */
+static void copy_to_target(const struct read_request *request, const struct read *read, const char *buffer)
 {
-    const int64_t until = piece->offset + piece->nbytes, row_nbytes = reading->request.row_nbytes;
-    for (uint64_t i = piece->first; i < piece->last && reading->rows[i].begin < until; i++) {
-        const int64_t begin = reading->rows[i].begin, end = begin + row_nbytes;
-        const int64_t from = begin > piece->offset ? begin : piece->offset, to = end < until ? end : until;
-        char *row = reading->request.target + (int64_t)i * row_nbytes;
-        memcpy(row + (from - begin), buffer + (from - piece->offset), (size_t)(to - from));
+    const int64_t read_end = read->offset + read->nbytes, row_nbytes = request->args.row_nbytes;
+    for (uint64_t i = read->first_row; i < read->end_row && request->rows[i].offset < read_end; i++) {
+        const int64_t begin = request->rows[i].offset, end = begin + row_nbytes;
+        const int64_t from = begin > read->offset ? begin : read->offset, to = end < read_end ? end : read_end;
+        char *row = request->args.target + (int64_t)i * row_nbytes;
+        memcpy(row + (from - begin), buffer + (from - read->offset), (size_t)(to - from));
     }
 }
 
-static void take_in(struct reading *reading, const struct piece *piece, char *buffer, int64_t done)
+static void complete_read(struct read_request *request, const struct read *read, char *buffer, int64_t done)
 {
-    if (finish(piece, buffer, done))
-        copy(reading, piece, buffer);
-    else if (!reading->failed)
-        reading->failed = 3 * piece->tensor + 2;
+    if (finish_short_read(read, buffer, done))
+        copy_to_target(request, read, buffer);
+    else if (!request->error)
+        request->error = tensor_error(read->tensor, UNREADABLE);
 }
 
-static char *buffer_of(const struct reading *reading, unsigned block)
+static char *iocb_buffer(const struct read_request *request, unsigned iocb)
 {
-    return reading->buffer + (size_t)block * READ_NBYTES;
+    return request->buffer + (size_t)iocb * MAX_READ_NBYTES;
 }
 
-/* Take in what has come; waits until so many have, without end if that is not 0. */
-static void reap(struct reading *reading, long least, unsigned most)
+/* Complete up to `most` reads that have arrived. Waits until at least `least` have, without a time limit. */
+static void poll_completions(struct read_request *request, long least, unsigned most)
 {
-    struct io_event events[DEPTH];
-    struct timespec now = {0};
-    const long came = syscall(SYS_io_getevents, reading->queue, least, (long)most, events, least ? NULL : &now);
-    for (long k = 0; k < came; k++) {
-        const unsigned block = (unsigned)((struct iocb *)(uintptr_t)events[k].obj - reading->blocks);
+    struct io_event events[QUEUE_DEPTH];
+    struct timespec no_wait = {0};
+    const long count =
+        syscall(SYS_io_getevents, request->queue, least, (long)most, events, least ? NULL : &no_wait);
+    for (long k = 0; k < count; k++) {
+        const unsigned iocb = (unsigned)((struct iocb *)(uintptr_t)events[k].obj - request->iocbs);
         const int64_t done = events[k].res > 0 ? events[k].res : 0;
-        take_in(reading, &reading->pieces.all[events[k].data], buffer_of(reading, block), done);
-        reading->unused[reading->free_blocks++] = block;
-        reading->under_way--;
+        complete_read(request, &request->reads.items[events[k].data], iocb_buffer(request, iocb), done);
+        request->free_iocbs[request->n_free++] = iocb;
+        request->in_flight--;
     }
 }
 
-/* Hand over some reads, as far as the queue has room. */
-static void hand_over(struct reading *reading, unsigned most)
+/* Submit up to `most` reads, as far as the queue has room. */
+static void submit_reads(struct read_request *request, unsigned most)
 {
-    struct iocb *wanted[DEPTH];
+    struct iocb *batch[QUEUE_DEPTH];
     unsigned count = 0;
-    for (; count < most && count < reading->free_blocks && reading->next + count < reading->pieces.n; count++) {
-        const struct piece *piece = &reading->pieces.all[reading->next + count];
-        const unsigned number = reading->unused[reading->free_blocks - 1 - count];
-        struct iocb *block = wanted[count] = &reading->blocks[number];
-        memset(block, 0, sizeof *block);
-        block->aio_lio_opcode = IOCB_CMD_PREAD;
-        block->aio_fildes = (uint32_t)piece->file;
-        block->aio_buf = (uint64_t)(uintptr_t)buffer_of(reading, number);
-        block->aio_nbytes = (uint64_t)piece->nbytes;
-        block->aio_offset = piece->offset;
-        block->aio_data = reading->next + count;
+    for (; count < most && count < request->n_free && request->next_read + count < request->reads.count; count++) {
+        const struct read *read = &request->reads.items[request->next_read + count];
+        const unsigned number = request->free_iocbs[request->n_free - 1 - count];
+        struct iocb *iocb = batch[count] = &request->iocbs[number];
+        memset(iocb, 0, sizeof *iocb);
+        iocb->aio_lio_opcode = IOCB_CMD_PREAD;
+        iocb->aio_fildes = (uint32_t)read->file;
+        iocb->aio_buf = (uint64_t)(uintptr_t)iocb_buffer(request, number);
+        iocb->aio_nbytes = (uint64_t)read->nbytes;
+        iocb->aio_offset = read->offset;
+        iocb->aio_data = request->next_read + count;
     }
-    const long taken = count ? syscall(SYS_io_submit, reading->queue, (long)count, wanted) : 0;
+    const long taken = count ? syscall(SYS_io_submit, request->queue, (long)count, batch) : 0;
     if (taken <= 0)
         return;
-    reading->free_blocks -= (unsigned)taken, reading->under_way += (unsigned)taken, reading->next += (uint64_t)taken;
+    request->n_free -= (unsigned)taken, request->in_flight += (unsigned)taken, request->next_read += (uint64_t)taken;
 }
 
-/* Find out what to read, and where each row will be. Returns as jasper_finish_read. */
-static int64_t make_plan(struct reading *reading)
+/* Complete and submit up to `most` reads. Waits for `least` completions if that is not 0. Returns BUSY, DRAINING or
+ * DONE. */
+static int advance(struct read_request *request, long least, unsigned most)
 {
-    const struct request *request = &reading->request;
-    struct wanted *wanted = reading->rows = malloc((request->n + 1) * sizeof *wanted);
-    if (!wanted)
-        return NO_MEMORY;
-    for (uint64_t i = 0; i < request->n; i++)
-        request->addresses[i] = request->zeros;
-    uint64_t count = 0;
-    for (uint64_t t = 0; t < request->n_tensors; t++) {
-        const struct rows_of *from = &request->tensors[t];
-        const uint64_t start = count;
-        for (uint64_t i = 0; i < request->n; i++) {
-            const int64_t row = request->rows[i];
-            if (request->which[i] != (int64_t)t)
-                continue;
-            if (row < 0 || row >= from->n_rows)
-                return (int64_t)(3 * t + 1);
-            if (from->file < 0)
-                request->addresses[i] = from->base + row * from->stride;
-            else
-                wanted[count++] = (struct wanted){row, i, 0};
-        }
-        if (!plan(from, (int64_t)t, wanted, start, count - start, request->row_nbytes, request->gap, &reading->pieces))
-            return NO_MEMORY;
+    if (!request->rows && !request->error)
+        request->error = plan_reads(request);
+    if (request->in_flight)
+        poll_completions(request, least, most);
+    if (request->next_read < request->reads.count && !request->error) {
+        submit_reads(request, most);
+        if (!request->in_flight)
+            /* There is no queue, or it accepts nothing: read the next one with pread. */
+            complete_read(request, &request->reads.items[request->next_read++], request->buffer, 0);
     }
-    for (uint64_t i = 0; i < count; i++)
-        request->addresses[wanted[i].index] = (int64_t)(intptr_t)request->target + (int64_t)i * request->row_nbytes;
-    return 0;
-}
-
-/* Go on with it, with so many reads at most. Waits for some, if `least` is not 0. */
-static int go_on(struct reading *reading, long least, unsigned most)
-{
-    if (!reading->rows && !reading->failed)
-        reading->failed = make_plan(reading);
-    if (reading->under_way)
-        reap(reading, least, most);
-    if (reading->next < reading->pieces.n && !reading->failed) {
-        hand_over(reading, most);
-        if (!reading->under_way)
-            /* No queue, or it takes nothing: then without. */
-            take_in(reading, &reading->pieces.all[reading->next++], reading->buffer, 0);
-    }
-    if (reading->next < reading->pieces.n && !reading->failed)
+    if (request->next_read < request->reads.count && !request->error)
         return BUSY;
-    return reading->under_way ? ENDING : FINISHED;
+    return request->in_flight ? DRAINING : DONE;
 }
 
-static int step(struct side_work *side)
+static int background_step(struct background_task *task)
 {
-    return go_on((struct reading *)side, 0, STEP_READS);
+    return advance((struct read_request *)task, 0, STEP_READS);
 }
 
-static void read_alone(struct reading *reading)
+static void run_in_caller(struct read_request *request)
 {
-    for (long least = 0; go_on(reading, least, DEPTH) != FINISHED;) {
-        /* Several at a time: each round of calls tells the disk once, however many reads it hands over. */
-        const long under_way = reading->under_way;
-        least = under_way > DEPTH / 2 ? under_way - DEPTH / 2 : 1;
+    for (long least = 0; advance(request, least, QUEUE_DEPTH) != DONE;) {
+        /* Wait for several completions: io_submit notifies the disk once per call, however many reads it has. */
+        const long in_flight = request->in_flight;
+        least = in_flight > QUEUE_DEPTH / 2 ? in_flight - QUEUE_DEPTH / 2 : 1;
     }
 }
 
-/* Begin to bring rows into memory. All that is named here has to stay until it is finished.
+/* Begin to bring rows into memory. The caller keeps all arguments valid until jasper_finish_read returns.
  *
- * which:     tensor number of each, [n]; less than 0 is the row at address `zeros`.
- * rows:      row of each, [n].
- * gap:       bytes between the pages of two rows that are read along.
- * target:    room for those that are in files, one after the other.
- * addresses: of each row, [n], when it is finished.
+ * tensor_of: tensor number of each row, [n]; less than 0 names the row at address `zero_row`.
+ * rows:      row number in its tensor, [n].
+ * max_gap:   rows whose pages are at most this many bytes apart are read together.
+ * target:    memory for the rows that are in files, one after the other.
+ * addresses: address of each row, [n], set when the request is finished.
  *
- * Returns whether there was memory for it. */
-int jasper_begin_read(struct reader *reader, const struct rows_of *tensors, uint64_t n_tensors, int64_t row_nbytes,
-                      int64_t gap, const int64_t *which, const int64_t *rows, uint64_t n, int64_t zeros, char *target,
-                      int64_t *addresses)
+ * Returns 0 if a request is open already, or without memory. */
+int jasper_begin_read(struct reader *reader, const struct row_layout *tensors, uint64_t n_tensors, int64_t row_nbytes,
+                      int64_t max_gap, const int64_t *tensor_of, const int64_t *rows, uint64_t n, int64_t zero_row,
+                      char *target, int64_t *addresses)
 {
-    struct reading *reading = reader->reading ? NULL : calloc(1, sizeof *reading);
-    if (!reading || !make_buffer(reader)) {
-        free(reading);
+    struct read_request *request = reader->request ? NULL : calloc(1, sizeof *request);
+    if (!request || !allocate_buffer(reader)) {
+        free(request);
         return 0;
     }
-    reading->side.step = step;
-    reading->request =
-        (struct request){tensors, n_tensors, row_nbytes, gap, which, rows, n, zeros, target, addresses};
-    reading->queue = reader->queue;
-    reading->buffer = reader->buffer;
-    for (; reader->queue && reading->free_blocks < DEPTH; reading->free_blocks++)
-        reading->unused[reading->free_blocks] = reading->free_blocks;
-    reader->reading = reading;
-    reading->aside = jasper_begin_aside(&reading->side);
+    request->task.step = background_step;
+    request->args =
+        (struct arguments){tensors, n_tensors, row_nbytes, max_gap, tensor_of, rows, n, zero_row, target, addresses};
+    request->queue = reader->queue;
+    request->buffer = reader->buffer;
+    for (; reader->queue && request->n_free < QUEUE_DEPTH; request->n_free++)
+        request->free_iocbs[request->n_free] = request->n_free;
+    reader->request = request;
+    request->in_background = jasper_submit_background(&request->task);
     return 1;
 }
 
-/* Wait for what was begun. Returns 0; or 3 t + 1: tensor t does not have a row, 3 t + 2: tensor t could not be read; or
- * -1: no memory, -2: it was begun by the process that this one was forked from. */
+/* Wait for the open request. Returns 0, or NO_MEMORY, or FORKED: this process was forked from the one that began it, or
+ * tensor_error(t, ROW_MISSING): tensor t does not have a row, or tensor_error(t, UNREADABLE). */
 int64_t jasper_finish_read(struct reader *reader)
 {
-    struct reading *reading = reader->reading;
-    if (!reading)
+    struct read_request *request = reader->request;
+    if (!request)
         return 0;
-    reader->reading = NULL;
-    if (!reading->aside)
-        read_alone(reading);
-    else if (!jasper_await_aside(&reading->side))
-        return ANOTHER_PROCESS; /* a helper was at it, and left it in any state: nothing of it can be given back */
-    const int64_t failed = reading->failed;
-    free(reading->pieces.all);
-    free(reading->rows);
-    free(reading);
-    return failed;
+    reader->request = NULL;
+    if (!request->in_background)
+        run_in_caller(request);
+    else if (!jasper_wait_background(&request->task))
+        /* A helper of the parent was running it and left it in an unknown state, so none of its memory can be freed. */
+        return FORKED;
+    const int64_t error = request->error;
+    free(request->reads.items);
+    free(request->rows);
+    free(request);
+    return error;
 }

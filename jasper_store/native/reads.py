@@ -1,7 +1,7 @@
-"""Scattered rows of files read into memory: many reads at once, past the page cache, and the interpreter left alone.
+"""Scattered rows of files, read into memory by the compiled library: many reads in flight, past the page cache.
 
-What is Python here is done once per some thousand rows, and no thread of Python's does it: to plan the reads in numpy
-held the interpreter for half a millisecond each time, and the trainer's thread waited for it (docs/notes-paging.md).
+Python code runs once per some thousand rows, and no Python thread is involved: planning the reads in numpy held the
+interpreter lock for half a millisecond each time, and the trainer's thread waited for it (docs/notes-paging.md).
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from jasper_store.native.library import library
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["IN_MEMORY", "READER_NBYTES", "RowReader", "RowsOf", "UnreadableError"]
+__all__ = ["IN_MEMORY", "READER_NBYTES", "AsyncRowReader", "RowLayout", "UnreadableError"]
 
-_GAP: Final = 3
-"""Pages between two rows that are read along: a read costs as much as 12 KiB more of one."""
+_MAX_GAP_PAGES: Final = 3
+"""Rows at most this many pages apart are read together: a separate read costs as much as 12 KiB more of one."""
 READER_NBYTES: Final = 4 << 20
-"""Memory that a reader reads into, whatever it reads: 32 reads at a time, of 128 KiB each at most."""
+"""Bytes of a reader's buffer, whatever it reads: up to 32 reads in flight, of up to 128 KiB each."""
 IN_MEMORY: Final = -1
-_NO_MEMORY, _ANOTHER_PROCESS = -1, -2
-_ABSENT, _UNREADABLE = 1, 2
+# As the enum in reads.c. Errors of a tensor are 3 * tensor + kind.
+_NO_MEMORY, _FORKED = -1, -2
+_ROW_MISSING, _UNREADABLE = 1, 2
 
 _idle: list[tuple[int, int]] = []
-"""Queues, with what they have read into, for the next who needs one, and the process that they are of. To give one back
-to the system waits 36 ms for all processors (an RCU grace period), and a pass over a small dataset takes ten times that."""
-_MOST_IDLE: Final = 4
+"""(process id, reader of the library) of closed readers, for the next :class:`AsyncRowReader` of the same process.
+Destroying a queue waits 36 ms for an RCU grace period, and a pass over a small dataset takes only ten times that."""
+_MAX_IDLE: Final = 4
 
 
-def _opened() -> int:
-    """A queue of this process; a forked child's are not its parent's."""
+def _acquire_reader() -> int:
+    """A reader of the library, an idle one if there is one. Queues of a parent process do not work in a forked child."""
     while True:
         try:
             process, reader = _idle.pop()
@@ -49,15 +50,15 @@ def _opened() -> int:
     return made
 
 
-class RowsOf(NamedTuple):
+class RowLayout(NamedTuple):
     """Where the rows of a tensor lie.
 
     Attributes:
-        file: a descriptor opened with O_DIRECT; -1 if they are in memory.
+        file: a descriptor opened with O_DIRECT; -1 if the rows are in memory.
         base: of row 0: its offset in the file, or its address.
         stride: bytes from one row to the next.
-        n_rows: how many there are.
-        end: byte of the file after the last row.
+        n_rows: number of rows.
+        end: offset in the file of the byte after the last row.
     """
 
     file: int
@@ -79,52 +80,54 @@ class UnreadableError(OSError):
         self.tensor = tensor
 
 
-class RowReader:
-    """Reads rows of some tensors while other work goes on. For one thread at a time; the library has to be there.
+class AsyncRowReader:
+    """Reads rows of several tensors in the background. For one thread at a time; needs the compiled library.
 
-    Close it, so that the next one finds its queue.
+    Close it, so that the next reader can reuse its queue.
 
     Args:
-        tensors: where their rows lie.
-        row_nbytes: bytes of a row, of each of them.
+        tensors: where the rows of each tensor lie.
+        row_nbytes: bytes of a row, the same for all tensors.
     """
 
-    def __init__(self, tensors: Sequence[RowsOf], row_nbytes: int) -> None:
-        self._tensors = np.array(tensors, np.int64).reshape(-1, len(RowsOf._fields))
+    def __init__(self, tensors: Sequence[RowLayout], row_nbytes: int) -> None:
+        self._tensors = np.array(tensors, np.int64).reshape(-1, len(RowLayout._fields))
         self._row_nbytes = row_nbytes
-        self._reader: int | None = _opened()
+        self._reader: int | None = _acquire_reader()
         self._process = os.getpid()
-        self._needed: tuple[object, ...] = ()
+        self._arguments: tuple[
+            object, ...
+        ] = ()  # arrays that the library reads until finish(); empty: nothing is begun
         self._addresses = np.empty(0, np.int64)
 
-    def begin(self, which: np.ndarray, rows: np.ndarray, zeros: int, target: int) -> None:
-        """Begin to have rows in memory; :meth:`finish` it before the next, and before the memory named here goes.
+    def begin(self, tensor_of: np.ndarray, rows: np.ndarray, zero_row: int, target: int) -> None:
+        """Begin to read rows. Call :meth:`finish` before the next, and before the memory named here is freed.
 
         Args:
-            which: tensor number of each, int64 [n]; less than 0 is the row at address ``zeros``.
-            rows: row of each, int64 [n].
-            zeros: address of a row.
-            target: address of room for those rows that are in files.
+            tensor_of: tensor number of each row, int64 [n]; less than 0 names the row at address ``zero_row``.
+            rows: row number in its tensor, int64 [n].
+            zero_row: address of a row.
+            target: address of memory for those rows that are in files.
 
         Raises:
             ValueError: the reader is closed, or has begun something already.
-            MemoryError: no room for what is read.
+            MemoryError: no memory for the request.
         """
-        if self._reader is None or self._needed:
-            raise ValueError("the reader has something to finish" if self._needed else "the reader is closed")
-        which, rows = np.ascontiguousarray(which, np.int64), np.ascontiguousarray(rows, np.int64)
+        if self._reader is None or self._arguments:
+            raise ValueError("the reader has something to finish" if self._arguments else "the reader is closed")
+        tensor_of, rows = np.ascontiguousarray(tensor_of, np.int64), np.ascontiguousarray(rows, np.int64)
         self._addresses = np.empty(len(rows), np.int64)
         begun = library().jasper_begin_read(
-            *(self._reader, _address(self._tensors), len(self._tensors), self._row_nbytes, _GAP * PAGESIZE),
-            *(_address(which), _address(rows), len(rows), zeros, target, _address(self._addresses)),
+            *(self._reader, _address(self._tensors), len(self._tensors), self._row_nbytes, _MAX_GAP_PAGES * PAGESIZE),
+            *(_address(tensor_of), _address(rows), len(rows), zero_row, target, _address(self._addresses)),
         )
         if not begun:
             raise MemoryError(f"no memory to read {len(rows)} rows by")
-        self._needed = (which, rows)
-        _busy.add(self)
+        self._arguments = (tensor_of, rows)
+        _unfinished.add(self)
 
     def finish(self) -> np.ndarray:
-        """Wait for what was begun.
+        """Wait for the rows.
 
         Returns:
             Address of each row, int64 [n].
@@ -132,16 +135,16 @@ class RowReader:
         Raises:
             IndexError: a row that its tensor does not have.
             UnreadableError: a file could not be read.
-            MemoryError: no room for what is read.
-            RuntimeError: the process that began it was forked, and this is the child.
+            MemoryError: no memory for the request.
+            RuntimeError: this process was forked from the one that began the request.
         """
-        failed = self._wait()
-        if failed == _NO_MEMORY:
+        error = self._wait()
+        if error == _NO_MEMORY:
             raise MemoryError(f"no memory to read {len(self._addresses)} rows by")
-        if failed == _ANOTHER_PROCESS:
+        if error == _FORKED:
             raise RuntimeError("rows that were being read when the process was forked are not there in the child")
-        tensor, kind = divmod(failed, 3)
-        if kind == _ABSENT:
+        tensor, kind = divmod(error, 3)
+        if kind == _ROW_MISSING:
             raise IndexError(
                 f"a row that tensor {tensor} does not have; its rows are 0 to {self._tensors[tensor, 3] - 1}"
             )
@@ -150,34 +153,34 @@ class RowReader:
         return self._addresses
 
     def _wait(self) -> int:
-        failed: int = library().jasper_finish_read(self._reader) if self._reader is not None else 0
-        self._needed = ()
-        _busy.discard(self)
-        return failed
+        error: int = library().jasper_finish_read(self._reader) if self._reader is not None else 0
+        self._arguments = ()
+        _unfinished.discard(self)
+        return error
 
     def close(self) -> None:
-        """Give the queue back, when what was begun is over; may be called twice."""
+        """Wait for an unfinished request, then give the queue back. May be called twice."""
         if self._reader is None:
             return
         self._wait()
         reader, self._reader = self._reader, None
         if self._process != os.getpid():
             return  # its queue is the parent's
-        if len(_idle) < _MOST_IDLE:
+        if len(_idle) < _MAX_IDLE:
             _idle.append((self._process, reader))
         else:
             library().jasper_close_reader(reader)
 
 
-_busy: set[RowReader] = set()
+_unfinished: set[AsyncRowReader] = set()
 
 
 def _finish_all() -> None:
-    for reader in tuple(_busy):
+    for reader in tuple(_unfinished):
         reader._wait()  # noqa: SLF001 - of this module
 
 
-# A helper may be copying into memory that goes with the interpreter.
+# A helper thread may be copying into memory that is freed when the interpreter ends.
 atexit.register(_finish_all)
 
 

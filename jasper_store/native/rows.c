@@ -1,10 +1,10 @@
 /* Gathers rows of arrays in memory, several arrays in one call.
  *
- * A gather of scattered rows waits for memory: the processor cannot guess where the next row lies, so each row begins
- * with a miss. The list of rows says it, and asking for the fourth row after while one is copied hides most of that
- * wait. Measured figures stand in docs/notes-paging.md.
+ * A gather of scattered rows is bound by memory latency: the processor cannot predict where the next row lies, so each
+ * row begins with a cache miss. The index list is known, so the loop prefetches the fourth row after the one it copies,
+ * which hides most of that latency. Measured figures are in docs/notes-paging.md.
  *
- * Plain C without Python's headers: one library serves every Python, called through ctypes, which lets go of the
+ * Plain C without Python's headers: one library serves every Python version, called through ctypes, which releases the
  * interpreter lock.
  */
 #include "helpers.h"
@@ -15,135 +15,140 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
 #include <immintrin.h>
-#define HAS_LINE_STORES 1
+#define HAS_STREAM_STORES 1
 #endif
 
 enum {
-    ABI = 7,
-    AHEAD = 4,               /* rows asked for ahead of the one that is copied */
-    LINE = 64,               /* bytes of a cache line */
-    PART_NBYTES = 512 << 10, /* what a thread takes at a time, at most */
-    SMALL_NBYTES = 64 << 10, /* below it, waking a thread costs more than it saves */
-    LARGE_NBYTES = 2 << 20,  /* from here on what is written leaves the core's cache before anybody reads it */
+    ABI = 8,
+    PREFETCH_DISTANCE = 4,          /* rows from the one that is copied to the one that is prefetched */
+    CACHE_LINE = 64,                /* bytes */
+    MAX_PART_NBYTES = 512 << 10,    /* bytes that a thread copies per part, at most */
+    MIN_PARALLEL_NBYTES = 64 << 10, /* below this, waking a thread costs more than it saves */
+    MIN_STREAM_NBYTES = 2 << 20,    /* from this on the result leaves the core's cache before it is read */
 };
 
-/* As gather.py packs it: ten 64-bit numbers. */
-struct job {
+/* One gather. gather.py packs it as ten 64-bit numbers. */
+struct gather {
     const char *source;
     uint64_t n_rows;
     uint64_t row_nbytes;
     uint64_t stride; /* bytes from one row of the source to the next */
     const int64_t *rows;
-    uint64_t rows_step; /* numbers from one of `rows` to the next */
+    uint64_t rows_step; /* elements from one of `rows` to the next */
     uint64_t n;
-    char *target; /* n rows without gaps */
-    int64_t widen; /* 0: copy; 1, 2, 4: signed integers of that many bytes, made int64; -1: unsigned bytes */
-    uint64_t stage; /* jobs of a stage do not depend on each other, only on those of stages before */
+    char *target;   /* n rows without gaps */
+    int64_t widen;  /* 0: copy; 1, 2, 4: convert signed integers of that many bytes to int64; -1: unsigned bytes */
+    uint64_t stage; /* gathers of one stage depend only on gathers of earlier stages */
 };
 
-struct work {
-    struct shared_work shared;
-    const struct job *jobs;
-    uint64_t n_jobs;
+/* The gathers of one stage, split into parts. */
+struct gather_task {
+    struct parallel_task task;
+    const struct gather *gathers;
+    uint64_t n_gathers;
     uint64_t part_nbytes;
-    uint64_t parts;
-    int past_cache; /* whether what is written goes past the cache */
-    atomic_ullong next;
+    uint64_t n_parts;
+    int stream; /* whether stores bypass the cache */
+    atomic_ullong next_part;
 };
 
-#if defined(HAS_LINE_STORES) && !defined(__clang__)
-#define WIDEST __attribute__((target_clones("avx512f", "avx2", "default")))
+#if defined(HAS_STREAM_STORES) && !defined(__clang__)
+#define SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
-#define WIDEST
+#define SIMD_CLONES
 #endif
 
-/* Into the second level of the cache, which has room for more misses under way than the first. */
-static void ask_for(const char *row, uint64_t nbytes)
+/* Prefetch a row into the second-level cache, which allows more outstanding misses than the first. */
+static void prefetch_row(const char *row, uint64_t nbytes)
 {
-    for (uint64_t k = 0; k < nbytes; k += LINE)
+    for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
         __builtin_prefetch(row + k, 0, 1);
 }
 
-WIDEST
-static void copy_rows(const struct job *job, uint64_t first, uint64_t last)
+SIMD_CLONES
+static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last)
 {
-    const uint64_t nbytes = job->row_nbytes, stride = job->stride, step = job->rows_step;
-    const int64_t *rows = job->rows;
+    const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
+    const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
-        if (i + AHEAD < job->n)
-            ask_for(job->source + (uint64_t)rows[(i + AHEAD) * step] * stride, nbytes);
-        const char *from = job->source + (uint64_t)rows[i * step] * stride;
-        char *to = job->target + i * nbytes;
+        if (i + PREFETCH_DISTANCE < gather->n)
+            prefetch_row(gather->source + (uint64_t)rows[(i + PREFETCH_DISTANCE) * step] * stride, nbytes);
+        const char *from = gather->source + (uint64_t)rows[i * step] * stride;
+        char *to = gather->target + i * nbytes;
         uint64_t k = 0;
-        for (; k + LINE <= nbytes; k += LINE)
-            __builtin_memcpy(to + k, from + k, LINE);
+        for (; k + CACHE_LINE <= nbytes; k += CACHE_LINE)
+            __builtin_memcpy(to + k, from + k, CACHE_LINE);
         memcpy(to + k, from + k, nbytes - k);
     }
 }
 
-/* The same past the cache: a whole line that is written at once need not be read first. (Two or four stores a line are
- * no quicker than the cache.) */
-#ifdef HAS_LINE_STORES
+/* The same with stores that bypass the cache: a cache line that is written as a whole need not be read first. (Two or
+ * four stores per line are no faster than the cache.)
+ *
+ * The loop stands here twice because one inline body for both, with the store as a constant argument, made this
+ * function 4 to 8 % slower (GCC 12, rows of 768 and 1536 bytes, 3 to 12 MB per call). */
+#ifdef HAS_STREAM_STORES
 __attribute__((target("avx512f")))
-static void stream_rows(const struct job *job, uint64_t first, uint64_t last)
+static void stream_rows(const struct gather *gather, uint64_t first, uint64_t last)
 {
-    const uint64_t nbytes = job->row_nbytes, stride = job->stride, step = job->rows_step;
-    const int64_t *rows = job->rows;
+    const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
+    const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
-        if (i + AHEAD < job->n)
-            ask_for(job->source + (uint64_t)rows[(i + AHEAD) * step] * stride, nbytes);
-        const char *from = job->source + (uint64_t)rows[i * step] * stride;
-        char *to = job->target + i * nbytes;
-        for (uint64_t k = 0; k < nbytes; k += LINE)
+        if (i + PREFETCH_DISTANCE < gather->n)
+            prefetch_row(gather->source + (uint64_t)rows[(i + PREFETCH_DISTANCE) * step] * stride, nbytes);
+        const char *from = gather->source + (uint64_t)rows[i * step] * stride;
+        char *to = gather->target + i * nbytes;
+        for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
             _mm512_stream_si512((__m512i *)(to + k), _mm512_loadu_si512(from + k));
     }
     _mm_sfence();
 }
 
-static int can_stream(const struct job *job)
+static int can_stream(const struct gather *gather)
 {
-    return ((uintptr_t)job->target | job->row_nbytes) % LINE == 0 && __builtin_cpu_supports("avx512f");
+    return ((uintptr_t)gather->target | gather->row_nbytes) % CACHE_LINE == 0 && __builtin_cpu_supports("avx512f");
 }
 #else
-static int can_stream(const struct job *job) { return (void)job, 0; }
+static int can_stream(const struct gather *gather) { return (void)gather, 0; }
 #define stream_rows copy_rows
 #endif
 
-/* Rows of a few bytes: a number of a known width is one load and one store. */
+/* Rows of 4 or 8 bytes: one load and one store of a number of that width. */
 #define COPY_NUMBERS(type)                                                          \
     for (uint64_t i = first; i < last; i++) {                                       \
         type value;                                                                 \
-        memcpy(&value, job->source + (uint64_t)rows[i * step] * stride, sizeof value); \
-        memcpy(job->target + i * sizeof value, &value, sizeof value);               \
+        memcpy(&value, gather->source + (uint64_t)rows[i * step] * stride, sizeof value); \
+        memcpy(gather->target + i * sizeof value, &value, sizeof value);            \
     }
 
 #define WIDEN_NUMBERS(type)                                                         \
     for (uint64_t i = first; i < last; i++) {                                       \
-        const char *from = job->source + (uint64_t)rows[i * step] * stride;         \
+        const char *from = gather->source + (uint64_t)rows[i * step] * stride;      \
         for (uint64_t k = 0; k < width; k++) {                                      \
             type value;                                                             \
             memcpy(&value, from + k * sizeof value, sizeof value);                  \
             const int64_t wide = value;                                             \
-            memcpy(job->target + (i * width + k) * sizeof wide, &wide, sizeof wide); \
+            memcpy(gather->target + (i * width + k) * sizeof wide, &wide, sizeof wide); \
         }                                                                           \
     }
 
-static void do_part(const struct job *job, uint64_t first, uint64_t last, int past_cache)
+/* Rows first to last - 1 of a gather. */
+static void gather_rows(const struct gather *gather, uint64_t first, uint64_t last, int stream)
 {
-    const uint64_t stride = job->stride, step = job->rows_step;
-    const int64_t *rows = job->rows;
-    const uint64_t item = job->widen < 0 ? 1 : (uint64_t)job->widen;
-    const uint64_t width = item ? job->row_nbytes / item : 0;
-    switch (job->widen) {
+    const uint64_t stride = gather->stride, step = gather->rows_step;
+    const int64_t *rows = gather->rows;
+    const uint64_t item = gather->widen < 0 ? 1 : (uint64_t)gather->widen;
+    const uint64_t width = item ? gather->row_nbytes / item : 0;
+    switch (gather->widen) {
     case 0:
-        if (job->row_nbytes == 8) {
+        if (gather->row_nbytes == 8) {
             COPY_NUMBERS(uint64_t)
-        } else if (job->row_nbytes == 4) {
+        } else if (gather->row_nbytes == 4) {
             COPY_NUMBERS(uint32_t)
-        } else if (past_cache && can_stream(job)) {
-            stream_rows(job, first, last);
+        } else if (stream && can_stream(gather)) {
+            stream_rows(gather, first, last);
         } else {
-            copy_rows(job, first, last);
+            copy_rows(gather, first, last);
         }
         break;
     case -1:
@@ -161,79 +166,81 @@ static void do_part(const struct job *job, uint64_t first, uint64_t last, int pa
     }
 }
 
-static uint64_t rows_per_part(const struct work *work, const struct job *job)
+static uint64_t rows_per_part(const struct gather_task *task, const struct gather *gather)
 {
-    const uint64_t rows = work->part_nbytes / (job->row_nbytes ? job->row_nbytes : 1);
+    const uint64_t rows = task->part_nbytes / (gather->row_nbytes ? gather->row_nbytes : 1);
     return rows ? rows : 1;
 }
 
-static uint64_t parts_of(const struct work *work, const struct job *job)
+static uint64_t count_parts(const struct gather_task *task, const struct gather *gather)
 {
-    const uint64_t rows = rows_per_part(work, job);
-    return (job->n + rows - 1) / rows;
+    const uint64_t rows = rows_per_part(task, gather);
+    return (gather->n + rows - 1) / rows;
 }
 
-static int one_part(struct shared_work *shared)
+static int run_next_part(struct parallel_task *parallel)
 {
-    struct work *work = (struct work *)shared;
-    uint64_t number = atomic_fetch_add(&work->next, 1);
-    if (number >= work->parts)
+    struct gather_task *task = (struct gather_task *)parallel;
+    uint64_t part = atomic_fetch_add(&task->next_part, 1);
+    if (part >= task->n_parts)
         return 0;
-    const struct job *job = work->jobs;
-    for (uint64_t parts; number >= (parts = parts_of(work, job)); number -= parts)
-        job++;
-    const uint64_t rows = rows_per_part(work, job), first = number * rows;
-    do_part(job, first, job->n - first < rows ? job->n : first + rows, work->past_cache);
+    const struct gather *gather = task->gathers;
+    for (uint64_t count; part >= (count = count_parts(task, gather)); part -= count)
+        gather++;
+    const uint64_t rows = rows_per_part(task, gather), first = part * rows;
+    gather_rows(gather, first, gather->n - first < rows ? gather->n : first + rows, task->stream);
     return 1;
 }
 
-static int in_range(const struct job *job)
+static int rows_in_range(const struct gather *gather)
 {
     uint64_t bad = 0;
-    for (uint64_t i = 0; i < job->n; i++)
-        bad |= (uint64_t)job->rows[i * job->rows_step] >= job->n_rows;
+    for (uint64_t i = 0; i < gather->n; i++)
+        bad |= (uint64_t)gather->rows[i * gather->rows_step] >= gather->n_rows;
     return !bad;
 }
 
-/* Do jobs that do not depend on each other. Returns the number from 1 of the first that names a row out of range: then
- * nothing was written; else 0. */
-static int64_t do_stage(const struct job *jobs, uint64_t n_jobs, unsigned threads)
+/* Run gathers that do not depend on each other. Returns 0, or the number (from 1) of the first gather with a row out of
+ * range: then nothing was written. */
+static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {
     uint64_t nbytes = 0;
-    for (uint64_t k = 0; k < n_jobs; k++) {
-        if (!in_range(&jobs[k]))
+    for (uint64_t k = 0; k < n_gathers; k++) {
+        if (!rows_in_range(&gathers[k]))
             return (int64_t)k + 1;
-        nbytes += jobs[k].n * jobs[k].row_nbytes;
+        nbytes += gathers[k].n * gathers[k].row_nbytes;
     }
-    struct work work = {.shared = {one_part}, .jobs = jobs, .n_jobs = n_jobs, .part_nbytes = PART_NBYTES};
-    work.past_cache = nbytes >= LARGE_NBYTES;
-    const int shared = threads > 1 && nbytes >= SMALL_NBYTES;
-    /* Large parts: the first rows of each are not asked for. At least two for each thread, for one that comes late. */
-    if (shared && nbytes / (2 * threads) < PART_NBYTES)
-        work.part_nbytes = nbytes / (2 * threads);
-    for (uint64_t k = 0; k < n_jobs; k++)
-        work.parts += parts_of(&work, &jobs[k]);
-    if (shared)
-        jasper_do_together(&work.shared, threads - 1);
+    struct gather_task task = {
+        .task = {run_next_part}, .gathers = gathers, .n_gathers = n_gathers, .part_nbytes = MAX_PART_NBYTES};
+    task.stream = nbytes >= MIN_STREAM_NBYTES;
+    const int parallel = threads > 1 && nbytes >= MIN_PARALLEL_NBYTES;
+    /* Parts are as large as possible, because the first rows of each are not prefetched; but each thread gets at least
+     * two, so that the others can take over the second part of one that starts late. */
+    if (parallel && nbytes / (2 * threads) < MAX_PART_NBYTES)
+        task.part_nbytes = nbytes / (2 * threads);
+    for (uint64_t k = 0; k < n_gathers; k++)
+        task.n_parts += count_parts(&task, &gathers[k]);
+    if (parallel)
+        jasper_parallel_for(&task.task, threads - 1);
     else
-        while (one_part(&work.shared))
+        while (run_next_part(&task.task))
             continue;
     return 0;
 }
 
-/* Do all jobs, stage by stage. Returns 0, or the number from 1 of the first job that names a row out of range: then
- * nothing was written by its stage and those after it. */
-int64_t jasper_gather(const struct job *jobs, uint64_t n_jobs, unsigned threads)
+/* Run all gathers, stage by stage. Returns 0, or the number (from 1) of the first gather with a row out of range: then
+ * its stage and later stages have written nothing. */
+int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {
-    for (uint64_t first = 0, last = 0; first < n_jobs; first = last) {
-        while (last < n_jobs && jobs[last].stage == jobs[first].stage)
+    for (uint64_t first = 0, last = 0; first < n_gathers; first = last) {
+        while (last < n_gathers && gathers[last].stage == gathers[first].stage)
             last++;
-        const int64_t bad = do_stage(jobs + first, last - first, threads);
+        const int64_t bad = run_stage(gathers + first, last - first, threads);
         if (bad)
             return (int64_t)first + bad;
     }
     return 0;
 }
 
-/* What library.py was written for. */
+/* Version of this library's interface; library.py expects the same number. */
 int jasper_rows_abi(void) { return ABI; }

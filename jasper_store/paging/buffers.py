@@ -1,9 +1,9 @@
-"""Memory for tensors that are made, used and dropped again and again, as batches are.
+"""A pool of memory for tensors that are allocated and freed again and again, as batches are.
 
-The C library gives a block of some megabytes back to the kernel as soon as it is freed, and the next one is paid
-for again: a page fault and a page of zeros for each 4 KiB, more than the gather that fills it (measured in
-docs/notes-paging.md). Here the block is kept and handed out again, once nothing refers to it any more: neither the
-tensor, nor a view of it, nor a NumPy array made of it.
+The C library returns a block of some megabytes to the kernel as soon as it is freed. Allocating the next one costs a
+page fault and a page of zeros for each 4 KiB, more than the gather that fills it (measured in docs/notes-paging.md).
+The pool keeps the block and reuses it once nothing refers to it: neither the tensor, nor a view of it, nor a NumPy
+array that shares its memory.
 """
 
 from __future__ import annotations
@@ -24,61 +24,67 @@ if TYPE_CHECKING:
 
 __all__ = ["BufferPool"]
 
-_UNIT: Final = 256 << 10
-_LEAST: Final = 512 << 10
-"""Below this the C library is quicker."""
-_MOST: Final = 256 << 20
-"""Above this memory is worth more than the time to get it again."""
-_FREE_NBYTES: Final = 128 << 20
-"""Free blocks are kept up to this many bytes, the ones that came back last: a loader fills one batch while the
-trainer has another."""
+_GRANULARITY: Final = 256 << 10
+"""Block sizes are multiples of this many bytes."""
+_MIN_NBYTES: Final = 512 << 10
+"""Below this the C library is faster."""
+_MAX_NBYTES: Final = 256 << 20
+"""Above this the memory is worth more than the time to allocate it again."""
+_MAX_FREE_NBYTES: Final = 128 << 20
+"""Bytes of free blocks that are kept, the ones released last: a loader fills one batch while the trainer uses
+another."""
 
 
 class BufferPool:
-    """Hands out tensors over memory that is used again. Safe to use from several threads."""
+    """Allocates tensors over reused memory. Safe to use from several threads.
 
-    def __init__(self, free_nbytes: int = _FREE_NBYTES) -> None:
-        # In the order in which they came back. Every change is one step of the interpreter.
+    Args:
+        max_free_nbytes: bytes of free blocks to keep, at most.
+    """
+
+    def __init__(self, max_free_nbytes: int = _MAX_FREE_NBYTES) -> None:
+        # In the order of their release. Every change is one atomic operation of the interpreter.
         self._free: deque[mmap.mmap] = deque()
-        self._lent: dict[int, weakref.ref[memoryview]] = {}
-        # Of its own: blocks also come back while the interpreter ends, when a module's names are gone already.
-        self._free_nbytes = free_nbytes
+        self._in_use: dict[int, weakref.ref[memoryview]] = {}
+        # An attribute, not the constant: blocks are also released while the interpreter ends, when the names of this
+        # module are gone.
+        self._max_free_nbytes = max_free_nbytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised host tensor, as ``torch.empty`` gives it; its memory may have served before."""
+        """An uninitialised host tensor, like ``torch.empty``, possibly over memory that was used before."""
         nbytes = math.prod(shape) * dtype.itemsize
-        if not _LEAST <= nbytes <= _MOST or sys.platform != "linux":
+        if not _MIN_NBYTES <= nbytes <= _MAX_NBYTES or sys.platform != "linux":
             return torch.empty(tuple(shape), dtype=dtype)
-        size = -(-nbytes // _UNIT) * _UNIT
-        block = self._used(size)
+        size = -(-nbytes // _GRANULARITY) * _GRANULARITY
+        block = self._pop_free(size)
         if block is None:
             try:
                 block = anonymous(size)
             except OSError:
-                return torch.empty(tuple(shape), dtype=dtype)  # its error, or what it finds elsewhere
-        # A storage keeps the object that it was made over. Nobody else has this one, so it goes when the storage does.
+                return torch.empty(tuple(shape), dtype=dtype)  # raises its own error, or finds memory elsewhere
+        # The storage holds the only reference to this view, so the finalizer runs when the storage is freed.
         window = memoryview(block)[:nbytes]
         key = id(window)
-        self._lent[key] = weakref.ref(window, lambda _: self._take_back(key, block))
+        self._in_use[key] = weakref.ref(window, lambda _: self._release(key, block))
         return torch.frombuffer(window, dtype=dtype).view(tuple(shape))
 
-    def _used(self, size: int) -> mmap.mmap | None:
-        """The free block of a size that came back last, which the processor's cache may still hold."""
+    def _pop_free(self, size: int) -> mmap.mmap | None:
+        """The free block of this size that was released last, which may still be in the processor's cache."""
         for block in reversed(tuple(self._free)):
             if len(block) == size:
                 try:
                     self._free.remove(block)
                 except ValueError:
-                    continue  # another thread was quicker
+                    continue  # another thread took it
                 return block
         return None
 
-    def _take_back(self, key: int, block: mmap.mmap) -> None:
-        self._lent.pop(key, None)
+    def _release(self, key: int, block: mmap.mmap) -> None:
+        self._in_use.pop(key, None)
         self._free.append(block)
         held = sum(map(len, tuple(self._free)))
         try:
-            while held > self._free_nbytes:
+            while held > self._max_free_nbytes:
                 held -= len(self._free.popleft())
         except IndexError:
-            pass  # another thread was quicker; contextlib may be gone when the last batch comes back
+            pass  # another thread removed them; contextlib.suppress may be gone when the last batch is released

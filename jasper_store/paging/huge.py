@@ -1,10 +1,10 @@
-"""Huge pages for memory that is about to be filled, as long as they can be had quickly.
+"""Huge pages for memory that is about to be filled, as long as allocating them is fast.
 
-Rows gathered from huge pages cost up to 15 % less, because fewer address translations miss. But a virtual machine that
-reports its free memory to the host gets it back bit by bit when it touches it again, and what it reports are free
-blocks of the size of a huge page: 1.6 GB took 1.2 to 3.7 s there, 0.35 s in small pages, which are seldom
-reported, and 0.08 s in huge pages that the host still backed (docs/notes-paging.md). Fragmented memory, which the
-kernel compacts first, looks alike. Nothing tells beforehand, so it is found out on the way.
+Gathering rows from huge pages costs up to 15 % less, because fewer address translations miss. But a virtual machine
+with free page reporting returns free blocks of the size of a huge page to the host, and gets each of them back only
+when it touches it again: 1.6 GB took 1.2 to 3.7 s there, 0.35 s in small pages, which are seldom reported, and 0.08 s
+in huge pages that the host still backed (docs/notes-paging.md). Fragmented memory, which the kernel compacts first, is
+slow in the same way. Neither case can be detected beforehand, so the time of each page is measured.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from jasper_store.paging import madvise as paging
 __all__ = ["HUGE_PAGE", "HugePages"]
 
 HUGE_PAGE: Final = 2 << 20
-_SLOW: Final = 0.5e-3
-"""Seconds. Zeroing a huge page takes 0.1 ms, the 512 faults of small pages in its place 0.4 ms."""
-_MEMORY: Final = 0.8
-_ENOUGH: Final = 2.5
-"""What a run of four slow pages, or of six in eight, adds up to; a single one was somebody else's time slice."""
+_SLOW_SECONDS: Final = 0.5e-3
+"""A page that takes longer is slow: zeroing a huge page takes 0.1 ms, the 512 faults of small pages instead 0.4 ms."""
+_DECAY: Final = 0.8
+"""Factor of the score per page; each slow page adds 1."""
+_SLOW_SCORE: Final = 2.5
+"""Score of four slow pages in a row, or of six in eight. One alone means that the thread was preempted."""
 
 
 class HugePages:
-    """Backs parts of buffers with huge pages until that proves slow. For several threads; one for all of a process."""
+    """Allocates huge pages for parts of buffers until that proves slow. Thread-safe; one per process."""
 
     def __init__(self) -> None:
         self._score = 0.0
@@ -35,11 +36,11 @@ class HugePages:
 
     @property
     def slow(self) -> bool:
-        """Whether it has given up."""
-        return self._score >= _ENOUGH
+        """Whether huge pages proved slow, so that no more are allocated."""
+        return self._score >= _SLOW_SCORE
 
-    def back(self, buffer: int, nbytes: int, first: int, last: int) -> None:
-        """Back the huge pages that begin in a part of a buffer; their contents are lost.
+    def allocate(self, buffer: int, nbytes: int, first: int, last: int) -> None:
+        """Allocate the huge pages that begin in a part of a buffer; their contents are lost.
 
         Args:
             buffer: address of private anonymous memory.
@@ -54,12 +55,13 @@ class HugePages:
         for page in range(start, stop, HUGE_PAGE):
             began = time.perf_counter()
             ctypes.c_char.from_address(page).value = b"\0"
-            if self._judged_slow(time.perf_counter() - began):
+            if self._record(time.perf_counter() - began):
                 return
 
-    def _judged_slow(self, seconds: float) -> bool:
-        with self._lock:  # an old score written over a verdict would bring it back
-            self._score = _MEMORY * self._score + (seconds > _SLOW)
+    def _record(self, seconds: float) -> bool:
+        """Record the time of a page; returns :attr:`slow`."""
+        with self._lock:  # without it, another thread's older score could overwrite the final one
+            self._score = _DECAY * self._score + (seconds > _SLOW_SECONDS)
             if self.slow:
                 self._score = float("inf")
             return self.slow

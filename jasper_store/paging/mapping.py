@@ -2,11 +2,10 @@
 
 On Linux the map is ``MAP_PRIVATE | MAP_NORESERVE`` with read and write access. It opens files larger than RAM
 (a plain private map is refused with ENOMEM under the default overcommit heuristic), needs no write permission,
-and an in-place write through a view lands in a copy that belongs to this process: it can neither reach the
-file nor crash. Elsewhere ``mmap.ACCESS_COPY`` gives the same, except that the system may count the whole file
-against its commit limit. Where a writable map is refused (overcommit mode 2) the map is read-only, which
-:attr:`FileMap.writable` says: writing through a view of such a map would end the process, so callers hand out
-copies instead.
+and an in-place write through a view changes a private copy of the page: it can neither reach the file nor crash.
+Elsewhere ``mmap.ACCESS_COPY`` does the same, except that the system may count the whole file against its commit limit.
+If the system refuses a writable map (overcommit mode 2), the map is read-only and :attr:`FileMap.writable` is False:
+writing through a view of such a map would end the process, so callers return copies instead.
 """
 
 from __future__ import annotations
@@ -48,15 +47,15 @@ MAP_NORESERVE = 0x4000  # Linux, every architecture torch runs on; mmap names it
 class FileMap:
     """One whole file as bytes in memory. No data is read by opening it.
 
-    Views share its memory and stay valid when the map is dropped or closed: the last one of map and views that
-    goes away unmaps the file. Safe to read from several threads; survives a fork (children share the page cache
-    and keep private writes to themselves); pickles as its path and maps again where it is unpickled.
+    Views share its memory and stay valid when the map is deleted or closed: the file is unmapped when the map and all
+    views are gone. Safe to read from several threads. Survives a fork: children share the page cache, and their
+    writes are private. Pickles as its path and is mapped again where it is unpickled.
 
     Attributes:
         path: the file.
         nbytes: size of the file when it was opened; the map never covers more.
         address: address of byte 0, a multiple of the page size; 0 for an empty file.
-        writable: False where only a read-only map was to be had; writing through its views is not allowed.
+        writable: False if the system allowed only a read-only map; writing through its views is not allowed.
 
     Raises:
         DatasetNotFoundError: there is no such file, or it may not be read.
@@ -85,8 +84,8 @@ class FileMap:
         self.address = int(np.frombuffer(mapped, dtype=np.uint8).__array_interface__["data"][0])
         self._buffer = mapped
         if not self.writable:
-            # torch warns about read-only buffers, and silencing it would mean touching the process-wide warning
-            # filters; a ctypes array over the same memory says nothing about access, and keeps the map alive.
+            # torch warns about read-only buffers, and silencing it would change the process-wide warning filters. A
+            # ctypes array over the same memory carries no access flag, and keeps the map alive.
             holder = (ctypes.c_ubyte * self.nbytes).from_address(self.address)
             holder.mapped = mapped  # type: ignore[attr-defined]  # ctypes instances take attributes
             self._buffer = holder
@@ -114,7 +113,7 @@ class FileMap:
         return self._buffer
 
     def fileno(self) -> int:
-        """File descriptor of the file that is mapped, also if another file has taken its name since.
+        """File descriptor of the mapped file, also if its name refers to another file by now.
 
         Raises:
             ClosedError: the map was closed.
@@ -124,11 +123,11 @@ class FileMap:
             raise ClosedError(msg, path=self.path)
         return self._fd
 
-    # Of the class: the last maps go when the interpreter ends, and this module's names are gone by then.
+    # A class attribute: the last maps are deleted when the interpreter ends, and this module's names are gone by then.
     _close_fd = staticmethod(os.close)
 
     def close(self) -> None:
-        """Give up the map; views made before stay valid and hold the memory until they go. May be called twice."""
+        """Close the map; existing views stay valid and keep the memory mapped. May be called twice."""
         if not self._closed:
             self._closed = True
             self._buffer = None
@@ -141,7 +140,7 @@ class FileMap:
         self.close()
 
     def __del__(self) -> None:
-        # Without the attribute the constructor failed before it had opened anything.
+        # Without the attribute the constructor failed before it opened anything.
         if not getattr(self, "_closed", True):
             self.close()
 
@@ -155,7 +154,7 @@ class FileMap:
 
 def _open(path: Path) -> int:
     try:
-        # Asked first: opening a named pipe would wait for somebody to write to it.
+        # Checked first: opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             msg = f"{path}: expected a regular file, found a directory or device; give the path of the data file"
             raise DatasetNotFoundError(msg, path=path)
@@ -220,7 +219,7 @@ def memory_limits() -> str:
         ("vm.overcommit_memory", "/proc/sys/vm/overcommit_memory"),
         ("vm.max_map_count", "/proc/sys/vm/max_map_count"),
     ):
-        # Whatever made the map fail may make this fail, too.
+        # The cause of the failed map may make this fail, too.
         with contextlib.suppress(OSError):
             parts.append(f"{name} = {Path(file).read_text().strip()}")
     with contextlib.suppress(OSError), Path("/proc/self/maps").open("rb") as maps:
@@ -236,7 +235,7 @@ def memory_limits() -> str:
 
 
 def mappable(offset: int, dtype: torch.dtype) -> bool:
-    """Whether a tensor at this byte offset can be a view of the file: aligned to its element, host little-endian."""
+    """Whether a tensor at this byte offset can be a view of the file: aligned to its elements, host little-endian."""
     return offset % dtype.itemsize == 0 and sys.byteorder == "little"
 
 

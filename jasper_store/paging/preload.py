@@ -1,7 +1,7 @@
 """Loading bytes of a file into memory at the speed of memory, or of the disk when they are not cached.
 
-What costs is the page faults of a fresh buffer, so the buffer asks for huge pages: of a cached file, 2.5 GB/s a
-thread becomes 11 (docs/notes-paging.md has the run).
+The page faults of a new buffer cost the most, so the buffer uses huge pages: reading a cached file goes from 2.5 to
+11 GB/s per thread (measured in docs/notes-paging.md).
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "RangeReader", "anonymous", "default_threads", "empty", "read_converted", "read_into"]
 
 _CONVERT_BLOCK = 1 << 20  # Stays in the second-level cache between the read and the conversion.
-_LARGE = 64 << 20  # Less than this is little time, whatever its pages are.
+_LARGE = 64 << 20  # Smaller buffers take little time, whatever their pages are.
 _HUGE_PAGES = HugePages()
 
 
 def anonymous(nbytes: int) -> mmap.mmap:
-    """Memory of this process, zeroed, in huge pages if that is quick; Linux only.
+    """Private zeroed memory, in huge pages if that is fast; Linux only.
 
     Raises:
         OSError: the system refused it.
     """
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if nbytes < _LARGE:  # what is larger is backed as it is filled, see read_into
+    if nbytes < _LARGE:  # larger buffers get huge pages while they are filled: see read_into
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError as exc:
-            if exc.errno != errno.EINVAL:  # EINVAL: a kernel built without huge pages; small ones serve too.
+            if exc.errno != errno.EINVAL:  # EINVAL: a kernel without huge pages; small ones work too.
                 raise
     return memory
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised host tensor whose memory is page-aligned, and in huge pages where they can be had quickly.
+    """An uninitialised host tensor with page-aligned memory, in huge pages where allocating them is fast.
 
-    Forked children share its pages until they write to them. Small tensors, and all of them where the system
-    has no such advice, are ordinary ``torch.empty``.
+    Forked children share its pages until they write to them. Small tensors, and all tensors on systems other than
+    Linux, come from ``torch.empty``.
 
     Raises:
         InsufficientMemoryError: the system refused the memory; the message names the limits.
@@ -86,8 +86,7 @@ def read_into(
         out: contiguous host tensor of the stored dtype; any shape.
         threads: threads that read; :func:`default_threads` by default.
         on_bytes: called in the calling thread with the number of bytes just finished; an exception stops the read.
-        drop_behind: give back the page cache's copy of what this call brought in; blocks that were in the
-            cache before stay there.
+        drop_behind: drop the pages that this call brought into the page cache; blocks that were cached before stay.
 
     Raises:
         CorruptFileError: the file ends before ``out`` is full.
@@ -96,11 +95,11 @@ def read_into(
     """
     nbytes = out.numel() * out.element_size()
 
-    def back(first: int, last: int) -> None:
-        _HUGE_PAGES.back(out.data_ptr(), nbytes, first, last)
+    def allocate(first: int, last: int) -> None:
+        _HUGE_PAGES.allocate(out.data_ptr(), nbytes, first, last)
 
     with RangeReader(path, offset, nbytes, threads=threads, drop_behind=drop_behind) as reader:
-        reader.read(0, out, on_bytes, before=back if nbytes >= _LARGE else None)
+        reader.read(0, out, on_bytes, before=allocate if nbytes >= _LARGE else None)
 
 
 def read_converted(
@@ -113,9 +112,9 @@ def read_converted(
     on_bytes: Callable[[int], None] | None = None,
     drop_behind: bool = False,
 ) -> None:
-    """Fill ``out`` from values stored in another dtype, as ``tensor.to(out.dtype)`` would convert them.
+    """Fill ``out`` from values stored in another dtype, converted as by ``tensor.to(out.dtype)``.
 
-    Holds one block of 1 MiB per thread beside ``out``. Arguments and errors are those of :func:`read_into`;
+    Uses one block of 1 MiB per thread in addition to ``out``. Arguments and errors are those of :func:`read_into`;
     ``on_bytes`` counts stored bytes.
     """
     if stored_dtype == out.dtype:

@@ -1,4 +1,4 @@
-"""Reading a range of a file by several threads, from the page cache or past it.
+"""Reading a range of a file in several threads, through the page cache or past it.
 
 Measured on 2 cores (docs/notes-paging.md has the run): blocks of 4 MiB reach the copy bandwidth from the page cache
 with two threads and the disk's sequential rate past it with four; larger blocks gain nothing.
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "RangeReader", "as_bytes", "default_threads"]
 
 BLOCK = 4 << 20
-"""Bytes that a thread takes at a time."""
-_DIRECT = 1 << 20
-"""Bytes per direct read: what has to be copied out of an aligned buffer is still in the processor's cache."""
+"""Bytes that a thread reads at a time."""
+_DIRECT_READ_NBYTES = 1 << 20
+"""Bytes per direct read: data copied out of an aligned buffer is then still in the processor's cache."""
 
 _ALIGNMENT = 4096  # Of position, address and length of a direct read; enough for every disk's sectors.
-_MIN_DIRECT = 1 << 20
+_MIN_DIRECT_NBYTES = 1 << 20  # A shorter range is not read directly.
 _MIN_THREADS, _MAX_THREADS = 4, 8
 
 
 def default_threads() -> int:
-    """Threads that read: one per core this process may run on, at least 4 to keep a disk busy, at most 8."""
+    """Number of reading threads: one per core this process may run on, at least 4 to keep a disk busy, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(_MIN_THREADS, min(_MAX_THREADS, cores))
 
@@ -51,14 +51,15 @@ def as_bytes(out: torch.Tensor) -> memoryview:
 
 
 class RangeReader:
-    """A range of one file, read by several threads, whole or piece after piece (a staging ring).
+    """Reads a range of one file in several threads, as a whole or piece by piece (into the buffers of a ring).
 
-    Reading in pieces through one reader, rather than through one call of :func:`read_into` each, keeps the threads
-    and lets ``drop_behind`` tell pages that were cached before from those that the kernel read ahead on its own.
-    Not for concurrent use.
+    Reading the pieces through one reader, rather than through one call of :func:`read_into` each, reuses the threads
+    and lets ``drop_behind`` distinguish pages that were cached before from those that the kernel read ahead. Not for
+    concurrent use.
 
-    With ``drop_behind``, what is not cached is read past the page cache where the file system can do that
-    (O_DIRECT): as fast as the disk at any read-ahead setting and on a busy machine, with nothing to give back.
+    With ``drop_behind``, data that is not cached is read past the page cache where the file system supports that
+    (O_DIRECT): at the speed of the disk with any read-ahead setting and on a busy machine, and nothing has to be
+    dropped afterwards.
 
     Args:
         path: the file.
@@ -85,20 +86,20 @@ class RangeReader:
         self.nbytes = nbytes
         self._threads = default_threads() if threads is None else max(1, threads)
         self._pool: ThreadPoolExecutor | None = None
-        self._reached = 0
+        self._read_end = 0
         try:
             self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as exc:
             msg = f"{self.path}: cannot be read ({exc.strerror or exc}); check the path and its permissions"
             raise DatasetNotFoundError(msg, path=self.path) from exc
-        # Asked before anything is read: the kernel's own read-ahead would make later blocks look cached.
-        self._kept = self._cached_blocks() if drop_behind and hasattr(os, "posix_fadvise") else None
-        self._direct = self._open_direct() if self._kept is not None and not all(self._kept) else -1
+        # Determined before anything is read: the kernel's read-ahead would make later blocks look cached.
+        self._cached = self._cached_blocks() if drop_behind and hasattr(os, "posix_fadvise") else None
+        self._direct = self._open_direct() if self._cached is not None and not all(self._cached) else -1
         self._local = threading.local()
 
     def _open_direct(self) -> int:
-        """A descriptor that reads past the page cache; -1 where there is none, or it would not pay."""
-        if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv") or self.nbytes < _MIN_DIRECT:
+        """A descriptor that reads past the page cache; -1 if that is not possible or does not pay."""
+        if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv") or self.nbytes < _MIN_DIRECT_NBYTES:
             return -1
         try:
             return os.open(self.path, os.O_RDONLY | os.O_DIRECT)
@@ -117,9 +118,9 @@ class RangeReader:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
         if self._fd >= 0:
-            # Once more, in long runs: what was read ahead for one block may have arrived after the next one's drop,
-            # and a large folio that lies across two blocks stays until both go together.
-            self._drop(0, self._reached)
+            # Drop again, in long runs: pages read ahead for one block may have arrived after the next block was
+            # dropped, and a large folio that spans two blocks is evicted only if both are dropped in one call.
+            self._drop(0, self._read_end)
             os.close(self._fd)
             self._fd = -1
         if self._direct >= 0:
@@ -136,7 +137,7 @@ class RangeReader:
     ) -> None:
         """Fill a contiguous host tensor with the bytes at ``start`` of the range; errors as :func:`read_into`.
 
-        ``before(first, last)`` is called in the reading threads, ahead of each part of ``out`` that they fill.
+        The reading threads call ``before(first, last)`` before they fill bytes first to last of ``out``.
         """
         view = as_bytes(out)
 
@@ -163,7 +164,7 @@ class RangeReader:
             self._drop(first, last)
             return last - first
 
-        self._reached = max(self._reached, stop)
+        self._read_end = max(self._read_end, stop)
         firsts = range(start, stop, block)
         if self._threads == 1 or len(firsts) <= 1:
             for first in firsts:
@@ -180,7 +181,7 @@ class RangeReader:
                 if on_bytes is not None:
                     on_bytes(done)
         except BaseException:
-            # The threads write into the caller's tensor: none of them may outlive this call.
+            # The threads write into the caller's tensor, so none of them may outlive this call.
             for future in futures:
                 future.cancel()
             wait(futures)
@@ -189,7 +190,7 @@ class RangeReader:
     def read_block(self, start: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes at ``start`` of the range, in the calling thread."""
         done = 0
-        if self._direct >= 0 and self._kept is not None and not self._kept[start // BLOCK]:
+        if self._direct >= 0 and self._cached is not None and not self._cached[start // BLOCK]:
             done = self._read_direct(self.offset + start, view)
         while done < len(view):
             got = self._read_at(self.offset + start + done, view[done:])
@@ -203,7 +204,7 @@ class RangeReader:
             done += got
 
     def scratch(self, nbytes: int, use: str = "caller") -> torch.Tensor:
-        """This thread's buffer for one use, uint8 [nbytes], aligned for direct reads; handed out again next time."""
+        """This thread's buffer for one use, uint8 [nbytes], aligned for direct reads; reused by the next call."""
         held: torch.Tensor | None = getattr(self._local, use, None)
         if held is None or held.numel() < nbytes:
             held = torch.empty(nbytes + _ALIGNMENT, dtype=torch.uint8, device="cpu")
@@ -212,10 +213,10 @@ class RangeReader:
         return held[:nbytes]
 
     def _read_direct(self, position: int, view: memoryview) -> int:
-        """Read past the page cache; returns how many bytes were read, the rest (all, if refused) being left."""
+        """Read past the page cache. Returns the bytes read, fewer than asked for (or 0) if the system refused a part."""
         done = 0
         while done < len(view):
-            piece = view[done : done + _DIRECT]
+            piece = view[done : done + _DIRECT_READ_NBYTES]
             got = self._read_piece(position + done, piece)
             done += got
             if got < len(piece):
@@ -228,13 +229,13 @@ class RangeReader:
         try:
             if (position | address | len(view)) % _ALIGNMENT == 0:
                 return os.preadv(self._direct, [view], position)
-            # By way of an aligned buffer that is a little larger at both ends.
+            # Through an aligned buffer that is a little larger at both ends.
             skip = position % _ALIGNMENT
             buffer = as_bytes(self.scratch(-(-(skip + len(view)) // _ALIGNMENT) * _ALIGNMENT, "direct"))
             got = max(min(os.preadv(self._direct, [buffer], position - skip) - skip, len(view)), 0)
-        except OSError:  # Not on this file system after all; an error of the disk shows again without.
+        except OSError:  # The file system does not support it; an error of the disk occurs again in the ordinary read.
             return 0
-        # numpy's copy lets go of the interpreter lock, which a memoryview's keeps: the threads would wait for each other.
+        # numpy releases the interpreter lock while it copies; a memoryview does not, and the threads would wait.
         np.copyto(np.frombuffer(view, np.uint8)[:got], np.frombuffer(buffer, np.uint8)[skip : skip + got])
         return got
 
@@ -242,7 +243,7 @@ class RangeReader:
         try:
             if hasattr(os, "preadv"):
                 return os.preadv(self._fd, [view], position)
-            with self.path.open("rb", buffering=0) as raw:  # Windows: a position of its own for each thread
+            with self.path.open("rb", buffering=0) as raw:  # Windows: each thread needs its own file position
                 raw.seek(position)
                 return raw.readinto(view) or 0
         except OSError as exc:
@@ -250,28 +251,28 @@ class RangeReader:
             raise CorruptFileError(msg, path=self.path) from exc
 
     def _cached_blocks(self) -> list[bool]:
-        """Of each 4 MiB of the range, whether most of it is in the page cache; unknown counts as cached."""
+        """For each block of the range, whether most of it is in the page cache; unknown counts as cached."""
         blocks = []
         for start in range(0, self.nbytes, BLOCK):
             length = min(BLOCK, self.nbytes - start)
             cached = residency.cached_bytes(self._fd, self.offset + start, length)
-            # Where the system cannot say, the pages stay: evicting somebody else's is worse than a second copy.
+            # If the system cannot tell, the pages stay: evicting pages of other processes is worse than a second copy.
             blocks.append(cached is None or cached * 2 > length)
         return blocks
 
     def _drop(self, first: int, last: int) -> None:
-        """Give back the cache's copy of what lies between two positions, unless it was cached before."""
-        if self._kept is None:
+        """Drop the pages between two positions from the page cache, except for blocks that were cached before."""
+        if self._cached is None:
             return
         index, end = first // BLOCK, -(-last // BLOCK)
         while index < end:
             run = index
-            while run < end and not self._kept[run]:
+            while run < end and not self._cached[run]:
                 run += 1
             if run > index:
                 start, stop = max(first, index * BLOCK), min(last, run * BLOCK)
-                # From the start of the page: the kernel lets go of whole pages only, and of a large folio only in
-                # one piece, so runs of blocks go together. A neighbour's page that goes too is read once more.
+                # From the start of the page: the kernel evicts whole pages only, and a large folio only as a whole, so
+                # runs of blocks are dropped in one call. A neighbour's page that is dropped too is read again.
                 begin = (self.offset + start) // residency.PAGE * residency.PAGE
                 residency.drop_cache(self._fd, begin, self.offset + stop - begin)
             index = run + 1

@@ -1,7 +1,7 @@
-"""What is in the page cache, and letting go of it.
+"""Which pages of a file are in the page cache, and dropping them.
 
-``cachestat(2)`` (Linux 6.5) answers for a file's range in one call without touching any page. Before it,
-``mincore(2)`` on a map answers page by page. Where neither exists (Windows), nothing is known.
+``cachestat(2)`` (Linux 6.5) counts the cached pages of a file's range in one call without touching any page. Older
+kernels have ``mincore(2)`` on a map, page by page. Where neither exists (Windows), the answer is unknown.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def _descriptor(file: FileOrFd) -> Iterator[int]:
 
 
 def cached_bytes(file: FileOrFd, offset: int, nbytes: int) -> int | None:
-    """Bytes of a file's range that are in the page cache, whoever brought them there.
+    """Bytes of a file's range that are in the page cache, whichever process read them.
 
     Args:
-        file: an open descriptor (no system call more than the question itself) or a path.
+        file: an open descriptor (one system call) or a path (two more).
         offset: first byte.
         nbytes: length of the range.
 
     Returns:
-        Bytes, counted in whole pages and never more than ``nbytes``; None where the system cannot say.
+        Bytes, counted in whole pages and at most ``nbytes``; None if the system cannot tell.
     """
     if nbytes <= 0:
         return 0
@@ -59,9 +59,9 @@ def cached_bytes(file: FileOrFd, offset: int, nbytes: int) -> int | None:
         pages, error = syscalls.cachestat(fd, offset, nbytes)
         if not error:
             return min(pages * PAGE, nbytes)
-        # Newer kernels refuse to tell about other owners' files; older ones make mincore(2) say "all of it".
+        # For files of other owners newer kernels refuse, and with older ones mincore(2) reports every page as cached.
         info = os.fstat(fd)
-        if error != errno.ENOSYS or os.name == "nt" or not _mine(info):
+        if error != errno.ENOSYS or os.name == "nt" or not _owns(info):
             return None
         start = offset - offset % mmap.ALLOCATIONGRANULARITY
         stop = min(offset + nbytes, info.st_size)
@@ -74,15 +74,15 @@ def cached_bytes(file: FileOrFd, offset: int, nbytes: int) -> int | None:
             return mapped_cached_bytes(address + offset - start, stop - offset)
 
 
-def _mine(info: os.stat_result) -> bool:
+def _owns(info: os.stat_result) -> bool:
     return os.geteuid() in {0, info.st_uid}
 
 
 def mapped_cached_bytes(address: int, nbytes: int) -> int | None:
-    """Bytes of a mapped range whose pages are in memory, by mincore(2); None where the system cannot say.
+    """Bytes of a mapped range whose pages are in memory, by mincore(2); None if the system cannot tell.
 
-    Since Linux 5.2 the kernel tells this truthfully only about files that the caller owns or may write to, and
-    says "all of it" about others. Address ranges beyond the end of the file count as absent.
+    Since Linux 5.2 the answer is right only for files that the caller owns or may write to; for others every page
+    counts as present. Addresses beyond the end of the file count as absent.
     """
     start = address - address % PAGE
     stop = address + nbytes
@@ -98,7 +98,7 @@ def mapped_cached_bytes(address: int, nbytes: int) -> int | None:
 
 
 def drop_cache(file: FileOrFd, offset: int, nbytes: int) -> bool:
-    """Ask the page cache to let go of a file's range; pages that are dirty or mapped somewhere stay.
+    """Ask the kernel to drop a file's range from the page cache; pages that are dirty or mapped by a process stay.
 
     Returns:
         Whether the system has such advice.

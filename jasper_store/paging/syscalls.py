@@ -1,7 +1,7 @@
-"""The one place that calls the C library. Each call returns its error number instead of raising.
+"""System calls through the C library. Each function returns an error number instead of raising.
 
-Nothing is loaded at import. A call that this system does not have answers ``ENOSYS``, as an old kernel or a
-seccomp filter would, so callers have one way to degrade everywhere.
+Nothing is loaded at import. A call that this system does not have returns ``ENOSYS``, as with an old kernel or a
+seccomp filter, so callers handle all of these cases in one way.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         found = self.reader.resolve(self._on_device(positions), draw)
         if not context.prefetched and self.store.use_mmap:
             for name, rows in self._rows_of(found).items():
-                self.store[name].announce(rows)
+                self.store[name].prefetch(rows)
         return Batch(self.reader.gather(found, draw, staged), size, graph.ragged_keys)
 
     def rows_of(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:

@@ -134,14 +134,15 @@ class Declaration:
         Raises:
             DeclarationError: an expression that does not parse, names that do not exist, a circle, nothing to serve.
         """
-        if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
-            raise DeclarationError(f"fields should map names to expressions, found {fields!r:.120}")
         splits = {} if splits is None else splits
-        if not isinstance(splits, Mapping) or not all(
-            isinstance(part, str) for pair in splits.items() for part in pair
-        ):
+        _require_names("fields", fields)
+        _require_names("splits", splits)
+        if not all(isinstance(tensor, str) for tensor in splits.values()):
             raise DeclarationError(f"splits should map names to tensors, found {splits!r:.120}")
-        parsed = {name: Field.parse(value, name) if isinstance(value, str) else value for name, value in fields.items()}
+        parsed = {
+            name: value if isinstance(value, (Field, Choice, Variant)) else Field.parse(value, name)
+            for name, value in fields.items()
+        }
         made = cls(parsed, dict(splits))
         made._check()
         return made

@@ -1,4 +1,4 @@
-"""Carrying out a plan: each tensor is mapped, loaded, or given its chunk reader."""
+"""Execution of a plan: maps or loads each tensor, or gives it a chunk reader."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from jasper_store.paging.mapping import FileMap
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.concat_buffer import allocate_concat_buffers
-from jasper_store.store.device import DeviceLoader
-from jasper_store.store.load import load, stored_nbytes
+from jasper_store.store.device import DevicePreloader
+from jasper_store.store.load import load, progress_nbytes
 from jasper_store.store.mapped import MappedTensor
 from jasper_store.store.planning import target_dtype
 from jasper_store.store.resident import DeviceTensor, ResidentTensor
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["Builder", "Progress"]
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) while tensors are loaded or warmed."""
+"""Called with (bytes done, total bytes) while tensors are loaded or warmed."""
 
 
 class Builder:
-    """Opens tensors where a plan puts them; one map per file, one staging ring per device. Used once, then dropped.
+    """Opens tensors where a plan puts them, with one map per file and one ring of buffers per device. For one use.
 
     Args:
         plan: where each tensor goes.
@@ -44,31 +44,31 @@ class Builder:
         self._dtype = dtype
         self._progress = progress
         self._maps: dict[Path, FileMap] = {}
-        self._loaders: dict[torch.device, DeviceLoader] = {}
-        self._places: dict[str, torch.Tensor] = {}
+        self._preloaders: dict[torch.device, DevicePreloader] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
         self._done = self._total = 0
 
     def build(
         self, specs: Sequence[TensorSpec], groups: Sequence[tuple[str, ...]]
     ) -> tuple[dict[str, StoredTensor], dict[tuple[str, ...], StoredTensor]]:
-        """All tensors by name, and the stacks of those groups that can be gathered as one.
+        """All tensors by name, and the concatenated tensors of those groups that can be gathered as one.
 
         Raises:
             CorruptFileError: a file is damaged.
             InsufficientMemoryError: the system refused memory, although the plan fits.
         """
         self._total = sum(
-            stored_nbytes(spec) for spec in specs if self._plan.placement(spec.name) not in {"mmap", "chunked"}
+            progress_nbytes(spec) for spec in specs if self._plan.placement(spec.name) not in {"mmap", "chunked"}
         )
         dtypes = {spec.name: target_dtype(spec, self._dtype) for spec in specs}
         stacks = allocate_concat_buffers(groups, {spec.name: spec for spec in specs}, self._plan, dtypes)
         for stack in stacks:
-            self._places.update(stack.parts)
+            self._outputs.update(stack.parts)
         tensors = {spec.name: self.open(spec) for spec in specs}
         return tensors, {stack.names: stack.tensor for stack in stacks}
 
     def open(self, spec: TensorSpec) -> StoredTensor:
-        """One tensor, in the place that the plan names; errors as :meth:`build`."""
+        """One tensor, placed as planned; errors as :meth:`build`."""
         placement = self._plan.placement(spec.name)
         dtype = target_dtype(spec, self._dtype)
         if placement == "chunked":
@@ -77,14 +77,14 @@ class Builder:
             return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
         if placement == "mmap":
             return MappedTensor(spec, self._map(spec.path), dtype=dtype)
-        # Several ranks that load the same files would evict each other's pages.
+        # With several ranks on the same files, each would drop pages that the others need.
         drop_behind = self._plan.budget.ranks == 1
-        out = self._places.get(spec.name)
+        out = self._outputs.get(spec.name)
         if placement == "ram":
             values = load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=self._count)
             return ResidentTensor(spec, values)
-        loader = self._loader(torch.device(placement))
-        values = loader.load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=self._count)
+        preloader = self._preloader(torch.device(placement))
+        values = preloader.load(spec, dtype, out=out, drop_behind=drop_behind, on_bytes=self._count)
         return DeviceTensor(spec, values)
 
     def _count(self, nbytes: int) -> None:
@@ -93,12 +93,12 @@ class Builder:
             self._progress(self._done, self._total)
 
     def _map(self, path: Path) -> FileMap:
-        """The map of a file; it lives as long as a tensor that reads through it."""
+        """The map of a file, shared by its tensors; it stays open as long as one of them."""
         if path not in self._maps:
             self._maps[path] = FileMap(path)
         return self._maps[path]
 
-    def _loader(self, device: torch.device) -> DeviceLoader:
-        if device not in self._loaders:
-            self._loaders[device] = DeviceLoader(device)
-        return self._loaders[device]
+    def _preloader(self, device: torch.device) -> DevicePreloader:
+        if device not in self._preloaders:
+            self._preloaders[device] = DevicePreloader(device)
+        return self._preloaders[device]

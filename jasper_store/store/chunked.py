@@ -1,4 +1,4 @@
-"""Rows read and unpacked chunk by chunk, where a file cannot be mapped."""
+"""Rows read and decompressed chunk by chunk, for files that cannot be mapped."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["ChunkedTensor"]
 
 
 class ChunkedTensor(StoredTensor):
-    """Rows of a chunked or compressed HDF5 dataset; each chunk that a call needs is read and unpacked once.
+    """Rows of a chunked or compressed HDF5 dataset; a call reads and decompresses each chunk that it needs once.
 
-    Handles are opened when they are needed, in each process of its own.
+    File handles are opened on first use, in each process separately.
     """
 
     def __init__(self, spec: TensorSpec, reader: ChunkedReader, *, dtype: torch.dtype | None = None) -> None:
@@ -49,7 +49,7 @@ class ChunkedTensor(StoredTensor):
         return got.to(self.dtype)
 
     def tensor(self) -> torch.Tensor:
-        """The whole tensor, read and unpacked into memory of its own.
+        """The whole tensor, read and decompressed into new memory.
 
         Raises:
             InsufficientMemoryError: it would not fit.
@@ -67,7 +67,7 @@ class ChunkedTensor(StoredTensor):
         self._open_reader()
 
     def close(self) -> None:
-        """Close the handles."""
+        """Close the file handles."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.close()

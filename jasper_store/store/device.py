@@ -1,8 +1,7 @@
-"""Loading onto a CUDA device: file, pinned staging ring, device; reading and copying overlap.
+"""Preloading onto a CUDA device, from the file through a ring of pinned buffers; reading and copying overlap.
 
-No full copy is ever made in host memory: a ring of a few pinned buffers is filled by parallel reads in turn, and
-each is copied by the device's own engine while the next is filled. Conversion to another dtype happens on the
-device, where it is free.
+The host never holds a full copy: parallel reads fill one buffer of the ring while the device's copy engine transfers
+the one before. Conversion to another dtype happens on the device, where it is free.
 """
 
 from __future__ import annotations
@@ -24,29 +23,35 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import TensorSpec
 
-__all__ = ["BUFFERS", "BUFFER_NBYTES", "CopyStream", "CudaCopyStream", "DeviceLoader"]
+__all__ = ["BUFFERS", "BUFFER_NBYTES", "CopyStream", "CudaCopyStream", "DevicePreloader"]
 
 BUFFER_NBYTES = 32 << 20
+"""Bytes of a buffer of the ring."""
 BUFFERS = 3
+"""Buffers in the ring."""
 
 
 class CopyStream(Protocol):
-    """The way from host buffers to the device. Copies finish in the order they were started."""
+    """Copies host buffers to the device. Copies finish in the order in which they were started.
+
+    Attributes:
+        pinned: whether the host buffers have to be pinned.
+    """
 
     pinned: bool
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> Any:
-        """Start copying (and converting, if the dtypes differ); returns a ticket to wait for."""
+        """Start copying (and converting, if the dtypes differ); returns a handle to wait for."""
 
-    def wait(self, ticket: Any) -> None:
-        """Return once the copy of a ticket has read all of its source."""
+    def wait(self, handle: Any) -> None:
+        """Return once the copy of this handle has read all of its source."""
 
     def finish(self) -> None:
-        """Return once every copy is done and every target may be used."""
+        """Return once every copy is done and every target can be used."""
 
 
 class DirectCopyStream:
-    """Copies at once, for devices that share the host's memory, and for tests."""
+    """Copies synchronously: for devices that share the host's memory, and for tests."""
 
     pinned = False
 
@@ -54,15 +59,15 @@ class DirectCopyStream:
         """Copy now."""
         target.copy_(source)
 
-    def wait(self, ticket: Any) -> None:
-        """Nothing is under way."""
+    def wait(self, handle: Any) -> None:
+        """Every copy is done."""
 
     def finish(self) -> None:
-        """Nothing is under way."""
+        """Every copy is done."""
 
 
 class CudaCopyStream:
-    """Copies on a stream of its own, beside whatever the caller's stream does."""
+    """Copies on a separate CUDA stream, concurrently with the caller's stream."""
 
     pinned = True
 
@@ -71,8 +76,8 @@ class CudaCopyStream:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> torch.cuda.Event:
-        """Queue the copy; a narrower dtype is made from a copy on the device."""
-        # The target's memory may have been given back by work that the caller's stream has yet to do.
+        """Queue the copy; the device converts to another dtype after the transfer."""
+        # The allocator may have reused memory that work queued on the caller's stream still accesses.
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             if source.dtype == target.dtype:
@@ -83,22 +88,22 @@ class CudaCopyStream:
             event.record(self._stream)
         return event
 
-    def wait(self, ticket: torch.cuda.Event) -> None:
+    def wait(self, handle: torch.cuda.Event) -> None:
         """Wait for one copy."""
-        ticket.synchronize()
+        handle.synchronize()
 
     def finish(self) -> None:
         """Wait for all copies."""
         self._stream.synchronize()
 
 
-class DeviceLoader:
-    """Loads tensors onto one device through one staging ring. Not for concurrent use.
+class DevicePreloader:
+    """Loads tensors onto one device through one ring of host buffers. Not for concurrent use.
 
     Args:
-        device: where to.
-        lane: how; by default a CUDA stream for a CUDA device, else a plain copy.
-        buffers: buffers in the ring.
+        device: the device.
+        copies: copies buffers to it; by default on a CUDA stream for a CUDA device, else synchronously.
+        buffers: number of buffers in the ring.
         buffer_nbytes: bytes of each.
     """
 
@@ -106,15 +111,15 @@ class DeviceLoader:
         self,
         device: torch.device,
         *,
-        lane: CopyStream | None = None,
+        copies: CopyStream | None = None,
         buffers: int = BUFFERS,
         buffer_nbytes: int = BUFFER_NBYTES,
     ) -> None:
         self.device = device
-        self._lane: CopyStream = lane or (CudaCopyStream(device) if device.type == "cuda" else DirectCopyStream())
+        self._copies: CopyStream = copies or (CudaCopyStream(device) if device.type == "cuda" else DirectCopyStream())
         self._nbytes = buffer_nbytes
         self._ring: list[torch.Tensor | None] = [None] * buffers
-        self._tickets: list[Any] = [None] * buffers
+        self._handles: list[Any] = [None] * buffers
         self._next = 0
 
     def load(
@@ -126,12 +131,12 @@ class DeviceLoader:
         drop_behind: bool = False,
         on_bytes: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
-        """A tensor's values on the device, C order, in ``dtype``; ready to use on any stream.
+        """A tensor's values on the device, in C order and ``dtype``, ready for use on any stream.
 
         Arguments and errors are those of :func:`jasper_store.store.load.load`.
 
         Raises:
-            InsufficientMemoryError: the device refused the memory, although it was free when the plan was made.
+            InsufficientMemoryError: the device refused memory that was free when the plan was made.
         """
         try:
             if out is None:
@@ -141,9 +146,9 @@ class DeviceLoader:
             elif isinstance(spec.location, Extent) and spec.contiguous:
                 self._run(self._read(spec, drop_behind=drop_behind, on_bytes=on_bytes), out.view(-1))
             else:
-                # Small or rare: values that came with a header, and data that lies in another order.
+                # Small or rare: values stored in a header, and data that is stored in another order.
                 out.copy_(load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))
-            self._lane.finish()
+            self._copies.finish()
         except torch.cuda.OutOfMemoryError as exc:
             needed = math.prod(spec.shape) * dtype.itemsize
             msg = (
@@ -154,29 +159,29 @@ class DeviceLoader:
         return out
 
     def _run(self, filled: Iterator[tuple[int, torch.Tensor]], flat: torch.Tensor) -> None:
-        """Send each filled piece (its buffer's number, its values) to its place; pieces come in order."""
+        """Copy each filled piece (number of its buffer, values) to its place in the result; pieces come in order."""
         start = 0
         for number, piece in filled:
-            self._tickets[number] = self._lane.copy(piece, flat[start : start + piece.numel()])
+            self._handles[number] = self._copies.copy(piece, flat[start : start + piece.numel()])
             start += piece.numel()
 
     def _buffer(self, nbytes: int) -> tuple[int, torch.Tensor]:
-        """The next buffer of the ring, once the copy that last read from it is done."""
+        """The next buffer of the ring, after its last copy is done."""
         number = self._next
         self._next = (number + 1) % len(self._ring)
-        ticket, self._tickets[number] = self._tickets[number], None
-        if ticket is not None:
-            self._lane.wait(ticket)
+        handle, self._handles[number] = self._handles[number], None
+        if handle is not None:
+            self._copies.wait(handle)
         buffer = self._ring[number]
         if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu", pin_memory=self._lane.pinned)
+            buffer = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu", pin_memory=self._copies.pinned)
             self._ring[number] = buffer
         return number, buffer[:nbytes]
 
     def _read(
         self, spec: TensorSpec, *, drop_behind: bool, on_bytes: Callable[[int], None] | None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Pieces of an extent, each read into a buffer by several threads."""
+        """Pieces of an extent; several threads read each into a buffer."""
         assert isinstance(spec.location, Extent)
         step = max(1, self._nbytes // spec.dtype.itemsize) * spec.dtype.itemsize
         with RangeReader(spec.path, spec.location.offset, spec.nbytes, drop_behind=drop_behind) as reader:
@@ -186,7 +191,7 @@ class DeviceLoader:
                 yield number, buffer.view(spec.dtype)
 
     def _unpacked(self, spec: TensorSpec, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[int, torch.Tensor]]:
-        """Pieces of a chunked dataset, each unpacked into a buffer."""
+        """Pieces of a chunked dataset; each is decompressed into a buffer."""
         from jasper_store.formats.hdf5.chunks import ChunkedReader
 
         reader = ChunkedReader(spec)

@@ -18,7 +18,7 @@ import torch
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.native.gather import Source, kernel
-from jasper_store.native.reads import IN_MEMORY, RowReader, RowsOf, UnreadableError
+from jasper_store.native.reads import IN_MEMORY, AsyncRowReader, RowLayout, UnreadableError
 from jasper_store.store.mapped import MappedTensor
 from jasper_store.store.resident import empty_rows
 
@@ -42,7 +42,7 @@ def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[Dire
     kinds = {(tensor.dtype, tensor.row_shape) for tensor in tensors}
     if kernel() is None or not hasattr(os, "O_DIRECT") or len(kinds) != 1:
         return []
-    mapped = [isinstance(tensor, MappedTensor) and tensor.stageable for tensor in tensors]
+    mapped = [isinstance(tensor, MappedTensor) and tensor.has_raw_rows for tensor in tensors]
     if not any(mapped) or not all(m or t.in_memory for m, t in zip(mapped, tensors, strict=True)):
         return []
     made: list[DirectRowReader] = []
@@ -83,14 +83,14 @@ class DirectRowReader:
                     file = os.open(tensor.path, os.O_RDONLY | os.O_DIRECT)
                     undo.callback(os.close, file)
                     offset, span = tensor.byte_range
-                    places.append(RowsOf(file, offset, tensor.row_stride, tensor.n_rows, offset + span))
+                    places.append(RowLayout(file, offset, tensor.row_stride, tensor.n_rows, offset + span))
                 else:
                     assert tensor.in_memory is not None
                     address, n_rows, _, stride = tensor.in_memory.numbers
-                    places.append(RowsOf(IN_MEMORY, address, stride, n_rows))
+                    places.append(RowLayout(IN_MEMORY, address, stride, n_rows))
             # By tensor number, the last for -1.
             self._from_files = np.array([place.file != IN_MEMORY for place in places] + [False])
-            self._reader = RowReader(places, self._row_nbytes)
+            self._reader = AsyncRowReader(places, self._row_nbytes)
             undo.callback(self._reader.close)
             self._open = undo.pop_all()
 

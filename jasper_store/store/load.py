@@ -1,4 +1,4 @@
-"""Loading whole tensors: file to memory, in parallel, in the dtype and the place where they will stay."""
+"""Loading whole tensors from their file into memory, in parallel, in their final dtype and place."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import TensorSpec
 
-__all__ = ["load", "stored_nbytes"]
+__all__ = ["block_rows", "load", "progress_nbytes"]
 
 
-def stored_nbytes(spec: TensorSpec) -> int:
-    """Bytes that loading a tensor counts as progress: those that are read, or unpacked from chunks."""
+def progress_nbytes(spec: TensorSpec) -> int:
+    """Bytes that :func:`load` reports as progress in all: those read from an extent, or decompressed from chunks."""
     if isinstance(spec.location, Inline):
         return 0
     return span_nbytes(spec) if isinstance(spec.location, Extent) else spec.nbytes
@@ -35,15 +35,15 @@ def load(
 ) -> torch.Tensor:
     """A tensor's values in host memory, C order, converted to ``dtype`` while they are read.
 
-    Holds the result and a few blocks beside it; data that lies in another order (strided ``.pt`` views, Fortran
-    order) is read as it lies first and so is held twice for a moment.
+    Memory: the result and a few blocks. Data that is stored in another order (strided ``.pt`` views, Fortran order) is
+    read in that order first, so it is held twice for a moment.
 
     Args:
         spec: the tensor.
-        dtype: dtype of the result; conversion is that of ``Tensor.to``.
-        out: where to put them: contiguous, of the tensor's shape and ``dtype``; new memory by default.
-        drop_behind: give back the page cache's copy of what had to be read from disk.
-        on_bytes: called in the calling thread with the number of bytes just read.
+        dtype: dtype of the result, converted as by ``Tensor.to``.
+        out: where to store them: contiguous, of the tensor's shape and ``dtype``; new memory by default.
+        drop_behind: drop the pages that had to be read from disk from the page cache.
+        on_bytes: called in the calling thread with the number of bytes just read; :func:`progress_nbytes` in all.
 
     Raises:
         CorruptFileError: the file is truncated or damaged.
@@ -68,7 +68,7 @@ def load(
 
 
 def _unpack(spec: TensorSpec, out: torch.Tensor, on_bytes: Callable[[int], None] | None) -> None:
-    """Read chunked data in blocks of whole chunks."""
+    """Read and decompress chunked data in blocks of whole chunks."""
     from jasper_store.formats.hdf5.chunks import ChunkedReader
 
     step = block_rows(spec)

@@ -1,4 +1,4 @@
-"""Rows gathered from memory: this process's own, or a device's."""
+"""Rows gathered from host or device memory."""
 
 from __future__ import annotations
 
@@ -17,38 +17,33 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALL_TAKE", "DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows", "pinned_rows"]
 
-# torch gathers these only as the signed type of the same width.
+# torch can gather these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
 
 SMALL_TAKE = 512 << 10
-"""Rows taken together that come to this many bytes are put into memory that is used again."""
+"""Results of at least this many bytes are allocated from a pool."""
 _BUFFERS = BufferPool()
 _HOST = torch.device("cpu")
 
 
 def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch.Tensor:
-    """Uninitialised host memory for rows that are taken; its size in bytes spares asking for it."""
+    """Uninitialised host memory for a result of a gather; the caller passes its size in bytes, which it knows."""
     if nbytes < SMALL_TAKE:
         return torch.empty(shape, dtype=dtype, device=_HOST)
     return _BUFFERS.empty(shape, dtype)
 
 
 def pinned_rows(shape: tuple[int, ...], dtype: torch.dtype, _nbytes: int) -> torch.Tensor:
-    """Uninitialised pinned memory for rows that go to a device next; PyTorch keeps it and hands it out again."""
+    """Uninitialised pinned memory for rows that are copied to a device next; PyTorch caches and reuses it."""
     return torch.empty(shape, dtype=dtype, device=_HOST, pin_memory=True)
 
 
-def _reachable(source: Source) -> Source | None:
-    return source if source.numbers else None
-
-
 class HostTensor(StoredTensor):
-    """Rows gathered from a tensor in this process's address space, be it memory or a map.
+    """Rows gathered from a tensor in this process's address space, memory or a map.
 
-    ``source`` is what torch gathers from: ``[n_rows, ...]`` in a dtype that torch can gather. Where that is not
-    what is handed out (unsigned integers wider than a byte, unaligned bytes, another dtype), ``_restore`` is the
-    way from one to the other.
+    ``source`` is what torch gathers from: ``[n_rows, ...]`` in a dtype that torch can gather. If the rows returned have
+    another dtype (unsigned integers wider than a byte, unaligned bytes, narrowed values), ``_restore`` converts them.
     """
 
     def __init__(
@@ -71,8 +66,9 @@ class HostTensor(StoredTensor):
         self._source: torch.Tensor | None = source if signed is None else source.view(signed)
         self._copies = as_bytes or read_only or self.dtype != self._stored
         self._plain = not as_bytes and signed is None and self.dtype == source.dtype
-        # What the kernel gathers from, if it can.
-        self._kernel_source = _reachable(source_of(self._source)) if self._plain and self._source.ndim else None
+        # What the gather kernel reads from; None if it cannot.
+        gatherable = source_of(self._source) if self._plain and self._source.ndim else None
+        self._kernel_source = gatherable if gatherable and gatherable.numbers else None
 
     def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
@@ -100,7 +96,7 @@ class HostTensor(StoredTensor):
         return out
 
     def _select(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        # torch checks every index while it gathers, so a second pass over them is only needed to explain.
+        # torch checks every index while it gathers, so a second pass over them is only needed for the message.
         try:
             return torch.index_select(source, 0, rows, out=out)
         except (IndexError, RuntimeError) as exc:
@@ -110,7 +106,7 @@ class HostTensor(StoredTensor):
             raise error from exc
 
     def _restore(self, part: torch.Tensor) -> torch.Tensor:
-        """What is handed out for a part of ``source``; a view of it where that is possible."""
+        """The rows to return for a part of ``source``; a view of it if possible."""
         if self._as_bytes:
             part = part.contiguous().view(-1).view(self._stored).view(len(part), *self.row_shape)
         elif part.dtype != self._stored:
@@ -130,10 +126,10 @@ class HostTensor(StoredTensor):
         return self._restore(part)
 
     def tensor(self) -> torch.Tensor:
-        """The whole tensor: a view, unless the text at the top of this module says otherwise.
+        """The whole tensor; a view, except for the cases named in :mod:`jasper_store.store.tensors`.
 
         Raises:
-            InsufficientMemoryError: it is a copy, and would not fit.
+            InsufficientMemoryError: it is a copy, which would not fit.
         """
         if self._copies:
             self._require_room()
@@ -145,16 +141,16 @@ class HostTensor(StoredTensor):
             raise self._closed_error()
 
     def close(self) -> None:
-        """Let go of the data; views stay valid and hold it as long as they live."""
+        """Release the data; existing views stay valid and keep it in memory as long as they live."""
         self._source = self._kernel_source = None
 
 
 class ResidentTensor(HostTensor):
-    """All rows in host memory. Forked processes share it; a spawned one maps the file instead.
+    """All rows in host memory. Forked processes share it; a spawned process maps the file instead.
 
     Args:
         spec: what the file's header says.
-        values: the values, of the spec's shape, in the dtype to hand out.
+        values: the values, of the spec's shape, in the dtype of the rows returned.
     """
 
     def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
@@ -162,16 +158,16 @@ class ResidentTensor(HostTensor):
 
     @property
     def in_memory(self) -> Source | None:
-        """What the kernel gathers from, together with rows of other tensors; ``None`` if it can not."""
+        """The source for a gather from several tensors in one kernel call; ``None`` if the kernel cannot read it."""
         return self._kernel_source
 
 
 class DeviceTensor(HostTensor):
     """All rows on a CUDA device; gathers run there.
 
-    Rows that come from the host are checked there first: an index error inside a CUDA kernel would end the
-    process's CUDA context. Rows that are on the device already are used as they are, so that a batch waits for
-    nothing: whoever makes them answers for their range.
+    Row numbers from the host are checked on the host first: an index error inside a CUDA kernel would destroy the
+    process's CUDA context. Row numbers that are on the device already are not checked, so that a batch waits for
+    nothing: the code that computes them is responsible for their range.
     """
 
     def __init__(self, spec: TensorSpec, values: torch.Tensor) -> None:
@@ -199,7 +195,7 @@ class DeviceTensor(HostTensor):
         return self._gather(source, rows, out)
 
     def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        # As on the host, less the explanation of an index error, which would wait for the device.
+        # As on the host, without the message for an index error, which would have to wait for the device.
         if not self._plain:
             got = self._restore(torch.index_select(source, 0, rows))
             return got if out is None else out.copy_(got)

@@ -1,4 +1,4 @@
-"""What a user may name rows by, turned into the one thing that gathers understand: a 1-D int64 tensor."""
+"""Conversion and checks of row indices: from everything a user may pass to a 1-D int64 tensor."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _INTEGERS = frozenset(
 
 
 def as_rows(rows: Rows, name: str) -> torch.Tensor:
-    """Rows as a 1-D int64 tensor, on the device that they are on.
+    """Row indices as a 1-D int64 tensor, on their device.
 
     Raises:
-        IndexError: they are not whole numbers, are a mask, or have more than one dimension.
+        IndexError: they are not integers, are a mask, or are not 1-D.
     """
     if isinstance(rows, range):
         return torch.arange(rows.start, rows.stop, rows.step, dtype=torch.int64, device="cpu")
     if not isinstance(rows, torch.Tensor):
         try:
             array = np.asarray(rows)
-            # numpy takes an empty list for floats.
+            # numpy makes an empty list a float array.
             rows = torch.from_numpy(np.ascontiguousarray(array if array.size else array.astype(np.int64)))
         except (TypeError, ValueError, OverflowError) as exc:
             msg = f"{name}: rows are named by an int, a slice or a 1-D list or tensor of whole numbers ({exc})"
@@ -46,15 +46,15 @@ def as_rows(rows: Rows, name: str) -> torch.Tensor:
 
 
 def wrap_negative(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """Negative rows counted from the end, as Python does."""
+    """Row indices with negative ones counted from the end, as in Python."""
     return torch.where(rows < 0, rows + n_rows, rows)
 
 
 def require_in_range(rows: torch.Tensor, n_rows: int, name: str) -> None:
-    """Refuse rows outside [0, n_rows).
+    """Raise if a row is outside [0, n_rows).
 
     Raises:
-        IndexError: naming the tensor, the position in ``rows``, the value and the bound.
+        IndexError: names the tensor, the position in ``rows``, the value and the bound.
     """
     if rows.numel():
         low, high = torch.aminmax(rows)
@@ -65,13 +65,13 @@ def require_in_range(rows: torch.Tensor, n_rows: int, name: str) -> None:
 
 
 def refused(rows: torch.Tensor, n_rows: int, name: str) -> IndexError:
-    """The error for rows that the kernel has refused to gather."""
+    """The error for rows that the gather kernel refused."""
     error = out_of_range(rows, n_rows, name)
     return error or IndexError(f"{name}: the rows to take were changed by another thread while they were taken")
 
 
 def out_of_range(rows: torch.Tensor, n_rows: int, name: str) -> IndexError | None:
-    """The error that the first row outside [0, n_rows) deserves; ``None`` if all are inside."""
+    """The error for the first row outside [0, n_rows); ``None`` if all are inside."""
     bad = ((rows < 0) | (rows >= n_rows)).nonzero()
     if not bad.numel():
         return None

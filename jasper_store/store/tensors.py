@@ -251,22 +251,26 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
     def _scan_behind(self, start: int, stop: int) -> None:
         """Rows that a sequential scan has finished."""
 
-    def announce(self, rows: Rows) -> None:  # noqa: ARG002 - there is nothing to announce for data in memory
-        """Ask the kernel to read these rows in, and return at once; only mapped data has anything to ask for.
+    def prefetch(self, rows: Rows) -> None:  # noqa: ARG002 - data in memory has nothing to prefetch
+        """Ask the kernel to read these rows, and return without waiting; does something for mapped data only.
 
-        Rows out of range are left out: it is ``take`` that complains.
+        Rows out of range are skipped; ``take`` raises for them.
 
         Raises:
             ClosedError: the store was closed.
         """
         self._require_open()
 
+    def announce(self, rows: Rows) -> None:
+        """Old name of :meth:`prefetch`."""
+        self.prefetch(rows)
+
     @property
     def prefetching(self) -> bool:
-        """Whether :meth:`announce` would ask for anything now: the data is mapped, and lately was not in memory."""
+        """Whether :meth:`prefetch` would ask for anything now: the data is mapped, and lately was not in memory."""
         return False
 
-    def drop_runs(self, starts: np.ndarray, stops: np.ndarray) -> None:  # noqa: ARG002 - as announce
+    def drop_runs(self, starts: np.ndarray, stops: np.ndarray) -> None:  # noqa: ARG002 - as prefetch
         """Drop the pages of many runs of rows; they are read again when needed.
 
         Args:

@@ -54,9 +54,9 @@ class FakeTensor:
     def row_shape(self) -> torch.Size:
         return self.values.shape[1:]
 
-    def announce(self, rows: torch.Tensor) -> None:
+    def prefetch(self, rows: torch.Tensor) -> None:
         self.calls += 1
-        self.log.append((self.name, "announce"))
+        self.log.append((self.name, "prefetch"))
         self.announced.update(torch.as_tensor(rows).tolist())
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,7 @@ def test_an_error_while_announcing_reaches_the_trainer() -> None:
     def broken(rows: torch.Tensor) -> None:
         raise CorruptFileError("the file was truncated")
 
-    dataset.store["source_embs"].announce = broken  # type: ignore[method-assign]
+    dataset.store["source_embs"].prefetch = broken  # type: ignore[method-assign]
     with pytest.raises(CorruptFileError, match="truncated"):
         list(Prefetcher(dataset).wrap(batches(PAIRS, 50)))
 

@@ -1,4 +1,4 @@
-"""A real memory cgroup: the budget sees it, and announcing under a cap smaller than a batch makes progress."""
+"""A real memory cgroup: the budget sees it, and prefetching under a cap smaller than a batch makes progress."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_budget_sees_the_limit(cgroup):
 
 
 def test_a_cap_smaller_than_a_batch_still_makes_progress(cgroup, tmp_path):
-    # 320 MiB of rows announced at once, under what is left of the cap once torch is loaded.
+    # 320 MiB of rows prefetched at once, under what is left of the cap once torch is loaded.
     rows = np.arange(320 << 8, dtype=np.int64).reshape(-1, 1).repeat(512, axis=1)
     rows.tofile(tmp_path / "data")
     os.sync()
@@ -83,7 +83,7 @@ def test_a_cap_smaller_than_a_batch_still_makes_progress(cgroup, tmp_path):
         "madvise.drop(fmap.address, fmap.nbytes, fmap.fileno())\n"
         "madvise.advise(fmap.address, fmap.nbytes, 'random')\n"
         "rows = np.random.default_rng(0).permutation(320 << 8)\n"
-        "madvise.madvise_batcher().announce(madvise.row_ranges(fmap.address, 4096, 4096, rows))\n"
+        "madvise.madvise_batcher().prefetch(madvise.row_ranges(fmap.address, 4096, 4096, rows))\n"
         "total = sum(int(values[torch.from_numpy(part)].sum()) for part in np.array_split(rows, 50))\n"
         "print(total)",
         tmp_path / "data",

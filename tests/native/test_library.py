@@ -1,4 +1,4 @@
-"""A compiled part that is missing, or is none of ours, is done without."""
+"""A compiled library that is missing, damaged or of another version is not used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jasper_store.native import library as module
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a library" * 1000])
-def test_a_library_that_is_none_is_not_used(
+def test_a_missing_or_damaged_library_is_not_used(
     content: bytes | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "_rows.so"
@@ -21,7 +21,7 @@ def test_a_library_that_is_none_is_not_used(
 
 
 @pytest.mark.skipif(module.library() is None, reason="the library was not built here")
-def test_one_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.library.__wrapped__() is not None
     monkeypatch.setattr(module, "_ABI", module._ABI + 1)
     assert module.library.__wrapped__() is None

@@ -1,6 +1,6 @@
-"""Rows read straight from files are those of the files: near each other or far, at any size, in any order.
+"""Rows read directly from files are those of the files: near each other or far apart, of any size, in any order.
 
-A helper of the gathers does it. Where the system gives no thread for one, who finishes a reading does it then.
+A helper thread reads them. Where the system refuses a thread, :meth:`AsyncRowReader.finish` reads them itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from jasper_store.native import reads
 from jasper_store.native.gather import NUMBERS
 from jasper_store.native.library import library
-from jasper_store.native.reads import IN_MEMORY, RowReader, RowsOf, UnreadableError
+from jasper_store.native.reads import IN_MEMORY, AsyncRowReader, RowLayout, UnreadableError
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the library was not built here")
 SIZE = 1 << 20
@@ -52,17 +52,22 @@ def large_gather() -> None:
     assert np.array_equal(out, table)
 
 
+def native_threads() -> int:
+    """Threads of this process, those of the compiled library among them."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
 def passes_in_child(check: Callable[[], None], *, helped: bool) -> bool:
     """Whether a check passes in a forked child, which can have a helper or not."""
 
     def run() -> None:
-        assert library().jasper_helpers() == 0
+        assert native_threads() == 1
         if not helped:
             if os.geteuid() == 0:
                 os.setuid(65534)  # root may have any number of threads
             resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
         check()
-        assert (library().jasper_helpers() > 0) == helped
+        assert (native_threads() > 1) == helped
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
@@ -81,12 +86,12 @@ def at(place: int, nbytes: int) -> bytes:
 
 
 def take(
-    tensors: list[RowsOf], row_nbytes: int, which: list[int], rows: list[int], zeros: bytes | None = None
+    tensors: list[RowLayout], row_nbytes: int, which: list[int], rows: list[int], zeros: bytes | None = None
 ) -> list[bytes]:
     """The bytes of each row."""
     nothing = np.frombuffer(zeros or bytes(row_nbytes), np.uint8)
     target = np.empty(max(len(rows) * row_nbytes, 1), np.uint8)
-    reader = RowReader(tensors, row_nbytes)
+    reader = AsyncRowReader(tensors, row_nbytes)
     try:
         reader.begin(np.array(which), np.array(rows, np.int64), address(nothing), address(target))
         found = reader.finish()
@@ -104,7 +109,7 @@ def test_rows_are_those_of_the_file(file: tuple[int, bytes], data: st.DataObject
     stride = row_nbytes + data.draw(st.sampled_from([0, 1, 100, 5000]), label="padding")
     base = data.draw(st.integers(0, 9000), label="base")
     count = (SIZE - base - row_nbytes) // stride + 1
-    tensor = RowsOf(descriptor, base, stride, count, base + (count - 1) * stride + row_nbytes)
+    tensor = RowLayout(descriptor, base, stride, count, base + (count - 1) * stride + row_nbytes)
     rows = data.draw(st.lists(st.integers(0, count - 1), max_size=40), label="rows")
     found = take([tensor], row_nbytes, [0] * len(rows), rows)
     assert found == [content[base + row * stride :][:row_nbytes] for row in rows]
@@ -116,12 +121,12 @@ def test_rows_are_those_of_the_file(file: tuple[int, bytes], data: st.DataObject
 def test_many_reads_at_once(file: tuple[int, bytes], count: int, queue: bool, helped: bool) -> None:
     descriptor, content = file
     rows = np.random.default_rng(count).permutation(SIZE // 20_000).repeat(20)[:count].tolist()
-    tensor = RowsOf(descriptor, 3, 20_000, SIZE // 20_000, SIZE)
-    parents = reads._opened()
+    tensor = RowLayout(descriptor, 3, 20_000, SIZE // 20_000, SIZE)
+    parents = reads._acquire_reader()
 
     def check() -> None:
         if not queue:
-            # Another process's: the system refuses it, and reads are made one by one.
+            # The parent's queue: the system refuses it here, and each read is a pread.
             reads._idle.append((os.getpid(), parents))
         assert take([tensor], 100, [0] * len(rows), rows) == [content[3 + 20_000 * row :][:100] for row in rows]
 
@@ -129,9 +134,9 @@ def test_many_reads_at_once(file: tuple[int, bytes], count: int, queue: bool, he
     library().jasper_close_reader(parents)
 
 
-def test_more_readers_than_a_helper_takes_and_gathers_between(file: tuple[int, bytes]) -> None:
+def test_more_requests_than_the_queue_holds_with_gathers_between(file: tuple[int, bytes]) -> None:
     descriptor, content = file
-    tensor = RowsOf(descriptor, 0, 1000, SIZE // 1000, SIZE)
+    tensor = RowLayout(descriptor, 0, 1000, SIZE // 1000, SIZE)
 
     def read(number: int) -> bool:
         rows = np.random.default_rng(number).integers(0, SIZE // 1000, 400).tolist()
@@ -150,10 +155,10 @@ def test_more_readers_than_a_helper_takes_and_gathers_between(file: tuple[int, b
         gathering.result()
 
 
-def test_many_are_begun_before_the_first_is_finished(file: tuple[int, bytes]) -> None:
+def test_many_requests_begun_before_the_first_is_finished(file: tuple[int, bytes]) -> None:
     descriptor, content = file
-    tensor = RowsOf(descriptor, 0, 1000, SIZE // 1000, SIZE)
-    readers = [RowReader([tensor], 1000) for _ in range(20)]
+    tensor = RowLayout(descriptor, 0, 1000, SIZE // 1000, SIZE)
+    readers = [AsyncRowReader([tensor], 1000) for _ in range(20)]
     targets = [np.empty(400_000, np.uint8) for _ in readers]
     named = [np.random.default_rng(number).integers(0, SIZE // 1000, 400) for number in range(20)]
     for reader, rows, target in zip(readers, named, targets, strict=True):
@@ -166,18 +171,16 @@ def test_many_are_begun_before_the_first_is_finished(file: tuple[int, bytes]) ->
         reader.close()
 
 
-def test_what_is_being_read_when_a_process_is_forked_is_not_there_in_the_child(
-    file: tuple[int, bytes], tmp_path: Path
-) -> None:
+def test_a_request_begun_before_a_fork_cannot_be_finished_in_the_child(file: tuple[int, bytes], tmp_path: Path) -> None:
     path, n_rows = tmp_path / "large", 16_000
     path.write_bytes(file[1] * 16)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    tensor = RowsOf(descriptor, 0, 1000, n_rows, n_rows * 1000)
+    tensor = RowLayout(descriptor, 0, 1000, n_rows, n_rows * 1000)
     rows, target = np.arange(n_rows), np.empty(n_rows * 1000, np.uint8)
-    readers = [RowReader([tensor], 1000) for _ in range(8)]
+    readers = [AsyncRowReader([tensor], 1000) for _ in range(8)]
     for reader in readers:
         reader.begin(np.zeros(n_rows), rows, 0, address(target))
-    # One is read after the other: of 128 MB the last 16 are not there when the child is made.
+    # Requests are read one after the other: of 128 MB the last 16 are not there when the child is made.
     child = os.fork()
     if not child:
         try:
@@ -195,16 +198,16 @@ def test_what_is_being_read_when_a_process_is_forked_is_not_there_in_the_child(
     os.close(descriptor)
 
 
-def test_a_reading_that_nobody_finishes_does_no_harm_at_the_end(file: tuple[int, bytes], tmp_path: Path) -> None:
+def test_an_unfinished_request_does_no_harm_at_exit(file: tuple[int, bytes], tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(file[1])
     program = f"""
 import os
 import numpy as np
-from jasper_store.native.reads import RowReader, RowsOf
+from jasper_store.native.reads import AsyncRowReader, RowLayout
 descriptor = os.open({str(path)!r}, os.O_RDONLY)
 target = np.empty({SIZE}, np.uint8)
-reader = RowReader([RowsOf(descriptor, 0, 1000, 1000, 1000_000)], 1000)
+reader = AsyncRowReader([RowLayout(descriptor, 0, 1000, 1000, 1000_000)], 1000)
 reader.begin(np.zeros(1000), np.arange(1000), 0, target.__array_interface__["data"][0])
 """
     for _ in range(5):
@@ -214,7 +217,7 @@ reader.begin(np.zeros(1000), np.arange(1000), 0, target.__array_interface__["dat
 
 def test_a_child_that_is_forked_while_others_read(file: tuple[int, bytes]) -> None:
     descriptor, content = file
-    tensor = RowsOf(descriptor, 0, 1000, SIZE // 1000, SIZE)
+    tensor = RowLayout(descriptor, 0, 1000, SIZE // 1000, SIZE)
     over = threading.Event()
 
     def read() -> bool:
@@ -241,9 +244,9 @@ def test_several_tensors_some_in_memory_and_none(file: tuple[int, bytes]) -> Non
     descriptor, content = file
     memory = np.arange(4000, dtype=np.uint8)
     tensors = [
-        RowsOf(descriptor, 0, 40, 1000, 40_000),
-        RowsOf(IN_MEMORY, address(memory), 40, 100),
-        RowsOf(descriptor, 500_000, 80, 1000, 580_000),
+        RowLayout(descriptor, 0, 40, 1000, 40_000),
+        RowLayout(IN_MEMORY, address(memory), 40, 100),
+        RowLayout(descriptor, 500_000, 80, 1000, 580_000),
     ]
     which, rows = [2, -1, 1, 0, 2, 0, -7], [9, 0, 3, 999, 4, 0, 5]
     assert take(tensors, 40, which, rows, b"z" * 40) == [
@@ -259,13 +262,13 @@ def test_several_tensors_some_in_memory_and_none(file: tuple[int, bytes]) -> Non
 
 def test_the_end_of_a_file_need_not_be_the_end_of_a_page(file: tuple[int, bytes]) -> None:
     descriptor, content = file
-    last = RowsOf(descriptor, len(content) - 300, 100, 3, len(content))
+    last = RowLayout(descriptor, len(content) - 300, 100, 3, len(content))
     assert take([last], 100, [0, 0, 0], [2, 0, 1]) == [content[-100:], content[-300:-200], content[-200:-100]]
 
 
 @pytest.mark.parametrize("row", [-1, 100, 2**62, -(2**62)])
-def test_rows_that_there_are_not(file: tuple[int, bytes], row: int) -> None:
-    tensors = [RowsOf(file[0], 0, 10, 100, 1000), RowsOf(file[0], 0, 10, 100, 1000)]
+def test_rows_out_of_range(file: tuple[int, bytes], row: int) -> None:
+    tensors = [RowLayout(file[0], 0, 10, 100, 1000), RowLayout(file[0], 0, 10, 100, 1000)]
     with pytest.raises(IndexError, match="tensor 1 does not have; its rows are 0 to 99"):
         take(tensors, 10, [0, 1], [0, row])
 
@@ -275,7 +278,7 @@ def test_a_file_that_was_cut(tmp_path: Path, helped: bool) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100_000))
     descriptor = os.open(path, os.O_RDONLY)
-    tensors = [RowsOf(descriptor, 0, 1000, 50, 50_000), RowsOf(descriptor, 50_000, 1000, 50, 100_000)]
+    tensors = [RowLayout(descriptor, 0, 1000, 50, 50_000), RowLayout(descriptor, 50_000, 1000, 50, 100_000)]
     os.truncate(path, 80_000)
 
     def check() -> None:
@@ -288,13 +291,13 @@ def test_a_file_that_was_cut(tmp_path: Path, helped: bool) -> None:
     os.close(descriptor)
 
 
-def test_queues_are_used_again_and_not_hoarded() -> None:
-    readers = [RowReader([], 1) for _ in range(reads._MOST_IDLE + 3)]
+def test_idle_queues_are_reused_up_to_a_limit() -> None:
+    readers = [AsyncRowReader([], 1) for _ in range(reads._MAX_IDLE + 3)]
     for reader in readers:
         reader.close()
-    assert len(reads._idle) == reads._MOST_IDLE
+    assert len(reads._idle) == reads._MAX_IDLE
     _, last = reads._idle[-1]
-    again = RowReader([], 1)
+    again = AsyncRowReader([], 1)
     assert again._reader == last
     again.close()
     with pytest.raises(ValueError, match="closed"):

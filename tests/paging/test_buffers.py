@@ -1,4 +1,4 @@
-"""Memory that is used again, but never while anything refers to it."""
+"""Memory is reused, but never while anything refers to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the C library's memo
 
 
 @linux
-def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
+def test_memory_is_reused_once_nothing_refers_to_it() -> None:
     pool = BufferPool()
     first = pool.empty((ROWS,), torch.float32)
     address = first.data_ptr()
@@ -53,18 +53,18 @@ def test_shapes_and_dtypes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @linux
-def test_little_is_kept() -> None:
-    pool = BufferPool(free_nbytes=30 << 20)
+def test_free_memory_is_limited() -> None:
+    pool = BufferPool(max_free_nbytes=30 << 20)
     for size in range(1, 20):
         held = [pool.empty((ROWS * size,), torch.float32) for _ in range(5)]
         del held
     gc.collect()
     assert 0 < sum(map(len, pool._free)) <= 30 << 20
-    assert pool._lent == {}
+    assert pool._in_use == {}
 
 
 @linux
-def test_what_came_back_last_goes_out_first() -> None:
+def test_the_block_released_last_is_reused_first() -> None:
     pool = BufferPool()
     held = [pool.empty((ROWS,), torch.float32) for _ in range(3)]
     addresses = [tensor.data_ptr() for tensor in held]
@@ -81,7 +81,7 @@ def test_batches_that_outlive_the_interpreter_end_quietly() -> None:
 import sys
 import torch
 from jasper_store.paging.buffers import BufferPool
-pool = BufferPool(free_nbytes=1 << 20)
+pool = BufferPool(max_free_nbytes=1 << 20)
 sys.kept = [pool, *(pool.empty((1 << 19,), torch.float32) for _ in range(5))]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -103,7 +103,7 @@ def test_several_threads() -> None:
 
 
 @linux
-def test_refused_memory_is_the_c_librarys_business(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_memory_comes_from_the_c_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(nbytes: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 

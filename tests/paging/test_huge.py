@@ -1,4 +1,4 @@
-"""Huge pages are used while they are quick, and given up for good when they are not."""
+"""Huge pages are used while allocating them is fast, and never again once it was slow."""
 
 from __future__ import annotations
 
@@ -45,48 +45,48 @@ def buffer() -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("block", [HUGE_PAGE // 2 + 7, HUGE_PAGE, 2 * HUGE_PAGE + 5, 100 * HUGE_PAGE])
-def test_blocks_back_each_page_once(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int], block: int) -> None:
+def test_blocks_allocate_each_page_once(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int], block: int) -> None:
     address, nbytes = buffer
     calls = Calls(monkeypatch, [0.0] * 100)
     pages = HugePages()
     for first in range(0, nbytes, block):
-        pages.back(address, nbytes, first, min(first + block, nbytes))
+        pages.allocate(address, nbytes, first, min(first + block, nbytes))
     found = [page for start, length in calls.ranges for page in range(start, start + length, HUGE_PAGE)]
     whole = range(-(-address // HUGE_PAGE) * HUGE_PAGE, (address + nbytes) // HUGE_PAGE * HUGE_PAGE, HUGE_PAGE)
     assert found == list(whole)
     assert not pages.slow
 
 
-def test_slow_pages_end_it_for_good(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
+def test_slow_pages_end_the_use_of_huge_pages(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
     calls = Calls(monkeypatch, [1e-4] * 5 + [5e-3] * 100)
     pages = HugePages()
     for first in range(0, buffer[1], HUGE_PAGE):
-        pages.back(*buffer, first, first + HUGE_PAGE)
+        pages.allocate(*buffer, first, first + HUGE_PAGE)
     assert pages.slow
     assert 8 <= len(calls.ranges) <= 10
 
 
-def test_one_slow_page_now_and_then_is_somebody_elses(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
+def test_a_slow_page_now_and_then_does_not(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
     calls = Calls(monkeypatch, [5e-3, 1e-4, 1e-4, 1e-4] * 10)
     pages = HugePages()
     for first in range(0, buffer[1], HUGE_PAGE):
-        pages.back(*buffer, first, first + HUGE_PAGE)
+        pages.allocate(*buffer, first, first + HUGE_PAGE)
     assert not pages.slow
     assert len(calls.ranges) >= 38
 
 
-def test_where_there_are_none_nothing_is_touched(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
+def test_without_huge_pages_nothing_is_touched(monkeypatch: pytest.MonkeyPatch, buffer: tuple[int, int]) -> None:
     monkeypatch.setattr("jasper_store.paging.syscalls.madvise", lambda *_: 22)
     pages = HugePages()
-    pages.back(*buffer, 0, buffer[1])
+    pages.allocate(*buffer, 0, buffer[1])
     assert not pages.slow
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux only")
 @pytest.mark.parametrize("slow", [False, True])
-def test_what_is_read_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
+def test_the_values_read_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
     monkeypatch.setattr(preload, "_LARGE", 1 << 20)
-    monkeypatch.setattr(huge, "_SLOW", -1.0 if slow else 10.0)
+    monkeypatch.setattr(huge, "_SLOW_SECONDS", -1.0 if slow else 10.0)
     monkeypatch.setattr(preload, "_HUGE_PAGES", HugePages())
     values = torch.randint(0, 256, (17 << 20,), dtype=torch.uint8)
     path = tmp_path / "values.bin"

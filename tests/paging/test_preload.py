@@ -29,8 +29,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 def small_blocks(monkeypatch):
     """Blocks that small files have many of."""
     monkeypatch.setattr(reader, "BLOCK", 8192)
-    monkeypatch.setattr(reader, "_MIN_DIRECT", 0)
-    monkeypatch.setattr(reader, "_DIRECT", 4096)
+    monkeypatch.setattr(reader, "_MIN_DIRECT_NBYTES", 0)
+    monkeypatch.setattr(reader, "_DIRECT_READ_NBYTES", 4096)
     monkeypatch.setattr(preload, "_CONVERT_BLOCK", 4096)
 
 

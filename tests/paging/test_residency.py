@@ -85,7 +85,7 @@ def test_where_the_kernel_will_not_tell(file, monkeypatch):
 
 def test_an_old_kernel_is_not_believed_about_other_owners_files(file, monkeypatch):
     no_cachestat(monkeypatch)
-    monkeypatch.setattr(residency, "_mine", lambda _: False)
+    monkeypatch.setattr(residency, "_owns", lambda _: False)
     assert cached_bytes(file, 0, SIZE) is None
 
 
@@ -118,7 +118,7 @@ def test_without_fadvise(file, monkeypatch):
 # ------------------------------------------------------------------------------------------------ drop and populate
 
 
-def test_drop_lets_go_and_keeps_private_writes(file):
+def test_drop_evicts_and_keeps_private_writes(file):
     fmap = FileMap(file)
     values = fmap.bytes
     before = values.clone()
@@ -138,7 +138,7 @@ def test_drop_spares_pages_shared_with_neighbours(file):
     assert not paging.drop(fmap.address + 1, PAGE)
 
 
-def test_drop_lets_go_of_what_was_announced_and_never_touched(file):
+def test_drop_evicts_pages_prefetched_and_never_touched(file):
     fmap = FileMap(file)
     paging.populate(fmap.address, 2 * PAGE)
     file.read_bytes()

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError, InsufficientMemoryError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
-from jasper_store.store.device import DeviceLoader
+from jasper_store.store.device import DevicePreloader
 from jasper_store.store.resident import DeviceTensor
 from jasper_store.store.store import open_store
 from tests.store.samples import WRITERS, tensors
@@ -15,8 +15,8 @@ from tests.store.samples import WRITERS, tensors
 HOST = torch.device("cpu")
 
 
-class LazyLane:
-    """Copies as late as a device may: when somebody waits. Reading a buffer that was filled again shows."""
+class LateCopyStream:
+    """Copies as late as a device may: when :meth:`wait` is called. So a buffer that was refilled too early is noticed."""
 
     pinned = False
 
@@ -29,9 +29,9 @@ class LazyLane:
         self.started += 1
         return self.started
 
-    def wait(self, ticket):
+    def wait(self, handle):
         self.waits += 1
-        while self.started - len(self.queue) < ticket:
+        while self.started - len(self.queue) < handle:
             source, target = self.queue.pop(0)
             target.copy_(source)
 
@@ -48,28 +48,28 @@ def specs(request, tmp_path):
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 @pytest.mark.parametrize("buffer_nbytes", [1, 64, 1 << 20])
 def test_every_byte_arrives_however_small_the_ring(specs, buffers, buffer_nbytes):
-    lane = LazyLane()
-    loader = DeviceLoader(HOST, lane=lane, buffers=buffers, buffer_nbytes=buffer_nbytes)
+    copies = LateCopyStream()
+    preloader = DevicePreloader(HOST, copies=copies, buffers=buffers, buffer_nbytes=buffer_nbytes)
     for name, expected in tensors().items():
         counted: list[int] = []
-        got = loader.load(specs[name], expected.dtype, on_bytes=counted.append)
+        got = preloader.load(specs[name], expected.dtype, on_bytes=counted.append)
         assert got.shape == expected.shape
         assert torch.equal(got, expected), name
-        assert not lane.queue
+        assert not copies.queue
         assert sum(counted) <= expected.nbytes
 
 
 def test_a_buffer_is_filled_again_only_after_its_copy(specs):
-    lane = LazyLane()
-    loader = DeviceLoader(HOST, lane=lane, buffers=2, buffer_nbytes=64)
-    loader.load(specs["scores"], torch.float32)
-    assert lane.waits >= tensors()["scores"].nbytes // 64 - 2
+    copies = LateCopyStream()
+    preloader = DevicePreloader(HOST, copies=copies, buffers=2, buffer_nbytes=64)
+    preloader.load(specs["scores"], torch.float32)
+    assert copies.waits >= tensors()["scores"].nbytes // 64 - 2
 
 
 def test_converted_on_the_way(specs):
-    loader = DeviceLoader(HOST, buffer_nbytes=64)
+    preloader = DevicePreloader(HOST, buffer_nbytes=64)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        assert torch.equal(loader.load(specs["embs"], dtype), tensors()["embs"].to(dtype))
+        assert torch.equal(preloader.load(specs["embs"], dtype), tensors()["embs"].to(dtype))
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -78,17 +78,17 @@ def test_a_truncated_file_is_refused(tmp_path):
     with (tmp_path / "x.safetensors").open("r+b") as file:
         file.truncate(2000)
     with pytest.raises(CorruptFileError):
-        DeviceLoader(HOST, buffer_nbytes=64).load(spec, torch.float32)
+        DevicePreloader(HOST, buffer_nbytes=64).load(spec, torch.float32)
 
 
 def test_a_device_that_refuses_memory(specs, monkeypatch):
     def refuse(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    loader, nbytes = DeviceLoader(HOST), tensors()["embs"].nbytes
+    preloader, nbytes = DevicePreloader(HOST), tensors()["embs"].nbytes
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(InsufficientMemoryError, match="another process took the memory") as caught:
-        loader.load(specs["embs"], torch.float32)
+        preloader.load(specs["embs"], torch.float32)
     assert caught.value.needed == nbytes
 
 

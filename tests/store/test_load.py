@@ -4,7 +4,7 @@ import torch
 from jasper_store.errors import DatasetNotFoundError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
-from jasper_store.store.load import load, stored_nbytes
+from jasper_store.store.load import load, progress_nbytes
 from tests.store.samples import WRITERS, tensors
 
 
@@ -18,7 +18,7 @@ def test_values_dtypes_and_progress(tmp_path, kind):
         assert got.is_contiguous()
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)
-        assert sum(counted) == stored_nbytes(spec)
+        assert sum(counted) == progress_nbytes(spec)
         if expected.is_floating_point():
             assert torch.equal(load(spec, torch.bfloat16), expected.bfloat16())
         out = torch.empty(expected.shape, dtype=expected.dtype)

@@ -25,10 +25,10 @@ def tensor(tmp_path):
 
 
 @pytest.fixture
-def announced(monkeypatch):
+def prefetched(monkeypatch):
     """Everything that is handed to the kernel."""
     seen = []
-    monkeypatch.setattr(paging.MadviseBatcher, "announce", lambda self, ranges: seen.append(ranges.copy()))
+    monkeypatch.setattr(paging.MadviseBatcher, "prefetch", lambda self, ranges: seen.append(ranges.copy()))
     return seen
 
 
@@ -36,70 +36,73 @@ def rows(*numbers):
     return torch.tensor(numbers)
 
 
-def test_cold_rows_are_announced_before_they_are_gathered(tensor, announced):
+def test_cold_rows_are_prefetched_before_they_are_gathered(tensor, prefetched):
     x, values = tensor
     if paging.madvise_batcher().backend == "none":
-        pytest.skip("this system cannot announce")
+        pytest.skip("this system cannot prefetch")
     index = rows(7, 4000, 7, 0)
     assert torch.equal(x.take(index), values[index])
-    (ranges,) = announced
+    (ranges,) = prefetched
     expected = paging.row_ranges(x._address, WIDTH * 4, WIDTH * 4, index.numpy())
     assert np.array_equal(ranges, expected)
 
 
-def test_rows_announced_ahead_are_not_announced_again(tensor, announced):
+def test_rows_prefetched_ahead_are_not_prefetched_again(tensor, prefetched):
     x, values = tensor
     if paging.madvise_batcher().backend == "none":
-        pytest.skip("this system cannot announce")
+        pytest.skip("this system cannot prefetch")
     batches = [torch.randint(ROWS, (64,), generator=torch.Generator().manual_seed(i)) for i in range(6)]
     for batch in batches[:3]:
-        x.announce(batch)
-    assert len(announced) == 3
+        x.prefetch(batch)
+    assert len(prefetched) == 3
     for i, batch in enumerate(batches[:3]):
         assert torch.equal(x.take(batch), values[batch])
-        x.announce(batches[3 + i])
-    assert len(announced) == 6
+        x.prefetch(batches[3 + i])
+    assert len(prefetched) == 6
     for batch in batches[3:]:
         x.take(batch)
-    assert len(announced) == 6
+    assert len(prefetched) == 6
     x.take(batches[0])
-    assert len(announced) == 7
+    assert len(prefetched) == 7
 
 
-def test_large_batches_are_announced_by_turns_with_their_gathers(tensor, announced):
+def test_large_batches_are_prefetched_in_turn_with_their_gathers(tensor, prefetched, monkeypatch):
     x, values = tensor
     if paging.madvise_batcher().backend == "none":
-        pytest.skip("this system cannot announce")
-    x._ahead._patience = 1 << 40  # nothing is read here, and it would soon be found out
+        pytest.skip("this system cannot prefetch")
+    # Nothing is read here, and the policy would soon notice.
+    monkeypatch.setattr("jasper_store.paging.prefetch_policy._PATIENCE", 1 << 40)
     batches = [torch.randint(ROWS, (1000,), generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    x.announce(batches[0])
-    x.announce(batches[1])
-    assert len(announced) == 2, "nobody has taken anything yet, so all of them may be needed at once"
+    x.prefetch(batches[0])
+    x.prefetch(batches[1])
+    assert len(prefetched) == 2, "nobody has taken anything yet, so all of them may be needed at once"
     assert torch.equal(x.take(batches[0]), values[batches[0]])
-    x.announce(batches[2])
-    assert len(announced) == 3
+    x.prefetch(batches[2])
+    assert len(prefetched) == 3
     out = torch.empty(1000, WIDTH)
     assert x.take(batches[1], out=out) is out
     assert torch.equal(out, values[batches[1]])
-    assert len(announced) == 6
-    assert np.array_equal(pages(announced[2:]), pages([x._ranges(batches[2])]))
-    x.announce(batches[3])
+    assert len(prefetched) == 6
+    assert np.array_equal(pages(prefetched[2:]), pages([x._prefetcher.ranges(batches[2])]))
+    x.prefetch(batches[3])
     with pytest.raises(IndexError, match="row 4096 at position 700"):
         x.take(torch.cat([batches[2][:700], rows(ROWS)]))
-    x.announce(batches[4])  # what was left is not forgotten
-    assert np.array_equal(pages(announced[6:]), pages([x._ranges(batches[3]), x._ranges(batches[4])]))
+    x.prefetch(batches[4])  # what was left is not forgotten
+    assert np.array_equal(
+        pages(prefetched[6:]), pages([x._prefetcher.ranges(batches[3]), x._prefetcher.ranges(batches[4])])
+    )
 
 
-def test_a_thread_that_only_announces_does_not_wait_for_gathers(tensor, announced):
+def test_a_thread_that_only_prefetches_does_not_wait_for_gathers(tensor, prefetched):
     x, _ = tensor
     if paging.madvise_batcher().backend == "none":
-        pytest.skip("this system cannot announce")
+        pytest.skip("this system cannot prefetch")
     index = torch.arange(0, ROWS, 3)
     x.take(index)
-    before = len(announced)
+    before = len(prefetched)
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(x.announce, index).result()
-    assert np.array_equal(pages(announced[before:]), pages([x._ranges(index)]))
+        thread.submit(x.prefetch, index).result()
+    assert np.array_equal(pages(prefetched[before:]), pages([x._prefetcher.ranges(index)]))
 
 
 def pages(ranges):
@@ -108,58 +111,58 @@ def pages(ranges):
     return np.unique(np.concatenate(found))
 
 
-def test_warm_rows_stop_being_announced(tensor, monkeypatch):
+def test_warm_rows_stop_being_prefetched(tensor, monkeypatch):
     x, values = tensor
     if paging.madvise_batcher().backend == "none":
-        pytest.skip("this system cannot announce")
+        pytest.skip("this system cannot prefetch")
     x.take(range(ROWS))
     for i in range(20):
         index = torch.randint(ROWS, (256,), generator=torch.Generator().manual_seed(i))
         assert torch.equal(x.take(index), values[index])
     assert x.prefetching
     for _ in range(20):
-        x.announce(index)
+        x.prefetch(index)
         assert torch.equal(x.take(index), values[index])
     assert not x.prefetching
     seen = []
-    monkeypatch.setattr(paging.MadviseBatcher, "announce", lambda self, ranges: seen.append(ranges))
+    monkeypatch.setattr(paging.MadviseBatcher, "prefetch", lambda self, ranges: seen.append(ranges))
     for i in range(20):
         x.take(torch.randint(ROWS, (256,), generator=torch.Generator().manual_seed(i)))
     assert not seen
 
 
-def test_rows_out_of_range_reach_the_kernel_never(tensor, announced):
+def test_rows_out_of_range_reach_the_kernel_never(tensor, prefetched):
     x, _ = tensor
-    x.announce([ROWS, -1, 2**50, -(2**50)])
-    assert not any(len(ranges) for ranges in announced)
+    x.prefetch([ROWS, -1, 2**50, -(2**50)])
+    assert not any(len(ranges) for ranges in prefetched)
     with pytest.raises(IndexError, match="row 1125899906842624 at position 1"):
         x.take([3, 2**50])
     stop = x._address + ROWS * WIDTH * 4
-    for ranges in announced:
+    for ranges in prefetched:
         assert (ranges[:, 0] >= x._address - paging.PAGE).all()
         assert (ranges.sum(axis=1) <= stop + paging.PAGE).all()
 
 
-def test_a_small_tensor_is_announced_once_and_whole(tmp_path, announced):
+def test_a_small_tensor_is_prefetched_once_and_whole(tmp_path, prefetched):
     path = tmp_path / "small.bin"
     path.write_bytes(np.arange(5000, dtype=np.int64).tobytes())
     x = MappedTensor(TensorSpec("x", torch.int64, (5000,), Extent(path, 0)), FileMap(path))
     for _ in range(5):
         x.take(rows(3, 4))
-        x.announce(rows(1))
-    (ranges,) = announced
+        x.prefetch(rows(1))
+    (ranges,) = prefetched
     assert ranges[:, 1].sum() == -(-40_000 // paging.PAGE) * paging.PAGE
     assert not x.prefetching
 
 
-def test_a_scan_announces_one_block_ahead_and_all_of_it(tensor, announced):
+def test_a_scan_prefetches_one_block_ahead_and_all_of_it(tensor, prefetched):
     x, values = tensor
     blocks = list(x.blocks(1000))
     assert torch.equal(torch.cat(blocks), values)
-    starts = [int(r[0, 0]) - x._address for r in announced]
+    starts = [int(r[0, 0]) - x._address for r in prefetched]
     assert starts == sorted(starts)
     covered = set()
-    for ranges in announced:
+    for ranges in prefetched:
         for start, nbytes in ranges.tolist():
             covered |= set(range(start, start + nbytes, paging.PAGE))
     first = x._address - x._address % paging.PAGE
@@ -208,7 +211,7 @@ def test_other_columns_than_the_first(tmp_path):
     x = MappedTensor(spec, FileMap(path))
     assert torch.equal(x.take([5, 0, 39]), whole[[5, 0, 39], 2:5])
     assert torch.equal(torch.cat(list(x.blocks(7, drop_behind=True))), whole[:, 2:5])
-    x.announce(range(40))
+    x.prefetch(range(40))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +267,14 @@ def test_a_file_that_is_cut_while_it_is_mapped(tensor, tmp_path, place):
     ):
         with pytest.raises(CorruptFileError, match="truncated or is being rewritten in place"):
             use()
-    x.announce(rows(39))
+    x.prefetch(rows(39))
     x.drop()
     x.close()
+
+
+def test_the_old_name_of_prefetch_reaches_the_override(tensor, prefetched):
+    x, _ = tensor
+    if paging.madvise_batcher().backend == "none":
+        pytest.skip("this system cannot prefetch")
+    x.announce(rows(7))
+    assert len(prefetched) == 1

@@ -135,7 +135,7 @@ def _announcing(file: _File) -> Callable[[NDArray[np.int64]], float]:
 
     def announce(rows: NDArray[np.int64]) -> float:
         ranges = row_ranges(file.address + HEADER, file.row_nbytes, file.row_nbytes, rows)
-        madvise_batcher().announce(ranges)
+        madvise_batcher().prefetch(ranges)
         return float(len(ranges)) / len(rows)
 
     return announce

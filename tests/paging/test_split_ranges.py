@@ -1,13 +1,13 @@
 import numpy as np
 from hypothesis import given, strategies as st
 
-from jasper_store.paging.madvise import _MAX_RANGE_NBYTES, PAGE, pieces
+from jasper_store.paging.madvise import _MAX_RANGE_NBYTES, PAGE, split_ranges
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 200)), min_size=1, max_size=20))
-def test_long_ranges_become_pieces_that_cover_the_same_pages(drawn):
+def test_split_ranges_cover_the_same_pages(drawn):
     ranges = np.array([(start * PAGE + i * 2**30, pages * PAGE) for i, (start, pages) in enumerate(drawn)], np.int64)
-    found = pieces(ranges)
+    found = split_ranges(ranges)
     assert found.dtype == np.int64
     assert found[:, 1].max() <= _MAX_RANGE_NBYTES
     assert found.flags.c_contiguous

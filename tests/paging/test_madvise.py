@@ -1,4 +1,4 @@
-"""Announcing: exactly the pages of the rows, the same on every backend, in every process."""
+"""Prefetching: exactly the pages of the rows, the same on every backend, in every process."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def test_rows_of_every_integer_type(dtype):
     assert np.array_equal(row_ranges(BASE, 1536, 1536, rows), expected)
 
 
-def test_nothing_to_announce():
+def test_nothing_to_prefetch():
     assert row_ranges(BASE, 8, 8, np.array([], dtype=np.int64)).shape == (0, 2)
     assert row_ranges(BASE, 0, 0, np.array([1, 2])).shape == (0, 2)
     assert span(BASE, 0).shape == (0, 2)
-    madvise_batcher().announce(np.empty((0, 2), dtype=np.int64))
+    madvise_batcher().prefetch(np.empty((0, 2), dtype=np.int64))
 
 
 def test_one_range():
@@ -71,7 +71,7 @@ class Kernel:
     """System calls that remember what was asked, and refuse as told."""
 
     def __init__(self, monkeypatch, *, pidfd=0, refuse=(), short=None):
-        self.announced: list[tuple[int, int]] = []
+        self.prefetched: list[tuple[int, int]] = []
         self.refuse = list(refuse)
         self.short = short
         self.calls = 0
@@ -102,7 +102,7 @@ class Kernel:
                 return (done, 0) if done else (-1, errno.ENOMEM)
             take = nbytes if self.short is None else min(nbytes, self.short - done)
             if take:
-                self.announced.append((address, take))
+                self.prefetched.append((address, take))
             done += take
             if self.short is not None and done >= self.short:
                 break
@@ -111,11 +111,11 @@ class Kernel:
     def madvise(self, address, nbytes, advice):
         if address == self.hole:
             return errno.ENOMEM
-        self.announced.append((address, nbytes))
+        self.prefetched.append((address, nbytes))
         return 0
 
     def pages(self):
-        return pages_of(np.array(self.announced, dtype=np.int64).reshape(-1, 2))
+        return pages_of(np.array(self.prefetched, dtype=np.int64).reshape(-1, 2))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_one_call_for_1024_ranges(monkeypatch, ranges):
     kernel = Kernel(monkeypatch)
     one = MadviseBatcher()
     assert one.backend == "process_madvise"
-    one.announce(ranges)
+    one.prefetch(ranges)
     assert kernel.calls == -(-len(ranges) // 1024)
     assert kernel.pages() == pages_of(ranges)
 
@@ -138,7 +138,7 @@ def test_madvise_where_the_many_are_refused(monkeypatch, ranges, error):
     kernel = Kernel(monkeypatch, refuse=[error])
     one = MadviseBatcher()
     assert one.backend == "madvise"
-    one.announce(ranges)
+    one.prefetch(ranges)
     assert kernel.pages() == pages_of(ranges)
     assert kernel.calls == 0
 
@@ -147,7 +147,7 @@ def test_madvise_where_there_is_no_pidfd(monkeypatch, ranges):
     kernel = Kernel(monkeypatch, pidfd=errno.ENOSYS)
     one = MadviseBatcher()
     assert one.backend == "madvise"
-    one.announce(ranges)
+    one.prefetch(ranges)
     assert kernel.pages() == pages_of(ranges)
 
 
@@ -156,8 +156,8 @@ def test_nothing_where_there_is_no_libc(monkeypatch, ranges):
     monkeypatch.setattr(syscalls, "libc", lambda: None)
     one = MadviseBatcher()
     assert one.backend == "none"
-    one.announce(ranges)
-    assert not kernel.announced
+    one.prefetch(ranges)
+    assert not kernel.prefetched
 
 
 def test_a_permission_that_is_taken_away_later(monkeypatch, ranges):
@@ -165,7 +165,7 @@ def test_a_permission_that_is_taken_away_later(monkeypatch, ranges):
     one = MadviseBatcher()
     assert one.backend == "process_madvise"
     kernel.refuse = [0, errno.EPERM, errno.EPERM]  # the second thousand, then the question whether it is the call
-    one.announce(ranges)
+    one.prefetch(ranges)
     assert [one.backend] == ["madvise"]  # a list, or mypy holds on to the first answer
     assert kernel.pages() == pages_of(ranges)
 
@@ -174,7 +174,7 @@ def test_a_permission_that_is_taken_away_later(monkeypatch, ranges):
 def test_a_kernel_that_does_less_than_it_was_asked(monkeypatch, short):
     kernel = Kernel(monkeypatch, short=short)
     wanted = row_ranges(BASE, 16 * PAGE, 10 * PAGE, np.arange(30))
-    MadviseBatcher().announce(wanted)
+    MadviseBatcher().prefetch(wanted)
     assert kernel.pages() == pages_of(wanted)
 
 
@@ -183,13 +183,13 @@ def test_a_range_that_is_not_mapped_is_passed_over(monkeypatch, position):
     kernel = Kernel(monkeypatch)
     wanted = row_ranges(BASE, 16 * PAGE, PAGE, np.arange(30))
     kernel.hole = int(wanted[position, 0])
-    MadviseBatcher().announce(wanted)
+    MadviseBatcher().prefetch(wanted)
     assert sorted(kernel.pages()) == [page for page in pages_of(wanted) if page != kernel.hole // PAGE]
 
 
 def test_ranges_given_in_another_layout(monkeypatch, ranges):
     kernel = Kernel(monkeypatch)
-    MadviseBatcher().announce(np.asfortranarray(ranges))
+    MadviseBatcher().prefetch(np.asfortranarray(ranges))
     assert kernel.pages() == pages_of(ranges)
 
 
@@ -214,14 +214,14 @@ def cold(tmp_path):
 
 @linux
 @pytest.mark.parametrize("backend", ["process_madvise", "madvise"])
-def test_announced_pages_arrive_and_no_others(cold, monkeypatch, backend):
+def test_prefetched_pages_arrive_and_no_others(cold, monkeypatch, backend):
     if backend == "madvise":
         monkeypatch.setattr(syscalls, "pidfd_open", lambda _: (-1, errno.ENOSYS))
     one = MadviseBatcher()
     if one.backend != backend:
         pytest.skip(f"this process may only use {one.backend}")
     rows = np.arange(0, 2990, 2)
-    one.announce(row_ranges(cold.address, PAGE, PAGE, rows))
+    one.prefetch(row_ranges(cold.address, PAGE, PAGE, rows))
     for row in rows.tolist():  # in the cache, if still on their way
         assert int(cold.bytes[row * PAGE]) >= 0
     assert cached_bytes(cold.fileno(), 0, cold.nbytes) == len(rows) * PAGE
@@ -231,12 +231,12 @@ def test_announced_pages_arrive_and_no_others(cold, monkeypatch, backend):
 def test_a_map_that_is_gone_is_harmless(cold):
     gone = row_ranges(cold.address, PAGE, PAGE, np.arange(0, 3000, 2))
     cold.close()
-    madvise_batcher().announce(gone)
+    madvise_batcher().prefetch(gone)
 
 
 @linux
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_announces_its_own_memory(cold):
+def test_a_forked_child_prefetches_its_own_memory(cold):
     one = madvise_batcher()
     backend, parents = one.backend, one._pidfd
     child = os.fork()
@@ -245,7 +245,7 @@ def test_a_forked_child_announces_its_own_memory(cold):
         try:
             private = FileMap(cold.path)  # an address that the parent does not map
             paging.advise(private.address, private.nbytes, "random")
-            one.announce(row_ranges(private.address, PAGE, PAGE, np.array([7, 9])))
+            one.prefetch(row_ranges(private.address, PAGE, PAGE, np.array([7, 9])))
             int(private.bytes[7 * PAGE])
             int(private.bytes[9 * PAGE])
             good = one.backend == backend and one._pid == os.getpid()
@@ -267,7 +267,7 @@ def test_results_do_not_depend_on_the_backend(cold, monkeypatch):
             monkeypatch.setattr(syscalls, "pidfd_open", lambda _: (-1, errno.EPERM))
         if not library:
             monkeypatch.setattr(syscalls, "libc", lambda: None)
-        MadviseBatcher().announce(row_ranges(cold.address, PAGE, PAGE, rows))
+        MadviseBatcher().prefetch(row_ranges(cold.address, PAGE, PAGE, rows))
         assert np.array_equal(values[rows].numpy(), expected)
         paging.drop(cold.address, cold.nbytes, cold.fileno())
 

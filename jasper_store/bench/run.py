@@ -12,12 +12,13 @@ from typing import Any
 from jasper_store.bench.disk import COLD, DiskRate, cached_share, make_cold, probe
 from jasper_store.bench.serving import LoaderRate, loader_rate, quietly, row_rate
 from jasper_store.bench.torch_files import torch_load_seconds
-from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.errors import DeclarationError, IncompatibleOptionsError
 from jasper_store.formats.base import Extent, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.api import open as open_dataset, plan
 from jasper_store.jasper.recognise import Known, known_at
 from jasper_store.memory.budget import measure
+from jasper_store.samples.declaration import everything
 from jasper_store.store.placement import Plan
 
 __all__ = ["BenchReport", "TensorRate", "bench"]
@@ -219,12 +220,10 @@ class _Run:
 
     def loader(self, batch_sizes: tuple[int, ...]) -> None:
         """Batches of the training split, or of the first split there is, by placement and batch size."""
-        declaration = self.known.declaration
-        if declaration is None:
-            self.report.notes.append("loader: not measured, nothing is declared of samples (config.json, 'samples')")
+        split = self._split()
+        if isinstance(split, DeclarationError):
+            self.report.notes.append(f"loader: not measured, {split}")
             return
-        names = {spec.name for spec in self.specs}
-        split = next((split for split, name in declaration.splits.items() if name in names), None)
         ways: list[tuple[bool | None, bool]] = [(True, False)]
         if self.cold:
             ways.insert(0, (True, True))
@@ -251,6 +250,16 @@ class _Run:
                         cold=cold,
                     )
                 )
+
+    def _split(self) -> str | DeclarationError | None:
+        """The first split that is there; ``None`` without splits, the reason where nothing can be served."""
+        declaration = self.known.declaration
+        try:
+            lists = everything(self.specs).splits if declaration is None else declaration.splits
+        except DeclarationError as exc:
+            return exc
+        names = {spec.name for spec in self.specs}
+        return next((split for split, name in lists.items() if name in names), None)
 
     def _plan(self) -> Plan:
         with quietly():

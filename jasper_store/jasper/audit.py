@@ -20,6 +20,7 @@ from jasper_store.jasper.steering import default_curriculum
 from jasper_store.samples.graph import Bound, build_graph
 from jasper_store.samples.integrity import check_bound
 from jasper_store.store.store import TensorStore
+from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["relations", "visitor"]
 

@@ -93,7 +93,8 @@ def _require_batches(sampler: EpochSampler, batch_size: int, split: str | None) 
     ranks = "" if sampler.num_replicas == 1 else f" for {sampler.num_replicas} ranks"
     raise IncompatibleOptionsError(
         f"batch_size={batch_size} with drop_last: {of} has {sampler.samples} samples{ranks}, so an epoch would have no"
-        f" full batch; use a batch_size of at most {max(sampler.samples // sampler.num_replicas, 1)}, or drop_last=False"
+        f" full batch; use a smaller batch size, at most {max(sampler.samples // sampler.num_replicas, 1)}, or keep partial"
+        " batches (drop_last=False)"
     )
 
 

@@ -92,21 +92,21 @@ class VariantSampler:
         return draw_variants(rows, self._seed, self.epoch, self._probabilities)
 
 
-def draw_variants(rows: torch.Tensor, seed: int, epoch: int, probabilities: Sequence[float]) -> torch.Tensor:
+def draw_variants(rows: torch.Tensor, seed: int, epoch: int, probs: Sequence[float]) -> torch.Tensor:
     """The variant of each row: a pure function of its arguments, the same on every device.
 
     Args:
         rows: int64, any shape, on any device.
         seed: the dataset's seed.
         epoch: epoch number.
-        probabilities: of the variants at that epoch.
+        probs: probabilities of the variants at that epoch.
 
     Returns:
-        int64 tensor of the same shape and device, values 0 to ``len(probabilities) - 1``.
+        int64 tensor of the same shape and device, values 0 to ``len(probs) - 1``.
     """
     numbers = _uniform_32(rows, seed, epoch)
     variants = torch.zeros_like(numbers)
-    for threshold in _thresholds(probabilities):
+    for threshold in _thresholds(probs):
         variants.add_(numbers.ge(threshold))
     return variants
 

@@ -51,8 +51,11 @@ def test_a_directory_that_is_no_dataset(run_json: Callable[..., Any], tmp_path: 
     torch.save(torch.arange(4000.0).reshape(-1, 4), tmp_path / "values.pt")
     found = run_json("bench", tmp_path, *SHORT, "--no-cold")
     assert [rate["name"] for rate in found["tensors"]] == ["values"]
+    assert all(rate["samples_per_second"] > 0 for rate in found["loader"])
+    torch.save(torch.arange(8.0).reshape(-1, 4), tmp_path / "others.pt")
+    found = run_json("bench", tmp_path, *SHORT, "--no-cold")
     assert found["loader"] == []
-    assert any("no JASPER dataset" in note for note in found["notes"])
+    assert any("which tensors belong together" in note for note in found["notes"])
 
 
 def test_what_cannot_be_made_cold_is_said(

@@ -7,21 +7,27 @@ dataset: HDF5 paths, rows read per sample, which files belong to it, and what it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from jasper_store.conversion import converter, writer
 from jasper_store.conversion.report import ConversionReport
-from jasper_store.conversion.verify import Finding, VerifyReport, verify_files
+from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
 from jasper_store.errors import JasperStoreError, JasperStoreWarning
+from jasper_store.formats.base import TensorSpec
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.integrity import check_structure
-from jasper_store.jasper.recognise import is_jasper, known_at
+from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
+from jasper_store.samples.audit import FiniteVisitor, declared_findings
+from jasper_store.samples.declaration import CONFIG_KEY, Declaration
+from jasper_store.samples.graph import build_graph
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore, open_store, plan_store
 from jasper_store.store.warmup import WarmupReport, warm
@@ -200,17 +206,26 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
         DatasetNotFoundError: nothing there.
     """
     path = Path(path)
-    jasper = is_jasper(path)
-    report = verify_files(path, schema=known_at(path).schema, visitor=visitor if jasper else None, progress=progress)
-    if jasper:
-        known = {found.message for found in report.errors}  # a file that cannot be read is one finding, not two
-        report.add([found for found in _meaning(path) if found.message not in known])
+    known = known_at(path)
+    look: Callable[[str], Visitor | None] | None = None
+    if is_jasper(path):
+        look = visitor
+    elif known.declaration is not None:
+        look = FiniteVisitor
+    report = verify_files(path, schema=known.schema, visitor=look, progress=progress)
+    said = {found.message for found in report.errors}  # a file that cannot be read is one finding, not two
+    report.add([found for found in _meaning(path, known) if found.message not in said])
     return report
 
 
-def _meaning(path: Path) -> list[Finding]:
+def _meaning(path: Path, known: Known) -> list[Finding]:
     """Findings about what the tensors say of each other, read as a dataset reads them."""
+    if known.declaration is None:
+        return []
     try:
+        if not is_jasper(path):
+            with _quietly_opened(path) as store:
+                return list(declared_findings(store, known.declaration))
         config = read_config(path)
         with _quietly_opened(path) as store:
             there = [split for split in SPLITS if split_tensor(split) in store]
@@ -246,14 +261,17 @@ class DatasetWriter(writer.DirectoryWriter):
         compression: HDF5 only.
         config: written as ``config.json``.
         overwrite: replace a dataset that is there.
+        samples: what a sample reads: ``{"fields": {...}, "splits": {...}}``, or the fields alone; written into
+            ``config.json``, and checked against the tensors before anything is published.
 
     Raises:
         ConversionError: the target is there already, cannot be written, or has no room.
+        DeclarationError: ``samples`` cannot be understood; on closing, that it does not fit the tensors.
 
     Example:
-        >>> with js.DatasetWriter("out", config={"embedding_dim": 384, "n_neg": 5}) as writer:  # doctest: +SKIP
-        ...     for block in embed(questions):
-        ...         writer.append("question_embs", block)
+        >>> with js.DatasetWriter("out", samples={"emb": "embeddings[i]", "label": "labels[i]"}) as writer:  # doctest: +SKIP
+        ...     for block in embed(texts):
+        ...         writer.append("embeddings", block)
     """
 
     def __init__(
@@ -264,7 +282,32 @@ class DatasetWriter(writer.DirectoryWriter):
         compression: str | None = None,
         config: dict[str, object] | None = None,
         overwrite: bool = False,
+        samples: Mapping[str, Any] | None = None,
     ) -> None:
+        declaration = None if samples is None else _declared(samples)
+        if declaration is not None:
+            config = {**(config or {}), CONFIG_KEY: declaration.to_config()}
         super().__init__(
-            path, format=format, compression=compression, config=config, overwrite=overwrite, schema=SCHEMA
+            path,
+            format=format,
+            compression=compression,
+            config=config,
+            overwrite=overwrite,
+            # The names of a declared dataset are its author's.
+            schema=SCHEMA if declaration is None else None,
+            check=None if declaration is None else partial(_require_fit, declaration),
         )
+
+
+def _declared(samples: Mapping[str, Any]) -> Declaration:
+    """A declaration in the form that ``config.json`` has, or its fields alone."""
+    if isinstance(samples.get("fields"), Mapping):
+        return Declaration.from_config({CONFIG_KEY: samples}, Path("samples=")) or Declaration.parse({})
+    return Declaration.parse(samples)
+
+
+def _require_fit(declaration: Declaration, specs: Sequence[TensorSpec]) -> None:
+    """Refuse to publish tensors that the declaration does not fit."""
+    by_name = {spec.name: spec for spec in specs}
+    for split in declaration.parts:
+        build_graph(declaration, by_name, split)

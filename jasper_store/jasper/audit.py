@@ -13,14 +13,12 @@ from typing import Literal
 import torch
 
 from jasper_store.conversion.verify import Finding, Visitor
-from jasper_store.errors import IntegrityError
 from jasper_store.jasper.integrity import unread_bounds
 from jasper_store.jasper.schema import NOUNS, SPLITS, TENSORS, declaration_for, split_tensor
 from jasper_store.jasper.steering import default_curriculum
-from jasper_store.samples.graph import Bound, build_graph
-from jasper_store.samples.integrity import check_bound
+from jasper_store.samples.audit import Tally, bound_findings
+from jasper_store.samples.graph import build_graph
 from jasper_store.store.store import TensorStore
-from jasper_store.store.tensors import StoredTensor
 
 __all__ = ["relations", "visitor"]
 
@@ -28,27 +26,12 @@ _BLOCK_ROWS = 1 << 20
 
 
 @dataclass(slots=True)
-class _Tally:
-    """How often something was seen, and where first."""
-
-    count: int = 0
-    first: int = -1
-
-    def add(self, start: int, rows: torch.Tensor) -> None:
-        """Count the true elements of ``rows`` [n]."""
-        seen = int(rows.sum())
-        if seen and self.first < 0:
-            self.first = start + int(rows.nonzero()[0])
-        self.count += seen
-
-
-@dataclass(slots=True)
 class EmbeddingVisitor:
     """NaN, Inf and zero rows, from one reduction: the largest magnitude of a row tells all three."""
 
     tensor: str
-    not_finite: _Tally = field(default_factory=_Tally)
-    zero: _Tally = field(default_factory=_Tally)
+    not_finite: Tally = field(default_factory=Tally)
+    zero: Tally = field(default_factory=Tally)
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
         """See a block of rows [n, D]; of a tensor of another shape or dtype, which is reported elsewhere, nothing."""
@@ -78,7 +61,7 @@ class RangeVisitor:
     tensor: str
     low: float
     high: float
-    outside: _Tally = field(default_factory=_Tally)
+    outside: Tally = field(default_factory=Tally)
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
         """See a block of any shape [n, ...]."""
@@ -138,22 +121,11 @@ def _bounds(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
     splits = [split for split in SPLITS if split in sizes]
     declaration = declaration_for(default_curriculum())
     bounds = [bound for split in splits for bound in build_graph(declaration, store, split).bounds]
-    for bound in {str(bound): bound for bound in reversed([*bounds, *unread_bounds(store)])}.values():
-        problem = _bound_problem(store[bound.tensor], bound)
-        if problem is not None:
-            yield Finding("error", problem.tensor or bound.tensor, "index bounds", str(problem), None)
-
-
-def _bound_problem(tensor: StoredTensor, bound: Bound) -> IntegrityError | None:
-    try:
-        check_bound(tensor, bound, NOUNS)
-    except IntegrityError as exc:
-        return exc
-    return None
+    yield from bound_findings(store, [*bounds, *unread_bounds(store)], NOUNS)
 
 
 def _negatives(store: TensorStore) -> Iterator[Finding]:
-    positive, repeated = _Tally(), _Tally()
+    positive, repeated = Tally(), Tally()
     start = 0
     index_blocks = store["pair_index"].blocks(_BLOCK_ROWS)
     for negatives, index in zip(store["hard_negatives"].blocks(_BLOCK_ROWS), index_blocks, strict=True):

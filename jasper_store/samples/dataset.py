@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 
 import numpy as np
 import torch
@@ -170,13 +170,30 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         """Number of samples in the split."""
         return self._size
 
-    def __getitem__(self, index: int) -> Sample:
-        """One sample: the keys of a batch, without the leading dimension.
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(
+        self, index: Sequence[int] | torch.Tensor | np.ndarray[Any, Any] | slice
+    ) -> dict[str, torch.Tensor]: ...
+    def __getitem__(self, index: Any) -> dict[str, torch.Tensor]:
+        """One sample, or a batch of several.
+
+        Args:
+            index: a position; or several as a list, a 1-D tensor or array, or a slice, so that
+                ``DataLoader(ds, batch_size=None, sampler=BatchSampler(...))`` works.
+
+        Returns:
+            For one position the keys of a batch without the leading dimension; for several a batch, as a dictionary.
 
         Raises:
             IndexError: not 0 <= index < len(self); negative indices are not wrapped.
             ClosedError: the dataset was closed.
         """
+        if isinstance(index, slice):
+            return self.__getitems__(torch.arange(self._size)[index]).tensors
+        if getattr(index, "ndim", 0) == 1 or isinstance(index, (list, tuple, range)):
+            return self.__getitems__(index).tensors
         position = operator.index(index)
         if not 0 <= position < self._size:
             of = "" if self.split is None else f" of split {self.split!r}"

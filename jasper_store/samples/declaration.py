@@ -180,6 +180,11 @@ class Declaration:
         return {"fields": fields, **({"splits": dict(self.splits)} if self.splits else {})}
 
     @property
+    def parts(self) -> list[str | None]:
+        """Names of the splits; ``None`` alone, all rows, where there are none."""
+        return [*self.splits] or [None]
+
+    @property
     def served(self) -> list[str]:
         """Names of the fields that a batch has."""
         return [name for name in self.fields if not name.startswith("_")]

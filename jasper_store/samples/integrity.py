@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jasper_store.store.store import TensorStore
     from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["Nouns", "check_bound", "check_bounds_once"]
+__all__ = ["Nouns", "check_bound", "check_bounds_once", "distinct_bounds"]
 
 _BLOCK_ROWS: Final = 1 << 20
 
@@ -28,12 +28,16 @@ def check_bounds_once(store: TensorStore, bounds: Iterable[Bound], nouns: Nouns 
     Raises:
         IntegrityError: the message names tensor, position, value and bound.
     """
-    distinct = {str(bound): bound for bound in reversed(list(bounds))}
-    unchecked = {name: bound for name, bound in distinct.items() if not store.is_verified(name)}
+    unchecked = {name: bound for name, bound in distinct_bounds(bounds).items() if not store.is_verified(name)}
     for bound in unchecked.values():
         check_bound(store[bound.tensor], bound, nouns)
     if unchecked:
         store.record_checks(list(unchecked))
+
+
+def distinct_bounds(bounds: Iterable[Bound]) -> dict[str, Bound]:
+    """Bounds by what they demand of the values; several tensors of as many rows demand the same."""
+    return {str(bound): bound for bound in reversed(list(bounds))}
 
 
 def check_bound(tensor: StoredTensor, bound: Bound, nouns: Nouns | None = None) -> None:
@@ -94,9 +98,10 @@ def _out_of_bounds(bound: Bound, values: torch.Tensor, start: int, nouns: Nouns)
     if bound.column is not None:
         position.insert(1, bound.column)
     name = bound.tensor.removesuffix(".values")
-    one, several = nouns.get(bound.target, (f"row of {bound.target}", f"rows of {bound.target}"))
+    one, several = nouns.get(bound.target, ("row", "rows"))
+    what = f"{one} {value}" if bound.target in nouns else f"row {value} of {bound.target}"
     return IntegrityError(
-        f"{name} references {one} {value}, but only {bound.n_rows} {several} exist"
+        f"{name} references {what}, but only {bound.n_rows} {several} exist"
         f" (at position {position}; valid rows are 0 to {bound.n_rows - 1}); rebuild {name} or restore the missing rows",
         tensor=name,
     )

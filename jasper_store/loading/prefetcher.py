@@ -219,17 +219,12 @@ class Prefetcher:
     def _by_level(self, mapped: set[str]) -> list[_Stage]:
         """A stage for each level of mapped index tensors, and one for what is served."""
         graph = self.dataset.graph
-        index_nodes = set(graph.index_nodes)
         levels: dict[int, list[int]] = {}
         for number in graph.index_nodes:
             if graph.nodes[number].tensor in mapped:
                 levels.setdefault(graph.nodes[number].depth, []).append(number)
         stages = [self._rows_of(numbers, depth) for depth, numbers in levels.items()]
-        served = [
-            number
-            for number in dict.fromkeys(out.node for out in graph.outputs if not out.variant)
-            if number not in index_nodes and mapped & set(graph.nodes[number].tensors)
-        ]
+        served = [number for number in self.dataset.reader.last_nodes if mapped & set(graph.nodes[number].tensors)]
         return [*stages, self._rows_of(served, None)] if served else stages
 
     def _rows_of(self, numbers: list[int], depth: int | None) -> _Stage:
@@ -329,18 +324,19 @@ class PrefetchedBatches:
     """Batches on their way through a :class:`Prefetcher`.
 
     Attributes:
+        batches: the batches.
         context: what the gather of a batch is told of it.
     """
 
     def __init__(self, batches: Iterator[Any], context: GatherContext) -> None:
-        self._batches = batches
+        self.batches = batches
         self.context = context
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Any:
-        return next(self._batches)
+        return next(self.batches)
 
     def close(self) -> None:
         """Release rows that were read ahead."""

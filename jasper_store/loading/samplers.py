@@ -379,13 +379,15 @@ class BatchIterator(_StatefulIterator):
     def __next__(self) -> Indices:
         if self._source is None:
             self._source = self._begin()
-        batch: torch.Tensor = next(self._source)
+        batch: torch.Tensor = next(self._source.batches)
         # Counted in full batches: where ranks get a different number of last samples, all states still agree.
         self._served += self._batches.batch_size
         if self._batches.partial_lists and len(batch) < self._batches.batch_size:
             found: list[int] = batch.tolist()
             return found
-        if self._source.context.prefetched and not self.own:
+        if self.own:
+            return batch
+        if self._source.context.prefetched:
             return batch.numpy().view(PrefetchedIndices)
         return batch.cpu().numpy() if self._batches.arrays else batch
 

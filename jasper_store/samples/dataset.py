@@ -228,10 +228,10 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         """
         draw = self.draw_now()
         compiled, positions = self._compiled_now(draw), _positions(indices)
-        graph, size = self.reader.graph, positions.shape[0]
         if compiled is not None:
             taken = compiled.run(positions, empty=pinned_rows if context.pinned else empty_rows)
-            return Batch(dict(zip(self._keys, taken, strict=True)), size)
+            return Batch(dict(zip(self._keys, taken, strict=True)), positions.shape[0])
+        size = positions.shape[0]
         staged: Mapping[int, torch.Tensor] = {}
         if context.staged is not None:
             whole = context.staged.batch(positions, draw)
@@ -240,9 +240,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             staged = context.staged.rows(positions, draw)
         found = self.reader.resolve(self._on_device(positions), draw)
         if not context.prefetched and self.store.use_mmap:
-            for name, rows in self._rows_of(found).items():
-                self.store[name].prefetch(rows)
-        return Batch(self.reader.gather(found, draw, staged), size, graph.ragged_keys)
+            self._prefetch(found)
+        return Batch(self.reader.gather(found, draw, staged), size, self.graph.ragged_keys)
 
     def rows_of(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
         """Rows of each tensor that a batch at these positions will read last, for prefetching them.
@@ -254,12 +253,24 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             Stored name to int64 rows; of a choice only the rows of the variant that will be drawn.
         """
         positions = self._on_device(_positions(indices))
-        return self._rows_of(self.reader.resolve(positions, self.draw_now()))
+        reader = self.reader
+        return reader.rows_by_tensor(reader.resolve(positions, self.draw_now()), reader.last_nodes)
 
-    def _rows_of(self, found: BatchIndices) -> dict[str, torch.Tensor]:
-        graph = self.reader.graph
-        wanted = {out.node for out in graph.outputs if not out.variant} - set(found.values)
-        return self.reader.rows_by_tensor(found, sorted(wanted))
+    def _prefetch(self, found: BatchIndices) -> None:
+        """Ask for the rows of all tensors at once, before they are gathered one after the other."""
+        store, draw = self.store, self._draw
+        cold: dict[int, list[str]] = {}
+        for number in self.reader.last_nodes:
+            node = self.graph.nodes[number]
+            for variant, name in enumerate(node.tensors, start=1):
+                # A variant that is never drawn prefetches nothing, so nothing is ever known of its pages.
+                if store[name].prefetching and not (node.choice and draw is not None and not draw.draws(variant)):
+                    cold.setdefault(number, []).append(name)
+        if cold:
+            wanted = {name for names in cold.values() for name in names}
+            for name, rows in self.reader.rows_by_tensor(found, list(cold)).items():
+                if name in wanted:
+                    store[name].prefetch(rows)
 
     def _on_device(self, positions: torch.Tensor) -> torch.Tensor:
         device = self.store.device
@@ -461,6 +472,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
 
 def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
     """Positions as an int64 tensor."""
+    if type(indices) is torch.Tensor and indices.dtype is torch.int64:
+        return indices
     if isinstance(indices, PrefetchedIndices):
         indices = indices.view(np.ndarray)
     elif isinstance(indices, list):

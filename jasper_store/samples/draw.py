@@ -59,6 +59,10 @@ class VariantSampler:
         """How many tensors there are to choose from."""
         return len(self._probabilities) - 1
 
+    def draws(self, variant: int) -> bool:
+        """Whether any row may get a variant."""
+        return self.forced == variant if self.forced is not None else self._probabilities[variant] > 0
+
     def requests(self, rows: torch.Tensor) -> list[GatherRequest]:
         """Look up variants [B] and rows of the concatenated tensors [B]; none where there are no tables."""
         tables = self.tables(rows.device)

@@ -85,6 +85,9 @@ class SampleReader:
         self.graph = graph
         self.store = store
         self._levels = _levels(graph)
+        served = dict.fromkeys(out.node for out in graph.outputs if not out.variant)
+        #: Nodes that are read last: served, and no rows of others.
+        self.last_nodes = [number for number in served if number not in set(graph.index_nodes)]
         self._columns: dict[tuple[str, int], tuple[Source, Source]] = {}
 
     # --- step by step -----------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_index_out_of_range(ds: JASPERSteeringDataset, index: int) -> None:
 def test_an_index_may_be_a_tensor_and_must_be_a_whole_number(ds: JASPERSteeringDataset) -> None:
     assert_same(ds[torch.tensor(3)], ds[3])
     with pytest.raises(TypeError):
-        ds["3"]
+        ds["3"]  # type: ignore[index]
     with pytest.raises(TypeError):
         ds[1.5]  # type: ignore[call-overload]
 

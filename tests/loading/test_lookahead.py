@@ -149,7 +149,7 @@ def test_only_the_variant_that_is_drawn_is_announced() -> None:
 
 def test_it_stays_a_few_batches_ahead() -> None:
     dataset = FakeDataset({"source_embs"})
-    found: Any = Prefetcher(dataset, 3, batch_size=32).wrap(batches(PAIRS, 32))._batches
+    found: Any = Prefetcher(dataset, 3, batch_size=32).wrap(batches(PAIRS, 32)).batches
     assert dataset.store["source_embs"].calls == 0
     next(found)
     # 32 samples a batch are announced in groups of three, the depth: two groups are drawn before the first batch
@@ -185,7 +185,7 @@ def test_a_variant_that_is_never_drawn_does_not_keep_it_going() -> None:
 def test_nothing_mapped_costs_nothing() -> None:
     dataset = FakeDataset(set())
     source = batches(PAIRS, 10)
-    assert not list(Prefetcher(dataset).wrap(source)._batches) or source is not None
+    assert not list(Prefetcher(dataset).wrap(source).batches) or source is not None
 
 
 def test_an_abandoned_iterator_leaves_nothing_behind() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from itertools import accumulate, islice
+from itertools import accumulate, islice, pairwise
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -126,25 +126,24 @@ def _split(batch: Batch, sizes: list[int]) -> deque[Batch]:
     """The tensors of each batch, in order."""
     if len(sizes) == 1:
         return deque([batch])
-    columns: dict[str, Sequence[torch.Tensor]] = {}
-    for key, value in batch.tensors.items():
-        name, _, part = key.rpartition(".")
-        if name not in batch.ragged:
-            columns[key] = value.split_with_sizes(sizes)
-            continue
-        offsets = batch.tensors[f"{name}.offsets"]
-        ends = [0, *accumulate(sizes)]
-        bounds = offsets[torch.tensor(ends, device=offsets.device)].tolist()
-        columns[key] = [
-            value[bounds[k] : bounds[k + 1]] if part == "values" else value[ends[k] : ends[k + 1] + 1] - bounds[k]
-            for k in range(len(sizes))
-        ]
     # .data: a view that autograd does not know to be one, so writing to one batch is no write to another.
-    parts = [[part.data for part in column] for column in columns.values()]
-    return deque(
-        Batch(dict(zip(columns, tensors, strict=True)), size, batch.ragged)
-        for size, tensors in zip(sizes, zip(*parts, strict=True), strict=True)
-    )
+    columns = [[part.data for part in _cut(batch, key, value, sizes)] for key, value in batch.tensors.items()]
+    keys, ragged = tuple(batch.tensors), batch.ragged
+    parts = zip(sizes, zip(*columns, strict=True), strict=True)
+    return deque([Batch(dict(zip(keys, tensors, strict=True)), size, ragged) for size, tensors in parts])
+
+
+def _cut(batch: Batch, key: str, value: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    """One tensor of a batch, cut into those of its parts."""
+    name, _, part = key.rpartition(".")
+    if name not in batch.ragged:
+        return value.split_with_sizes(sizes)
+    ends = [0, *accumulate(sizes)]
+    offsets = batch.tensors[f"{name}.offsets"]
+    bounds = offsets[torch.tensor(ends, device=offsets.device)].tolist()
+    if part == "values":
+        return [value[start:stop] for start, stop in pairwise(bounds)]
+    return [value[start : stop + 1] - bound for (start, stop), bound in zip(pairwise(ends), bounds, strict=False)]
 
 
 def _is_identity_collate(collate: Callable[[Any], Any]) -> bool:

@@ -58,11 +58,11 @@ def format_for(path: Path) -> Format | None:
     return next((f for f in FORMATS.values() if lower.endswith(f.suffixes)), None)
 
 
-def locate(path: Path, format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass
-    """Find the tensors of a dataset directory, or of one file; only headers are read.
+def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass
+    """Find the tensors of a dataset directory, of one file or of several; only headers are read.
 
     Args:
-        path: a directory, or one file.
+        path: a directory, one file, or several files.
         format: ``"auto"`` or a format's name. In a directory, auto takes the first of :data:`AUTO_ORDER` that is
             complete, else the most complete one, and fills the rest from the others.
         schema: its ``required`` names decide what complete means and which files are only extras. Without
@@ -76,6 +76,8 @@ def locate(path: Path, format: str, schema: Schema) -> Located:  # noqa: A002 - 
     asked = next((name for name in FORMATS if name == format), None)
     if asked is None and format != "auto":
         raise UnknownNameError(f"unknown format {format!r}; use 'auto' or one of {', '.join(map(repr, FORMATS))}.")
+    if isinstance(path, tuple):
+        return _locate_files(path, format, schema)
     if path.is_dir():
         return _locate_directory(path, asked, schema)
     if not path.exists():
@@ -107,6 +109,32 @@ class _Scan:
         for name in sorted(wanted & self.errors.keys()):
             raise self.errors[name]
         return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
+
+
+def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002
+    """The tensors of several files, which may lie in several directories."""
+    if not paths:
+        raise DatasetNotFoundError("expected at least one file, found an empty list")
+    root = paths[0].parent
+    while not all(path.is_relative_to(root) for path in paths):
+        root = root.parent
+    found: dict[str, TensorSpec] = {}
+    for path in paths:
+        if path.is_dir():
+            raise DatasetNotFoundError(
+                f"{path}: expected files, found a directory in the list; open it alone.", path=path
+            )
+        # Files of several formats may be named; a suffix says more than the format of one of them.
+        for spec in locate(path, "auto" if format_for(path) else format, schema).specs:
+            if spec.name in found:
+                raise CorruptFileError(
+                    f"{path}: holds the tensor {spec.name!r}, and so does {found[spec.name].path}; leave one out.",
+                    path=path,
+                    tensor=spec.name,
+                )
+            found[spec.name] = spec
+    first = format_for(paths[0])
+    return Located("safetensors" if first is None else first.name, root, tuple(found.values()))
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:

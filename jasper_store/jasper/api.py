@@ -19,7 +19,7 @@ from jasper_store.conversion import converter, writer
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
 from jasper_store.errors import JasperStoreError, JasperStoreWarning
-from jasper_store.formats.base import TensorSpec
+from jasper_store.formats.base import Schema, TensorSpec
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.integrity import check_structure
@@ -29,14 +29,14 @@ from jasper_store.samples.audit import FiniteVisitor, declared_findings
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
 from jasper_store.samples.graph import build_graph
 from jasper_store.store.placement import Plan
-from jasper_store.store.store import Progress, TensorStore, open_store, plan_store
+from jasper_store.store.store import FileOrFiles, Progress, TensorStore, open_store, plan_store
 from jasper_store.store.warmup import WarmupReport, warm
 
 __all__ = ["DatasetWriter", "convert", "open", "plan", "verify", "warm_up"]
 
 
 def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.open)
-    path: str | PathLike[str],
+    path: FileOrFiles,
     format: str = "auto",  # noqa: A002 (the word that users pass)
     use_mmap: bool | None = None,
     device: torch.device | str | None = None,
@@ -51,7 +51,8 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
     and the rest is mapped.
 
     Args:
-        path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, or a file.
+        path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, a file, or
+            several files.
         format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
         use_mmap: ``None`` plans; ``True`` maps everything; ``False`` preloads everything.
         device: ``None`` for host memory, ``"cuda"``, ``"cuda:N"``, or ``"auto"``.
@@ -72,7 +73,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
         >>> with js.open("data/wordnet") as store:                      # doctest: +SKIP
         ...     rows = store["source_embs"].take([5, 3, 5])
     """
-    known = known_at(Path(path))
+    known = known_at(Path(path)) if isinstance(path, (str, PathLike)) else Known(Schema())
     return open_store(
         path,
         format=format,

@@ -7,7 +7,6 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, overload
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from jasper_store.store.compiled_gather import CompiledGather
     from jasper_store.store.placement import Plan
-    from jasper_store.store.store import TensorStore
+    from jasper_store.store.store import FileOrFiles, TensorStore
 
 __all__ = ["DIRECT", "Dataset", "GatherContext", "PrefetchedIndices", "StagedBatches"]
 
@@ -89,7 +88,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     too. Pickles to a few kilobytes at any size and reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        path: a directory of tensor files in any format, or one file.
+        path: a directory of tensor files in any format, one file, or several files.
         fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
             Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
             is a field of its own name.
@@ -124,7 +123,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        path: str | PathLike[str],
+        path: FileOrFiles,
         fields: Mapping[str, FieldLike] | None = None,
         *,
         splits: Mapping[str, str] | None = None,
@@ -140,7 +139,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if fields is None and splits is not None:
             raise DeclarationError("splits= goes with fields=; declare both, or neither to take those of config.json")
         opened = open_dataset(
-            Path(path),
+            path,
             None if fields is None else Declaration.parse(fields, splits),
             [split],
             format=format,

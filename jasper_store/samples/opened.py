@@ -15,7 +15,7 @@ from jasper_store.samples.graph import build_graph
 from jasper_store.samples.integrity import Nouns, check_bounds_once
 from jasper_store.store.guard import check_options
 from jasper_store.store.planning import target_dtype
-from jasper_store.store.store import TensorStore, open_store
+from jasper_store.store.store import FileOrFiles, TensorStore, absolute, open_store
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ class OpenedDataset:
 
 
 def open_dataset(
-    path: Path,
+    path: FileOrFiles,
     declaration: Declaration | None,
     splits: Sequence[str | None],
     *,
@@ -86,7 +86,7 @@ def open_dataset(
     values of index tensors, unless the manifest says that these files were checked before.
 
     Args:
-        path: directory or file.
+        path: directory, file, or several files.
         declaration: what samples read; ``None`` takes what ``config.json`` declares, else every tensor.
         splits: the splits that will be served; ``None`` is all rows.
         schema: what is known of the names, but for the rows that a sample reads.
@@ -106,7 +106,10 @@ def open_dataset(
         InsufficientMemoryError: what should be preloaded does not fit.
     """
     check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
-    declared = declaration if declaration is not None else declaration_at(path)
+    where = absolute(path)
+    declared = declaration
+    if declaration is None and isinstance(where, Path):
+        declared = declaration_at(where)
     found: list[Declaration] = []
 
     def describing(specs: Sequence[TensorSpec]) -> Schema:

@@ -42,7 +42,7 @@ class ReopenSpec:
     """How to open a store again in another process; what a store and its tensors pickle as. Small at any size.
 
     Attributes:
-        path: the directory or file.
+        path: the directory, the file or the files.
         format: the format that was chosen.
         schema: what is known of the names.
         dtype: floating dtype that the store was opened with.
@@ -52,7 +52,7 @@ class ReopenSpec:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | tuple[Path, ...],
         format: FormatName,  # noqa: A002 - the word that users pass
         schema: Schema,
         dtype: torch.dtype | None,
@@ -69,6 +69,11 @@ class ReopenSpec:
         self.on_device = False
         self._opener = opener
 
+    @property
+    def first(self) -> Path:
+        """The path, or the first of several."""
+        return self.path[0] if isinstance(self.path, tuple) else self.path
+
     def check(self, digest: str) -> None:
         """Compare the files' digest with the one that was sent.
 
@@ -77,18 +82,18 @@ class ReopenSpec:
         """
         if digest != self.digest:
             msg = (
-                f"{self.path}: the files changed after the store was opened, so this process would see other data than "
+                f"{self.first}: the files changed after the store was opened, so this process would see other data than "
                 "the one that sent it; open the dataset again, then start the workers"
             )
-            raise CorruptFileError(msg, path=self.path)
+            raise CorruptFileError(msg, path=self.first)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.on_device:
             msg = (
-                f"{self.path}: data that is resident on a CUDA device cannot be sent to another process; "
+                f"{self.first}: data that is resident on a CUDA device cannot be sent to another process; "
                 "use num_workers=0, or device=None with workers"
             )
-            raise IncompatibleOptionsError(msg, path=self.path)
+            raise IncompatibleOptionsError(msg, path=self.first)
         schema = (
             self.schema.required,
             dict(self.schema.hdf5_paths),
@@ -101,7 +106,7 @@ class ReopenSpec:
 
 
 def _opened(
-    path: Path,
+    path: Path | tuple[Path, ...],
     format: FormatName,  # noqa: A002
     schema_parts: tuple[Any, ...],
     dtype: torch.dtype | None,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -29,7 +30,6 @@ from jasper_store.store.reopen import ReopenSpec, digest_of, identities_of
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
@@ -42,11 +42,14 @@ if TYPE_CHECKING:
     from jasper_store.store.manifest import Manifest
     from jasper_store.store.placement import Plan
 
-__all__ = ["Progress", "TensorStore", "open_store", "plan_store"]
+__all__ = ["FileOrFiles", "Progress", "TensorStore", "absolute", "open_store", "plan_store"]
+
+FileOrFiles: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
+"""A directory, a file, or several files."""
 
 
 def open_store(
-    path: str | os.PathLike[str],
+    path: FileOrFiles,
     *,
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
@@ -64,7 +67,7 @@ def open_store(
     the rest is mapped.
 
     Args:
-        path: a directory or a file.
+        path: a directory, a file, or several files.
         format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
         use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
         device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
@@ -95,9 +98,9 @@ def open_store(
     limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
     # Absolute from here on: what a store pickles as is opened in another process, maybe in another directory.
-    path = Path(path).absolute()
-    located = locate(path, format, schema)
-    manifest, stale = manifest_file.read_and_check(path if path.is_dir() else path.parent, located)
+    where = absolute(path)
+    located = locate(where, format, schema)
+    manifest, stale = manifest_file.read_and_check(_directory(located.root), located)
     identities = identities_of(located.specs)
     if describe is not None:
         schema = describe(located.specs)
@@ -109,12 +112,23 @@ def open_store(
     for text in plan.warnings:
         warnings.warn(text, PerformanceWarning, stacklevel=3)
     digest = digest_of(located.specs, identities)
-    reopen_spec = ReopenSpec(path, located.format, schema, dtype, digest, opener=_reopened)
+    reopen_spec = ReopenSpec(where, located.format, schema, dtype, digest, opener=_reopened)
     return TensorStore(reopen_spec, located, plan, manifest=manifest, identities=identities, progress=progress)
 
 
+def absolute(path: FileOrFiles) -> Path | tuple[Path, ...]:
+    """A path, or several, as they are named from any directory."""
+    if isinstance(path, (str, os.PathLike)):
+        return Path(path).absolute()
+    return tuple(Path(each).absolute() for each in path)
+
+
+def _directory(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
 def plan_store(
-    path: str | os.PathLike[str],
+    path: FileOrFiles,
     *,
     format: str = "auto",  # noqa: A002 - the word that users pass
     use_mmap: bool | None = None,
@@ -127,7 +141,7 @@ def plan_store(
     """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
     limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
     schema = schema or Schema()
-    located = locate(Path(path).absolute(), format, schema)
+    located = locate(absolute(path), format, schema)
     if describe is not None:
         schema = describe(located.specs)
     return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
@@ -173,7 +187,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         manifest: Manifest | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.path = reopen_spec.path
+        self.path = located.root
         self.format: FormatName = located.format
         self.plan = plan
         self.specs = located.specs
@@ -280,7 +294,11 @@ class TensorStore(Mapping[str, StoredTensor]):
             Whether it was recorded: not in a directory that cannot be written, and not if a file changed since the
             store was opened (then it is not known which bytes were checked).
         """
-        directory = self.path if self.path.is_dir() else self.path.parent
+        directory = _directory(self.path)
+        if isinstance(self._reopen_spec.path, tuple) and any(
+            path.parent != directory for path in self._reopen_spec.path
+        ):
+            return False  # files of several directories are no dataset of the one that holds them all
         try:
             if identities_of(self.specs) != self._identities:
                 return False
@@ -304,7 +322,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         for name in names:
             self[name]  # unknown names are refused before a file is opened
-        found = {spec.name: spec for spec in locate(self.path, self.format, self._reopen_spec.schema).specs}
+        found = {
+            spec.name: spec for spec in locate(self._reopen_spec.path, self.format, self._reopen_spec.schema).specs
+        }
         for name in names:
             if name not in found:
                 msg = f"{self.path}: {name} is no longer there ({self.format}); the one in use stays"

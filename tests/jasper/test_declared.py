@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,13 @@ import torch
 from torch.utils.data import BatchSampler as TorchBatchSampler, DataLoader, SequentialSampler
 
 import jasper_store as js
-from jasper_store.errors import DeclarationError, IncompatibleOptionsError, UnknownNameError
+from jasper_store.errors import (
+    CorruptFileError,
+    DatasetNotFoundError,
+    DeclarationError,
+    IncompatibleOptionsError,
+    UnknownNameError,
+)
 
 N, DIM, NEGATIVES = 300, 8, 4
 SAMPLES = {
@@ -142,3 +149,27 @@ def test_sizes_may_be_written_as_people_do(tmp_path: Path) -> None:
     js.create_loader(data, "train", 8, memory_limit="1GiB")
     assert js.open(data, memory_limit="1KiB").use_mmap
     assert js.warm_up(data, budget="1MiB").budget == 1 << 20
+
+
+def test_files_of_several_places_and_formats_are_one_dataset(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    emb, label = np.random.default_rng(0).normal(size=(50, 4)).astype("f4"), torch.arange(50)
+    np.save(tmp_path / "one" / "emb.npy", emb)
+    torch.save(label, tmp_path / "two" / "label.pt")
+    files: list[str | Path] = [tmp_path / "one" / "emb.npy", str(tmp_path / "two" / "label.pt")]
+    for use_mmap in (True, False, None):
+        with js.Dataset(files, use_mmap=use_mmap) as dataset:
+            batch = dataset[[7, 3]]
+            assert np.array_equal(batch["emb"].numpy(), emb[[7, 3]])
+            assert batch["label"].tolist() == [7, 3]
+            again = pickle.loads(pickle.dumps(dataset))
+            assert torch.equal(again[[7, 3]]["emb"], batch["emb"])
+            again.close()
+    assert not list(tmp_path.glob("*.json")), "the directory that holds both is no dataset"
+    with js.open(files) as store:
+        assert list(store) == ["emb", "label"]
+    with pytest.raises(CorruptFileError, match="and so does"):
+        js.open([files[0], files[0]])
+    with pytest.raises(DatasetNotFoundError, match="empty list"):
+        js.Dataset([])

@@ -94,7 +94,7 @@ def create_loader(
         raise IncompatibleOptionsError("create_loader needs a batch_size, as in create_loader(dataset, batch_size=256)")
     served = (shuffle, seed, order, padding, rank, world_size, dataloader_options)
     options = LoaderOptions(batch_size, num_workers, distributed, epoch, drop_last, pin_memory, *served)
-    opening = {"use_mmap": use_mmap, "device": device, "memory_limit": memory_limit, "dtype": dtype}
+    opening: dict[str, Any] = {"use_mmap": use_mmap, "device": device, "memory_limit": memory_limit, "dtype": dtype}
     if isinstance(dataset, Dataset):
         _require_unset(opening | {"storage_format": None if storage_format == "auto" else storage_format})
         if split not in {None, dataset.split}:

@@ -74,7 +74,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
         >>> with js.open("data/wordnet") as store:                      # doctest: +SKIP
         ...     rows = store["source_embs"].take([5, 3, 5])
     """
-    known = known_at(Path(path)) if isinstance(path, (str, PathLike)) else Known(Schema())
+    known = _known(path)
     return open_store(
         path,
         format=format,
@@ -89,7 +89,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
 
 
 def plan(
-    path: str | PathLike[str],
+    path: FileOrFiles,
     device: torch.device | str | None = None,
     use_mmap: bool | None = None,
     memory_limit: int | str | None = None,
@@ -101,7 +101,7 @@ def plan(
 
     Args and errors are those of :func:`open`.
     """
-    known = known_at(Path(path))
+    known = _known(path)
     return plan_store(
         path,
         format=format,
@@ -112,6 +112,10 @@ def plan(
         dtype=dtype,
         describe=known.describe,
     )
+
+
+def _known(path: FileOrFiles) -> Known:
+    return known_at(Path(path)) if isinstance(path, (str, PathLike)) else Known(Schema())
 
 
 def warm_up(

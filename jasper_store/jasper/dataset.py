@@ -23,6 +23,7 @@ from jasper_store.samples.opened import OpenedDataset, open_dataset
 from jasper_store.samples.subset import ArraySubset
 from jasper_store.store.guard import check_options
 from jasper_store.store.placement import Plan
+from jasper_store.store.ragged import RaggedTensor
 
 __all__ = ["JASPERSteeringDataset"]
 
@@ -246,10 +247,12 @@ class JASPERSteeringDataset(Dataset):
             "cluster_id": (0, self._n_clusters() - 1),
         }
 
-    def __getattr__(self, name: str) -> torch.Tensor:
-        """A tensor by its name, ``ds.question_embs``: a view, not to be written to."""
+    def __getattr__(self, name: str) -> torch.Tensor | RaggedTensor:
+        """A tensor by its name, ``ds.question_embs``: a view, not to be written to. ``pair_keyword_ids`` is ragged."""
         if name not in TENSORS or self.__dict__.get("_opened") is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if f"{name}.offsets" in self.store:
+            return self.store.ragged(name)
         if name not in self.store:
             raise AttributeError(f"this dataset has no tensor {name}; it has {', '.join(self.store)}")
         return self.store[name].tensor()

@@ -207,7 +207,10 @@ class SampleGraph:
             sampled: values of the split's index tensor at some positions.
         """
         digest = xxhash.xxh3_64()
-        fields = [(out.key, str(self.declaration.expanded(out.key))) for out in self.outputs]
+        fields = [
+            (out.key, str(self.declaration.expanded(out.key)), self.nodes[out.node].tensors, out.variant)
+            for out in self.outputs
+        ]
         digest.update(repr((self.split, self.length, fields, sorted(sizes))).encode())
         digest.update(sampled)
         return digest.hexdigest()
@@ -405,7 +408,8 @@ class _Builder:
             raise DeclarationError("no field is looked up by i, so the number of samples is not known")
         if len(set(self._lengths.values())) > 1:
             shown = ", ".join(f"{name} has {count}" for name, count in self._lengths.items())
-            raise DeclarationError(f"tensors looked up by i should have one number of rows: {shown}")
+            hint = "" if self._split is None else "; i is a position in the split, row is the row of the tensors"
+            raise DeclarationError(f"tensors looked up by i should have one number of rows: {shown}{hint}")
         return next(iter(self._lengths.values()))
 
     def _reads(self) -> dict[str, float]:

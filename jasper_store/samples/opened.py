@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_store.errors import CorruptFileError
+from jasper_store.errors import CorruptFileError, DeclarationError, UnknownNameError
 from jasper_store.formats.base import Schema
 from jasper_store.samples.declaration import Choice, Declaration, everything
 from jasper_store.samples.graph import build_graph
@@ -118,7 +118,14 @@ def open_dataset(
         if inspect is not None:
             inspect(by_name)
         found.append(declared if declared is not None else everything(specs))
-        return describe(found[0], by_name, splits, base=schema, dtype=dtype)
+        try:
+            return describe(found[0], by_name, splits, base=schema, dtype=dtype)
+        except (DeclarationError, UnknownNameError) as exc:
+            if declaration is not None or declared is None:
+                raise
+            raise type(exc)(
+                f'{path}: what {CONFIG_NAME} declares of "samples" does not fit: {exc}', path=exc.path
+            ) from exc
 
     known = schema or Schema(required=frozenset(declared.tensors) if declared is not None else frozenset())
     store = open_store(

@@ -149,7 +149,7 @@ def explain(
             "none": "not at all: this system has no such call",
         }[backend]
         cold = [tensor.name for tensor in mapped if tensor.prefetching]
-        lines.append(f"announcing rows: {how}; " + (f"on for {', '.join(cold)}" if cold else "off, all in memory"))
+        lines.append(f"prefetching rows: {how}; " + (f"on for {', '.join(cold)}" if cold else "off, all in memory"))
         lines.append("page advice: " + "; ".join(f"{tensor.name} {tensor.advice}" for tensor in mapped))
     checks = "none" if manifest is None else f"records {', '.join(manifest.verified) or 'no check yet'}"
     lines.append(f"manifest: {checks}")

@@ -366,7 +366,7 @@ class TestTelling:
                 "use_mmap=True",
                 "file system",
                 "gathers: ",
-                "announcing rows",
+                "prefetching rows",
                 "embs normal",
                 "manifest: none",
             ):

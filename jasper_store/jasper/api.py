@@ -28,8 +28,9 @@ from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
 from jasper_store.samples.graph import build_graph
+from jasper_store.store.opening import FileOrFiles, open_store, plan_store
 from jasper_store.store.placement import Plan
-from jasper_store.store.store import FileOrFiles, Progress, TensorStore, open_store, plan_store
+from jasper_store.store.store import Progress, TensorStore
 from jasper_store.store.warmup import WarmupReport, warm
 
 __all__ = ["DatasetWriter", "convert", "open", "plan", "verify", "warm_up"]

@@ -17,6 +17,7 @@ from jasper_store.store.guard import check_options
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     import torch
 
@@ -91,43 +92,17 @@ def create_loader(
     """
     if batch_size is None:
         raise IncompatibleOptionsError("create_loader needs a batch_size, as in create_loader(dataset, batch_size=256)")
-    options = LoaderOptions(
-        batch_size=batch_size,
-        num_workers=num_workers,
-        distributed=distributed,
-        epoch=epoch,
-        drop_last=drop_last,
-        pin_memory=pin_memory,
-        shuffle=shuffle,
-        seed=seed,
-        order=order,
-        padding=padding,
-        rank=rank,
-        world_size=world_size,
-        dataloader=dataloader_options,
-    )
-    opening = {
-        "format": storage_format,
-        "use_mmap": use_mmap,
-        "device": device,
-        "memory_limit": memory_limit,
-        "dtype": dtype,
-    }
+    served = (shuffle, seed, order, padding, rank, world_size, dataloader_options)
+    options = LoaderOptions(batch_size, num_workers, distributed, epoch, drop_last, pin_memory, *served)
+    opening: dict[str, Any] = {"use_mmap": use_mmap, "device": device, "memory_limit": memory_limit, "dtype": dtype}
     if isinstance(dataset, Dataset):
-        _require_unset(opening | {"format": None if storage_format == "auto" else storage_format})
+        _require_unset(opening | {"storage_format": None if storage_format == "auto" else storage_format})
         if split not in {None, dataset.split}:
             raise IncompatibleOptionsError(f"split={split!r}: the dataset is open with split {dataset.split!r}")
         return make_loader(dataset, options)
-    check_options(
-        use_mmap=use_mmap,
-        device=device,
-        pin_memory=pin_memory,
-        num_workers=num_workers,
-        memory_limit=memory_limit,
-        dtype=dtype,
-    )
+    check_options(**opening, pin_memory=pin_memory, num_workers=num_workers)
     find_ranks(distributed=distributed, rank=rank, world_size=world_size)
-    opened = _open(Path(dataset), split, options, opening)
+    opened = _open(Path(dataset), split, storage_format, options, opening)
     try:
         return make_loader(opened, options)
     except BaseException:
@@ -135,21 +110,19 @@ def create_loader(
         raise
 
 
-def _open(path: Path, split: str | None, options: LoaderOptions, opening: dict[str, Any]) -> Dataset:
+def _open(
+    path: Path, split: str | None, storage_format: str, options: LoaderOptions, opening: Mapping[str, Any]
+) -> Dataset:
     """The dataset in a directory, of the kind that it declares itself to be."""
-    seed = 42 if options.seed is None else options.seed
-    if not is_jasper(path) and path.exists():
-        return Dataset(path, split=split, seed=seed, admit=options.admit, **opening)
-    storage_format = opening.pop("format")
-    return JASPERSteeringDataset(
-        path, check_split(split), storage_format=storage_format, seed=seed, admit=options.admit, **opening
-    )
+    more = {**opening, "seed": 42 if options.seed is None else options.seed, "admit": options.admit}
+    if is_jasper(path) or not path.exists():
+        return JASPERSteeringDataset(path, check_split(split), storage_format=storage_format, **more)
+    return Dataset(path, split=split, format=storage_format, **more)
 
 
-def _require_unset(opening: dict[str, Any]) -> None:
+def _require_unset(opening: Mapping[str, Any]) -> None:
     for name, value in opening.items():
         if value is not None:
-            shown = "storage_format" if name == "format" else name
             raise IncompatibleOptionsError(
-                f"{shown}={value!r}: the dataset is open already; pass {name}= when you open it"
+                f"{name}={value!r}: the dataset is open already; pass {name.removeprefix('storage_')}= when you open it"
             )

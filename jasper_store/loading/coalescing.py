@@ -24,7 +24,7 @@ from jasper_store.samples.batch import Batch, Sample, collate_samples
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from jasper_store.loading.samplers import BatchIterator
+    from jasper_store.loading.batches import BatchIterator
     from jasper_store.samples.dataset import Dataset
 
 __all__ = ["CoalescingIterator", "batches_at_once"]

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
+from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, batches_at_once
 from jasper_store.loading.defaults import choose_order, prefetcher_for
 from jasper_store.loading.epochs import warn_same_epoch
 from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
 from jasper_store.loading.ranks import Ranks, find_ranks
-from jasper_store.loading.samplers import BatchSampler, EpochSampler
+from jasper_store.loading.samplers import EpochSampler
 from jasper_store.loading.state import LoaderState
 from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
 from jasper_store.samples.dataset import Dataset

@@ -1,37 +1,32 @@
-"""Samplers of an epoch: index tensors without a Python number per sample, at any position, for any rank.
+"""The sampler of an epoch: index tensors without a Python number per sample, at any position, for any rank.
 
-Both are drop-in replacements of PyTorch's own and instances of them, so that trainers treat them right.
+A drop-in replacement of PyTorch's own and an instance of it, so that trainers treat it right.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import BatchSampler as TorchBatchSampler, DistributedSampler
+from torch.utils.data import DistributedSampler
 
 from jasper_store.errors import UnknownNameError
-from jasper_store.loading.options import Padding, check_int
+from jasper_store.loading.options import Padding
 from jasper_store.loading.order import BlockOrder, GlobalOrder, Order, SequentialOrder
-from jasper_store.loading.prefetcher import PrefetchedBatches
 from jasper_store.loading.ranks import find_ranks
 from jasper_store.loading.state import LoaderState
-from jasper_store.samples.dataset import DIRECT, GatherContext, PrefetchedIndices
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sized
+    from collections.abc import Iterator, Mapping, Sized
 
     from typing_extensions import Self
 
-    from jasper_store.loading.prefetcher import Prefetcher
 
-__all__ = ["BatchSampler", "EpochSampler", "Padding"]
-
-Indices: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]] | list[int]"
+__all__ = ["DRAW", "SENT_DRAW", "Draws", "EpochSampler", "StatefulIterator"]
 
 #: Indices are computed this many at a time: 16 ns each, where a batch of 256 by itself costs 140 ns each.
 DRAW: Final = 8192
@@ -47,7 +42,7 @@ class EpochSampler(DistributedSampler[int]):
     """Serves one rank's share of an epoch: every ``num_replicas``-th position of the order, from position ``rank`` on.
 
     A drop-in ``torch.utils.data.DistributedSampler``: iterating yields ints, lazily, in constant memory.
-    :class:`BatchSampler` takes whole tensors from it instead. Iterating does not change it, except that a resume
+    :class:`~jasper_store.loading.batches.BatchSampler` takes whole tensors from it instead. Iterating does not change it, except that a resume
     point set by :meth:`resume` is used once.
 
     Args:
@@ -218,7 +213,7 @@ def _knows_ranks() -> bool:
     return (dist.is_available() and dist.is_initialized()) or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-class _Draws:
+class Draws:
     """Hands out one rank's indices in slices of a larger computation. Not for concurrent use."""
 
     def __init__(self, sampler: EpochSampler, start: int) -> None:
@@ -242,7 +237,7 @@ class _Draws:
         return found
 
 
-class _StatefulIterator:
+class StatefulIterator:
     """What the two iterators share: they begin lazily, and know their position in O(1).
 
     PyTorch's loader asks for two iterators per epoch and uses one, so an iterator takes the resume point only when
@@ -251,12 +246,13 @@ class _StatefulIterator:
 
     def __init__(self, sampler: EpochSampler) -> None:
         self._sampler = sampler
-        self._draws: _Draws | None = None
+        self._draws: Draws | None = None
         self._served = 0
 
-    def _begun(self) -> _Draws:
+    def begun(self) -> Draws:
+        """The draws of this pass; takes the resume point when it is asked first."""
         if self._draws is None:
-            self._draws = _Draws(self._sampler, self._sampler.take_start())
+            self._draws = Draws(self._sampler, self._sampler.take_start())
         return self._draws
 
     def state_dict(self) -> dict[str, Any]:
@@ -274,7 +270,7 @@ class _StatefulIterator:
         self._draws, self._served = None, 0
 
 
-class _IndexIterator(_StatefulIterator):
+class _IndexIterator(StatefulIterator):
     """Ints of an epoch."""
 
     def __init__(self, sampler: EpochSampler) -> None:
@@ -286,7 +282,7 @@ class _IndexIterator(_StatefulIterator):
 
     def __next__(self) -> int:
         if not self._ready:
-            self._ready.extend(self._begun().take(DRAW).tolist())
+            self._ready.extend(self.begun().take(DRAW).tolist())
             if not self._ready:
                 raise StopIteration
         self._served += 1
@@ -295,126 +291,3 @@ class _IndexIterator(_StatefulIterator):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._ready.clear()
-
-
-class BatchSampler(TorchBatchSampler):
-    """Batches of indices as int64 tensors: a drop-in ``torch.utils.data.BatchSampler``.
-
-    Over an :class:`EpochSampler` a batch is a slice of a tensor. Any other sampler is asked for its numbers one by
-    one, and a batch is a list, as in PyTorch.
-
-    Args:
-        sampler: where indices come from.
-        batch_size: indices per batch.
-        drop_last: leave out a last batch that is not full.
-        arrays: yield numpy arrays, for loaders with workers: a batch of 256 reaches a worker in 42 us as an array,
-            46 us as a list and 229 us as a tensor, which PyTorch sends through a file of its own.
-        partial_lists: yield a last batch that is not full as a list: Accelerate fills it up in position.
-        look_ahead: announces the rows of batches before they are asked for; ``None`` draws none ahead.
-    """
-
-    sampler: Iterable[int]
-
-    def __init__(
-        self,
-        sampler: Iterable[int],
-        batch_size: int,
-        drop_last: bool,
-        *,
-        arrays: bool = False,
-        partial_lists: bool = False,
-        prefetcher: Prefetcher | None = None,
-    ) -> None:
-        check_int("batch_size", batch_size, at_least=1)
-        super().__init__(sampler, batch_size, drop_last)
-        self.arrays = arrays
-        self.partial_lists = partial_lists
-        self.prefetcher = prefetcher
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield batches; over an :class:`EpochSampler` the iterator keeps a state."""
-        if isinstance(self.sampler, EpochSampler):
-            return BatchIterator(self, self.sampler)
-        batches: Iterator[list[int]] = super().__iter__()
-        return batches if self.prefetcher is None else self.prefetcher.wrap(batches)
-
-    def tensors(self) -> BatchIterator:
-        """Yield batches as tensors, for a loader that gathers them in this process by the iterator's context."""
-        assert isinstance(self.sampler, EpochSampler)
-        return BatchIterator(self, self.sampler, own=True)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler, if it has epochs."""
-        tell = getattr(self.sampler, "set_epoch", None)
-        if callable(tell):
-            tell(epoch)
-
-
-class BatchIterator(_StatefulIterator):
-    """Index tensors of an epoch.
-
-    Attributes:
-        own: they are gathered in this process, with :attr:`context`.
-    """
-
-    def __init__(self, batches: BatchSampler, sampler: EpochSampler, *, own: bool = False) -> None:
-        super().__init__(sampler)
-        self._batches = batches
-        self._source: PrefetchedBatches | None = None
-        self.own = own
-
-    @property
-    def context(self) -> GatherContext:
-        """What is known of the batches that were yielded: whether they were prefetched, which rows are staged."""
-        return DIRECT if self._source is None else self._source.context
-
-    def close(self) -> None:
-        """Release rows that were read ahead; batches on their way are not gathered any more."""
-        if self._source is not None:
-            self._source.close()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Indices:
-        if self._source is None:
-            self._source = self._begin()
-        batch: torch.Tensor = next(self._source.batches)
-        # Counted in full batches: where ranks get a different number of last samples, all states still agree.
-        self._served += self._batches.batch_size
-        if self._batches.partial_lists and len(batch) < self._batches.batch_size:
-            found: list[int] = batch.tolist()
-            return found
-        if self.own:
-            return batch
-        if self._source.context.prefetched:
-            return batch.numpy().view(PrefetchedIndices)
-        return batch.cpu().numpy() if self._batches.arrays else batch
-
-    def _begin(self) -> PrefetchedBatches:
-        prefetcher, draws = self._batches.prefetcher, self._begun()
-        drawn = _cut(draws, self._batches.batch_size, drop_last=self._batches.drop_last)
-        if prefetcher is None:
-            return PrefetchedBatches(drawn, DIRECT)
-        ranks = self._sampler.num_replicas
-        return prefetcher.wrap(
-            drawn,
-            self._sampler.order,
-            first=draws.start + self._sampler.rank,
-            step=self._batches.batch_size * ranks,
-            ranks=ranks,
-            staged=self.own,
-        )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._source = None
-
-
-def _cut(draws: _Draws, size: int, *, drop_last: bool) -> Iterator[torch.Tensor]:
-    """Batches of indices. Not a method: a generator that knew its iterator would outlive it until the next collection."""
-    while True:
-        batch = draws.take(size)
-        if len(batch) == 0 or (drop_last and len(batch) < size):
-            return
-        yield batch

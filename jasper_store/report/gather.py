@@ -27,8 +27,8 @@ from jasper_store.report.figures import figures
 from jasper_store.report.model import DatasetReport, Figures, TensorRow
 from jasper_store.samples.graph import build_graph
 from jasper_store.samples.integrity import check_bounds_once
+from jasper_store.store.opening import open_store
 from jasper_store.store.placement import Plan
-from jasper_store.store.store import open_store
 
 __all__ = ["curriculum_by_epoch", "make_report"]
 

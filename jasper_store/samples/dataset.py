@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jasper_store.store.compiled_gather import CompiledGather
+    from jasper_store.store.opening import FileOrFiles
     from jasper_store.store.placement import Plan
-    from jasper_store.store.store import FileOrFiles, TensorStore
+    from jasper_store.store.store import TensorStore
 
 __all__ = ["DIRECT", "Dataset", "GatherContext", "PrefetchedIndices", "StagedBatches"]
 

@@ -14,8 +14,9 @@ from jasper_store.samples.declaration import Choice, Declaration, everything
 from jasper_store.samples.graph import build_graph
 from jasper_store.samples.integrity import Nouns, check_bounds_once
 from jasper_store.store.guard import check_options
+from jasper_store.store.opening import FileOrFiles, absolute, open_store
 from jasper_store.store.planning import target_dtype
-from jasper_store.store.store import FileOrFiles, TensorStore, absolute, open_store
+from jasper_store.store.store import TensorStore
 
 if TYPE_CHECKING:
     import torch

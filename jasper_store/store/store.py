@@ -1,159 +1,46 @@
-"""``open_store``: find the tensors, plan where they live, load or map them, and hand them out by name."""
+"""``TensorStore``: the tensors of a dataset by name, wherever each of them lives."""
 
 from __future__ import annotations
 
 import difflib
-import os
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from jasper_store.errors import (
     ClosedError,
     DatasetNotFoundError,
-    PerformanceWarning,
-    StaleDataWarning,
 )
-from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import base_name, locate
 from jasper_store.store import manifest_file
 from jasper_store.store.build import Builder, Progress
 from jasper_store.store.explain import explain, memory_of, summary
-from jasper_store.store.guard import check_options
-from jasper_store.store.planning import plan_for
 from jasper_store.store.ragged import RaggedTensor
 from jasper_store.store.reopen import ReopenSpec, digest_of, identities_of
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
     from typing_extensions import Self
 
     from jasper_store.files.fingerprint import FileIdentity
-    from jasper_store.formats.base import FormatName, TensorSpec
+    from jasper_store.formats.base import FormatName
     from jasper_store.formats.registry import Located
     from jasper_store.store.explain import StoreMemory
     from jasper_store.store.manifest import Manifest
     from jasper_store.store.placement import Plan
 
-__all__ = ["FileOrFiles", "Progress", "TensorStore", "absolute", "open_store", "plan_store"]
-
-FileOrFiles: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]"
-"""A directory, a file, or several files."""
+__all__ = ["Progress", "TensorStore", "directory_of"]
 
 
-def open_store(
-    path: FileOrFiles,
-    *,
-    format: str = "auto",  # noqa: A002 - the word that users pass
-    use_mmap: bool | None = None,
-    device: str | torch.device | None = None,
-    memory_limit: int | str | None = None,
-    schema: Schema | None = None,
-    dtype: torch.dtype | None = None,
-    progress: Progress | None = None,
-    describe: Callable[[Sequence[TensorSpec]], Schema] | None = None,
-    admit: Callable[[Plan], None] | None = None,
-) -> TensorStore:
-    """Open a dataset directory, any directory of tensor files, or one file.
-
-    Headers are read, a plan is made against the memory that is really available, what the plan says is loaded, and
-    the rest is mapped.
-
-    Args:
-        path: a directory, a file, or several files.
-        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
-        use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
-        device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
-            onto the device; ``"auto"`` the device if everything fits there, else the host.
-        memory_limit: bytes, or a text such as ``"8GiB"``; one more upper bound on what is loaded (of which the
-            budget takes 0.8).
-        schema: what is known of the names; by default every tensor is read once per sample.
-        dtype: floating dtype that floating tensors of two or more dimensions are converted to, with
-            ``Tensor.to``'s rounding. Loaded tensors are converted while they are read and held in it. One that the
-            plan leaves mapped or chunked is converted row by row as it is taken, so its values are the same.
-        progress: called while tensors are loaded.
-        describe: called with what the headers say; returns what is known of the names from then on.
-        admit: called with the plan before it is carried out; raises what forbids it.
-
-    Returns:
-        A :class:`TensorStore`; close it, or use it in a ``with`` statement.
-
-    Raises:
-        IncompatibleOptionsError: options that are incompatible; before anything is touched.
-        DatasetNotFoundError: no such path, or no tensors there.
-        CorruptFileError: a file is damaged, or is not the one that the manifest records.
-        InsufficientMemoryError: what must be loaded does not fit; before anything is loaded.
-
-    Warns:
-        PerformanceWarning: what was asked for works, but slowly; says what would make it fast.
-        StaleDataWarning: a file is older than what it was made from.
-    """
-    limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
-    schema = schema or Schema()
-    # Absolute from here on: what a store pickles as is opened in another process, maybe in another directory.
-    where = absolute(path)
-    located = locate(where, format, schema)
-    manifest, stale = manifest_file.read_and_check(_directory(located.root), located)
-    identities = identities_of(located.specs)
-    if describe is not None:
-        schema = describe(located.specs)
-    plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
-    if admit is not None:
-        admit(plan)
-    for text in stale:
-        warnings.warn(text, StaleDataWarning, stacklevel=3)
-    for text in plan.warnings:
-        warnings.warn(text, PerformanceWarning, stacklevel=3)
-    digest = digest_of(located.specs, identities)
-    reopen_spec = ReopenSpec(where, located.format, schema, dtype, digest, opener=_reopened)
-    return TensorStore(reopen_spec, located, plan, manifest=manifest, identities=identities, progress=progress)
-
-
-def absolute(path: FileOrFiles) -> Path | tuple[Path, ...]:
-    """A path, or several, as they are named from any directory."""
-    if isinstance(path, (str, os.PathLike)):
-        return Path(path).absolute()
-    return tuple(Path(each).absolute() for each in path)
-
-
-def _directory(path: Path) -> Path:
+def directory_of(path: Path) -> Path:
+    """The directory that a manifest of what lies at a path belongs to."""
     return path if path.is_dir() else path.parent
-
-
-def plan_store(
-    path: FileOrFiles,
-    *,
-    format: str = "auto",  # noqa: A002 - the word that users pass
-    use_mmap: bool | None = None,
-    device: str | torch.device | None = None,
-    memory_limit: int | str | None = None,
-    schema: Schema | None = None,
-    dtype: torch.dtype | None = None,
-    describe: Callable[[Sequence[TensorSpec]], Schema] | None = None,
-) -> Plan:
-    """The plan that :func:`open_store` would follow now; reads headers only. Arguments and errors are the same."""
-    limit = check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
-    schema = schema or Schema()
-    located = locate(absolute(path), format, schema)
-    if describe is not None:
-        schema = describe(located.specs)
-    return plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
-
-
-def _reopened(spec: ReopenSpec) -> TensorStore:
-    """Open a store where it was unpickled: everything that can be is mapped, and no warning is given twice."""
-    located = locate(spec.path, spec.format, spec.schema)
-    identities = identities_of(located.specs)
-    spec.check(digest_of(located.specs, identities))
-    plan = plan_for(located, spec.schema, use_mmap=True, dtype=spec.dtype)
-    return TensorStore(spec, located, plan, identities=identities)
 
 
 def _same(store: TensorStore) -> TensorStore:
@@ -294,7 +181,7 @@ class TensorStore(Mapping[str, StoredTensor]):
             Whether it was recorded: not in a directory that cannot be written, and not if a file changed since the
             store was opened (then it is not known which bytes were checked).
         """
-        directory = _directory(self.path)
+        directory = directory_of(self.path)
         if isinstance(self._reopen_spec.path, tuple) and any(
             path.parent != directory for path in self._reopen_spec.path
         ):

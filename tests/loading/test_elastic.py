@@ -189,7 +189,8 @@ def test_an_epoch_is_over_with_its_last_batch(datasets: dict[str, Path], workers
 BILLION = """
 import re, sys, time
 import torch
-from jasper_store.loading.samplers import BatchSampler, EpochSampler
+from jasper_store.loading.batches import BatchSampler
+from jasper_store.loading.samplers import EpochSampler
 
 def memory(field):
     return int(re.search(rf"{field}:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024

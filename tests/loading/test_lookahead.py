@@ -16,9 +16,10 @@ from jasper_store.errors import CorruptFileError
 from jasper_store.jasper.schema import declaration_for
 from jasper_store.jasper.steering import default_curriculum
 from jasper_store.loading.advisor import Stopwatch
+from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.order import block_order
 from jasper_store.loading.prefetcher import MAX_NBYTES, MIN_BATCHES, Prefetcher, depth_for
-from jasper_store.loading.samplers import BatchSampler, EpochSampler
+from jasper_store.loading.samplers import EpochSampler
 from jasper_store.samples.graph import build_graph
 from jasper_store.samples.reader import SampleReader
 

@@ -12,8 +12,9 @@ from hypothesis import given, strategies as st
 from torch.utils.data import BatchSampler as TorchBatchSampler, DataLoader, DistributedSampler, RandomSampler
 
 from jasper_store.errors import IncompatibleOptionsError, UnknownNameError
+from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.order import order
-from jasper_store.loading.samplers import DRAW, SENT_DRAW, BatchSampler, EpochSampler
+from jasper_store.loading.samplers import DRAW, SENT_DRAW, EpochSampler
 from tests.jasper.fakes import Numbers, as_is
 
 

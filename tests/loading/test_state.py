@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.loader import Loader
 from jasper_store.loading.order import order
-from jasper_store.loading.samplers import BatchSampler, EpochSampler
+from jasper_store.loading.samplers import EpochSampler
 from jasper_store.loading.state import LoaderState
 from tests.builders import build_pt_dataset
 from tests.integrations.launch import ROOT, program

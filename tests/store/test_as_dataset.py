@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, StackDataset, Subset
 
-from jasper_store.store.store import TensorStore, open_store
+from jasper_store.store.opening import open_store
+from jasper_store.store.store import TensorStore
 from jasper_store.store.tensors import StoredTensor
 
 EMBS = torch.arange(60.0).reshape(20, 3)

@@ -8,8 +8,8 @@ from jasper_store.errors import CorruptFileError, IncompatibleOptionsError, Insu
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store.device import DevicePreloader
+from jasper_store.store.opening import open_store
 from jasper_store.store.resident import DeviceTensor
-from jasper_store.store.store import open_store
 from tests.store.samples import WRITERS, tensors
 
 HOST = torch.device("cpu")

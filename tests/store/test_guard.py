@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.store.guard import check_options, normalize_device, resolve_pin_memory
-from jasper_store.store.store import open_store, plan_store
+from jasper_store.store.opening import open_store, plan_store
 
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"use_mmap": True, "device": "cuda"}, ["use_mmap=True", "'cuda'", "use_mmap=False"]),

@@ -17,7 +17,7 @@ from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file as manifests
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, SourceFile, TensorEntry
-from jasper_store.store.store import open_store
+from jasper_store.store.opening import open_store
 
 
 def write(path, value=1.0, rows=300_000):

@@ -17,7 +17,8 @@ from jasper_store.native import gather
 from jasper_store.native.gather import Jobs
 from jasper_store.store import direct_rows as staging
 from jasper_store.store.direct_rows import DirectRowReader, direct_readers_for
-from jasper_store.store.store import TensorStore, open_store
+from jasper_store.store.opening import open_store
+from jasper_store.store.store import TensorStore
 
 ROWS, WIDTH = 700, 97
 

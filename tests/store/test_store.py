@@ -23,7 +23,7 @@ from jasper_store.errors import (
 from jasper_store.formats.base import Schema
 from jasper_store.memory.budget import Bound, Budget
 from jasper_store.paging.madvise import madvise_batcher
-from jasper_store.store.store import open_store, plan_store
+from jasper_store.store.opening import open_store, plan_store
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.store.samples import WRITERS, tensors, write_safetensors
 

@@ -17,8 +17,8 @@ from hypothesis import given, strategies as st
 
 from jasper_store.errors import ClosedError, IncompatibleOptionsError
 from jasper_store.formats.base import Inline
+from jasper_store.store.opening import open_store
 from jasper_store.store.resident import DeviceTensor
-from jasper_store.store.store import open_store
 from tests.store.pairwise import pairs_of, pairwise
 from tests.store.samples import WRITERS, tensors
 

@@ -13,7 +13,8 @@ from jasper_store.native import gather
 from jasper_store.native.gather import source_of
 from jasper_store.store.compiled_gather import INPUT, CompiledGather, IndexRef, Step
 from jasper_store.store.gather_many import GatherRequest, gather_many
-from jasper_store.store.store import TensorStore, open_store
+from jasper_store.store.opening import open_store
+from jasper_store.store.store import TensorStore
 
 needs_kernel = pytest.mark.skipif(gather.kernel() is None, reason="the kernel was not built: no C compiler here")
 

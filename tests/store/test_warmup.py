@@ -13,7 +13,7 @@ from jasper_store.errors import ClosedError, IncompatibleOptionsError, UnknownNa
 from jasper_store.formats.base import Schema
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.store import warmup
-from jasper_store.store.store import open_store
+from jasper_store.store.opening import open_store
 from jasper_store.store.warmup import warm
 
 MIB = 1 << 20

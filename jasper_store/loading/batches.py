@@ -1,0 +1,149 @@
+"""Batches of an epoch as index tensors: a drop-in replacement of PyTorch's batch sampler, and an instance of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import BatchSampler as TorchBatchSampler
+
+from jasper_store.loading.options import check_int
+from jasper_store.loading.prefetcher import PrefetchedBatches
+from jasper_store.loading.samplers import Draws, EpochSampler, StatefulIterator
+from jasper_store.samples.dataset import DIRECT, GatherContext, PrefetchedIndices
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from typing_extensions import Self
+
+    from jasper_store.loading.prefetcher import Prefetcher
+
+__all__ = ["BatchIterator", "BatchSampler"]
+
+Indices: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]] | list[int]"
+
+
+class BatchSampler(TorchBatchSampler):
+    """Batches of indices as int64 tensors: a drop-in ``torch.utils.data.BatchSampler``.
+
+    Over an :class:`EpochSampler` a batch is a slice of a tensor. Any other sampler is asked for its numbers one by
+    one, and a batch is a list, as in PyTorch.
+
+    Args:
+        sampler: where indices come from.
+        batch_size: indices per batch.
+        drop_last: leave out a last batch that is not full.
+        arrays: yield numpy arrays, for loaders with workers: a batch of 256 reaches a worker in 42 us as an array,
+            46 us as a list and 229 us as a tensor, which PyTorch sends through a file of its own.
+        partial_lists: yield a last batch that is not full as a list: Accelerate fills it up in position.
+        look_ahead: announces the rows of batches before they are asked for; ``None`` draws none ahead.
+    """
+
+    sampler: Iterable[int]
+
+    def __init__(
+        self,
+        sampler: Iterable[int],
+        batch_size: int,
+        drop_last: bool,
+        *,
+        arrays: bool = False,
+        partial_lists: bool = False,
+        prefetcher: Prefetcher | None = None,
+    ) -> None:
+        check_int("batch_size", batch_size, at_least=1)
+        super().__init__(sampler, batch_size, drop_last)
+        self.arrays = arrays
+        self.partial_lists = partial_lists
+        self.prefetcher = prefetcher
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield batches; over an :class:`EpochSampler` the iterator keeps a state."""
+        if isinstance(self.sampler, EpochSampler):
+            return BatchIterator(self, self.sampler)
+        batches: Iterator[list[int]] = super().__iter__()
+        return batches if self.prefetcher is None else self.prefetcher.wrap(batches)
+
+    def tensors(self) -> BatchIterator:
+        """Yield batches as tensors, for a loader that gathers them in this process by the iterator's context."""
+        assert isinstance(self.sampler, EpochSampler)
+        return BatchIterator(self, self.sampler, own=True)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on to the sampler, if it has epochs."""
+        tell = getattr(self.sampler, "set_epoch", None)
+        if callable(tell):
+            tell(epoch)
+
+
+class BatchIterator(StatefulIterator):
+    """Index tensors of an epoch.
+
+    Attributes:
+        own: they are gathered in this process, with :attr:`context`.
+    """
+
+    def __init__(self, batches: BatchSampler, sampler: EpochSampler, *, own: bool = False) -> None:
+        super().__init__(sampler)
+        self._batches = batches
+        self._source: PrefetchedBatches | None = None
+        self.own = own
+
+    @property
+    def context(self) -> GatherContext:
+        """What is known of the batches that were yielded: whether they were prefetched, which rows are staged."""
+        return DIRECT if self._source is None else self._source.context
+
+    def close(self) -> None:
+        """Release rows that were read ahead; batches on their way are not gathered any more."""
+        if self._source is not None:
+            self._source.close()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Indices:
+        if self._source is None:
+            self._source = self._begin()
+        batch: torch.Tensor = next(self._source.batches)
+        # Counted in full batches: where ranks get a different number of last samples, all states still agree.
+        self._served += self._batches.batch_size
+        if self._batches.partial_lists and len(batch) < self._batches.batch_size:
+            found: list[int] = batch.tolist()
+            return found
+        if self.own:
+            return batch
+        if self._source.context.prefetched:
+            return batch.numpy().view(PrefetchedIndices)
+        return batch.cpu().numpy() if self._batches.arrays else batch
+
+    def _begin(self) -> PrefetchedBatches:
+        prefetcher, draws = self._batches.prefetcher, self.begun()
+        drawn = _cut(draws, self._batches.batch_size, drop_last=self._batches.drop_last)
+        if prefetcher is None:
+            return PrefetchedBatches(drawn, DIRECT)
+        ranks = self._sampler.num_replicas
+        return prefetcher.wrap(
+            drawn,
+            self._sampler.order,
+            first=draws.start + self._sampler.rank,
+            step=self._batches.batch_size * ranks,
+            ranks=ranks,
+            staged=self.own,
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state; errors as :meth:`StatefulIterator.load_state_dict`."""
+        super().load_state_dict(state)
+        self._source = None
+
+
+def _cut(draws: Draws, size: int, *, drop_last: bool) -> Iterator[torch.Tensor]:
+    """Batches of indices. Not a method: a generator that knew its iterator would outlive it until the next collection."""
+    while True:
+        batch = draws.take(size)
+        if len(batch) == 0 or (drop_last and len(batch) < size):
+            return
+        yield batch

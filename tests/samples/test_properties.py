@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +16,8 @@ from hypothesis import given, settings, strategies as st
 
 import jasper_store as js
 from jasper_store.conversion.writer import DirectoryWriter
+from jasper_store.loading import coalescing, defaults, prefetcher, samplers
+from jasper_store.loading.order import BlockOrder
 from jasper_store.native import gather as native
 from jasper_store.samples.dataset import Dataset
 from jasper_store.store import assignment
@@ -96,3 +100,46 @@ def test_without_the_native_kernel_too(seed: int, storage: str, placement: str, 
 @given(seed=st.integers(0, 2**32), storage=st.sampled_from(FORMATS), placement=st.sampled_from(PLACEMENTS), **CASES)
 def test_many_more(seed: int, storage: str, placement: str, **kinds: bool) -> None:
     check(seed, storage, placement, **kinds)
+
+
+def test_rows_that_are_read_past_the_page_cache_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Block order of small windows; every served tensor in the order of the file is staged."""
+    if native.kernel() is None or not direct_reads(tmp_path):
+        pytest.skip("needs the native kernel, and a file system that reads directly")
+    monkeypatch.setattr(samplers, "_ORDERS", {**samplers._ORDERS, "block": partial(BlockOrder, block=8, window=4)})
+    monkeypatch.setattr(coalescing, "_SAMPLES", 8)
+    monkeypatch.setattr(prefetcher, "GROUP_SAMPLES", 8)
+    monkeypatch.setattr(defaults, "_staged_nbytes", lambda _: 0)
+    monkeypatch.setattr(defaults, "_mapped_and_left", lambda _: (2, 1))
+    staged, whole = 0, 0
+    for seed in range(40):
+        # Without a split the rows are in the order of the file; with one, its list has to be in memory.
+        case = Maker(seed, ragged=seed % 5 == 4, choice=bool(seed % 2), split=seed % 4 == 3).case
+        write(tmp_path / str(seed), "safetensors", case)
+        served = [name for name in case.tensors if name != "listed"]
+        mapped = set(served if seed % 3 else served[1:])
+        with patch.object(assignment, "_choose", lambda items, *_, mapped=mapped: {i.name for i in items} - mapped):
+            dataset = js.Dataset(
+                tmp_path / str(seed), case.fields, **({"splits": case.splits, "split": "train"} if case.splits else {})
+            )
+        loader = js.create_loader(dataset, batch_size=1 + seed % 8, drop_last=False, order="block")
+        batches = iter(loader)
+        sampler: Any = loader.batch_sampler
+        for number, asked_for in enumerate(list(sampler)):
+            assert_equal(next(batches), expected(case, np.asarray(asked_for)), case)
+            context = batches._batches._indices.context
+            staged += number == 0 and context.staged is not None
+            whole += number == 0 and context.staged is not None and context.staged._batch_gather is not None
+        assert next(batches, None) is None
+        dataset.close()
+    assert staged > 10
+    assert whole, "some batches are one native call, staged rows included"
+
+
+def direct_reads(directory: Path) -> bool:
+    (directory / "probe").write_bytes(b"x" * 4096)
+    try:
+        os.close(os.open(directory / "probe", os.O_RDONLY | os.O_DIRECT))
+    except (OSError, AttributeError):
+        return False
+    return True

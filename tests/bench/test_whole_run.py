@@ -28,7 +28,7 @@ def test_a_quick_run_and_its_page(cases: str, tmp_path: Path) -> None:
     page.write_text(PAGE)
     data = ["--data-dir", str(tmp_path / "data")]
     sizes = ["--rows", "20000", "--pairs", "2000", "--generic-rows", "4000", "--seconds", "0.1", "--sparse-gib", "1"]
-    sizes += ["--growth-pairs", "2e3,4e3"]
+    sizes += ["--growth-pairs", "2e3,4e3", "--batches", "256"]
     assert cli.main([*data, "run", "--quick", "--no-fio", "--cases", cases, *sizes, "--out", str(out)]) == 0
     document = results.load(out)
     assert document["quick"] is True

@@ -19,7 +19,7 @@ import torch
 from jasper_store.jasper.steering import LinearCurriculum, default_curriculum
 from jasper_store.report import figures as figures_module
 from jasper_store.report.figures import histogram, project, spread
-from jasper_store.report.gather import curriculum_by_epoch
+from jasper_store.report.jasper import curriculum_by_epoch
 from jasper_store.report.page.document import SECTIONS
 from jasper_store.report.page.svg import ticks
 from tests.cli.conftest import Run
@@ -144,7 +144,7 @@ def test_in_json(run_json: Callable[..., Any], data: Path, tmp_path: Path, monke
 def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(3, "report", tmp_path / "empty")
+    assert "expected tensors" in refused(3, "report", tmp_path / "empty")
     assert "parquet" in refused(2, "report", data, "--format", "parquet")
     assert "is a directory" in refused(6, "report", data, "--out", tmp_path)
     assert "no directory" in refused(6, "report", data, "--out", tmp_path / "no" / "where.html")

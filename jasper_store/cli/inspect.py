@@ -144,7 +144,8 @@ def _show_fields(found: SampleView) -> None:
     cells = [
         (escape(field.name), field.dtype, escape(field.shape_text), escape(field.expression)) for field in found.fields
     ]
-    title = f"samples: {counts}; {len(found.fields)} fields, {format_bytes(found.nbytes)} each{how}"
+    count = f"{len(found.fields)} field{'s' * (len(found.fields) != 1)}"
+    title = f"samples: {counts}; {count}, {format_bytes(found.nbytes)} each{how}"
     results().print(table(title, ("field", "dtype", "shape per sample", "read by"), cells))
 
 

@@ -17,7 +17,7 @@ from jasper_store.bench.serving import LoaderRate, loader_rate, quietly
 from jasper_store.conversion.verify import Finding, VerifyReport, verify_files
 from jasper_store.errors import DeclarationError, JasperStoreError
 from jasper_store.formats.base import Extent, Schema, TensorSpec
-from jasper_store.formats.registry import locate
+from jasper_store.formats.registry import Located, locate
 from jasper_store.jasper.api import verify as verify_dataset
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.memory.budget import format_bytes, measure
@@ -70,33 +70,39 @@ def make_report(
     with quietly():
         located = locate(path, storage_format, known.schema)
         made = plan_store(path, format=storage_format, schema=known.schema, describe=known.describe)
-    tensors, config = _rows(located.specs, made), _config(path)
-    declares = CONFIG_KEY in config
+    facts, declares = _facts(path, located, made), CONFIG_KEY in _config(path)
     samples, problem = (None, problem) if problem else _samples(path, located.specs)
     step("values", 0, None)
     jasper = look_at_jasper(path, located.format) if is_jasper(path) else None
     damaged = problem or (jasper.why_no_figures if jasper else _unservable(path, located.format, samples))
     step("the loader", 0, None)
     speed, why_no_speed = _speed(path, located.format, located.specs, speed_seconds, samples, damaged)
-    findings = _verified(path, known, damaged if declares else "", step) if verify else None
     return DatasetReport(
-        path=path,
-        name=str((path.is_dir() and config.get("dataset_name")) or path.resolve().name),
-        created=str(config.get("created_at") or ""),
-        format=located.format,
-        files=len({spec.path for spec in located.specs}),
-        tensors=tensors,
-        budget=made.budget.explain(),
+        **facts,
         samples=samples,
         why_no_samples=problem,
         declares=declares,
         jasper=jasper,
         speed=speed,
         why_no_speed=why_no_speed,
-        verification=findings,
-        made_at=dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        machine=_machine(),
+        verification=_verified(path, known, damaged if declares else "", step) if verify else None,
     )
+
+
+def _facts(path: Path, located: Located, made: Plan) -> dict[str, Any]:
+    """What can be said of any dataset from its headers and its configuration."""
+    config = _config(path) if path.is_dir() else {}
+    return {
+        "path": path,
+        "name": str(config.get("dataset_name") or path.resolve().name),
+        "created": str(config.get("created_at") or ""),
+        "format": located.format,
+        "files": len({spec.path for spec in located.specs}),
+        "tensors": _rows(located.specs, made),
+        "budget": made.budget.explain(),
+        "made_at": dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": _machine(),
+    }
 
 
 def _known(path: Path) -> tuple[Known, str]:

@@ -50,8 +50,8 @@ class FieldRow:
 
     @property
     def described(self) -> str:
-        """Dtype and shape."""
-        return f"{self.dtype} {self.shape_text}"
+        """Dtype and shape, the latter where it is not that of one number."""
+        return f"{self.dtype} {self.shape_text}" if self.shape else self.dtype
 
 
 @dataclass(frozen=True, slots=True)

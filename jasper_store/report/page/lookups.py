@@ -14,10 +14,10 @@ from jasper_store.report.sample import FieldRow, LookupRow, SampleView
 
 __all__ = ["lookups"]
 
-_INDENT, _LINE, _PADDING, _GAP = 24.0, 17.0, 6.0, 11.0
-_BOX_END, _FIELD = 270.0, 294.0
-_LETTER = 7.7
-"""Width of a letter at the size that narrow screens get, with some room."""
+_INDENT, _TRUNK, _LINE, _PADDING, _GAP = 18.0, 6.0, 17.0, 6.0, 11.0
+_BOX_END, _FIELD = 270.0, 288.0
+_BOLD, _PLAIN = 8.7, 7.2
+"""Width of a letter at the size that narrow screens get, in a wide font."""
 
 
 def lookups(found: SampleView) -> str:
@@ -35,13 +35,13 @@ def lookups(found: SampleView) -> str:
         left, middle = depth * _INDENT, top + min(height, _height(2)) / 2
         is_index = any(other.parent == number for other in found.lookups)
         parts.append(_box(left, top, lines, "index" if is_index else "leaf"))
-        parts.append(_arrow(lefts[lookup.parent] + 10, left, middle, "names"))
+        parts.append(_arrow(lefts[lookup.parent] + _TRUNK, left, middle, "names"))
         ends[lookup.parent] = middle
         parts += _fields(lookup, fields, top)
         bottoms[number], lefts[number] = top + _height(len(lines)), left
         top += height + _GAP
     trunks = [
-        tag("line", x1=lefts[number] + 10, x2=lefts[number] + 10, y1=bottoms[number], y2=end, class_="names")
+        tag("line", x1=lefts[number] + _TRUNK, x2=lefts[number] + _TRUNK, y1=bottoms[number], y2=end, class_="names")
         for number, end in ends.items()
     ]
     label = "Lookups of a sample: arrows lead from an index to the tensor whose rows it names, and on to the fields"
@@ -67,11 +67,11 @@ def _in_order(found: SampleView) -> Iterator[tuple[int, int]]:
 
 def _described(found: LookupRow) -> str:
     """What is read of it, in one line: how many rows, by which column, of what."""
-    rows = {None: "its rows", 1: ""}.get(found.rows, f"{found.rows} rows")
+    rows = {None: "several rows", 1: ""}.get(found.rows, f"{found.rows} rows")
     by = "" if found.by_column is None else f"by column {found.by_column}"
     column = "" if found.column is None else f"column {found.column}"
-    sizes = ", ".join(map(str, found.row_shape))
-    return ", ".join(part for part in (by, rows, column, f"{found.dtype} [{sizes}]") if part)
+    kind = f"{found.dtype} {list(found.row_shape)}" if found.row_shape else found.dtype
+    return ", ".join(part for part in (by, rows, column, kind) if part)
 
 
 def _height(lines: int) -> float:
@@ -82,18 +82,18 @@ def _box(left: float, top: float, lines: list[str], kind: str) -> str:
     width = _BOX_END - left
     title = tag("title", escape(", ".join(lines)))
     box = tag("rect", title, x=left, y=top, width=width, height=_height(len(lines)), rx=5, class_=f"box {kind}")
-    room = int((width - 12) / _LETTER)
+    room = width - 8
     names = [
-        text(left + 8, top + _LINE * (index + 1) - 2, _cut(line, room), class_="strong")
+        text(left + 8, top + _LINE * (index + 1) - 2, _cut(line, room / _BOLD), class_="strong")
         for index, line in enumerate(lines[:-1])
     ]
-    last = text(left + 8, top + _LINE * len(lines) - 2, _cut(lines[-1], room + 3))
+    last = text(left + 8, top + _LINE * len(lines) - 2, _cut(lines[-1], room / _PLAIN))
     return box + joined(names) + last
 
 
 def _fields(found: LookupRow, fields: Mapping[str, FieldRow], top: float) -> Iterator[str]:
     """The fields that a lookup serves, each with an arrow from the box."""
-    room = int((WIDTH - _FIELD) / _LETTER)
+    room = WIDTH - _FIELD
     for index, name in enumerate(found.fields):
         y = top + 2 * _LINE * index
         words = fields[name].described
@@ -101,8 +101,8 @@ def _fields(found: LookupRow, fields: Mapping[str, FieldRow], top: float) -> Ite
         yield tag(
             "g",
             tag("title", escape(f"{name}: {words}, {fields[name].expression}"))
-            + text(_FIELD, y + _LINE - 2, _cut(name, room), class_="strong")
-            + text(_FIELD, y + 2 * _LINE - 2, _cut(words, room + 1)),
+            + text(_FIELD, y + _LINE - 2, _cut(name, room / _BOLD), class_="strong")
+            + text(_FIELD, y + 2 * _LINE - 2, _cut(words, room / _PLAIN)),
         )
 
 
@@ -113,6 +113,6 @@ def _arrow(start: float, stop: float, y: float, kind: str) -> str:
     )
 
 
-def _cut(words: str, room: int) -> str:
+def _cut(words: str, letters: float) -> str:
     """Text that fits; all of it stands in the title."""
-    return words if len(words) <= room else f"{words[: max(room - 1, 1)]}\u2026"
+    return words if len(words) <= letters else f"{words[: max(int(letters) - 1, 1)]}\u2026"

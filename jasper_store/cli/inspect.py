@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 
 from jasper_store.cli.console import bar, print_json, results, table
-from jasper_store.cli.known import manifest_says
+from jasper_store.cli.known import manifest_says, samples_of
 from jasper_store.cli.options import Directory, FormatOption, Json
 from jasper_store.formats.base import Chunked, Extent, TensorSpec
 from jasper_store.formats.registry import Located, locate
@@ -17,6 +17,7 @@ from jasper_store.jasper.config import read_config
 from jasper_store.jasper.recognise import is_jasper, known_at
 from jasper_store.memory.budget import format_bytes
 from jasper_store.paging.residency import cached_bytes
+from jasper_store.report.sample import SampleView
 from jasper_store.samples.opened import CONFIG_NAME, load_config
 
 __all__ = ["inspect"]
@@ -53,7 +54,8 @@ class _Row:
 def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Json = False) -> None:
     """Show tensors, sizes, dtypes, where they lie, and how much of each is in memory now.
 
-    Reads headers only, whatever the size of the data.
+    Reads headers only, whatever the size of the data. After the tensors come the fields of a sample, if the directory
+    is a dataset; if its declaration does not fit the tensors, or tensors are missing, the exit code says so.
 
     Examples:
       jasper-store inspect data/
@@ -63,6 +65,7 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
     rows = [_Row(spec, _resident(spec)) for spec in located.specs]
     facts = _facts(path)
     warnings = [*located.warnings, *manifest_says(path, located)]
+    samples, problem = samples_of(path, located.specs)
     if json:
         print_json(
             {
@@ -71,11 +74,16 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
                 "nbytes": sum(row.spec.nbytes for row in rows),
                 "config": facts,
                 "tensors": [row.to_dict() for row in rows],
+                "samples": None if samples is None else samples.to_dict(),
                 "warnings": warnings,
             }
         )
-        return
-    _show(path, located, rows, facts, warnings)
+    else:
+        _show(path, located, rows, facts, warnings)
+        if samples is not None:
+            _show_fields(samples)
+    if problem is not None:
+        raise problem
 
 
 def _dtype(spec: TensorSpec) -> str:
@@ -127,6 +135,18 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any],
         out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
     for warning in warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+def _show_fields(found: SampleView) -> None:
+    """The fields of a sample, as ``Dataset`` would serve them."""
+    counts = ", ".join(f"{split} {count:,}" for split, count in found.splits.items()) or f"{found.length:,}"
+    how = "" if found.declared else "; nothing is declared, so every tensor of the common number of rows is one"
+    cells = [
+        (escape(field.name), field.dtype, escape(field.shape_text), escape(field.expression)) for field in found.fields
+    ]
+    count = f"{len(found.fields)} field{'s' * (len(found.fields) != 1)}"
+    title = f"samples: {counts}; {count}, {format_bytes(found.nbytes)} each{how}"
+    results().print(table(title, ("field", "dtype", "shape per sample", "read by"), cells))
 
 
 def _residency_cell(row: _Row) -> str:

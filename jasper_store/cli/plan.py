@@ -6,7 +6,7 @@ from rich.markup import escape
 
 import jasper_store as js
 from jasper_store.cli.console import print_json, results, table
-from jasper_store.cli.known import manifest_says
+from jasper_store.cli.known import manifest_says, samples_of
 from jasper_store.cli.options import Device, Directory, FormatOption, Json, MemoryLimit, Mmap
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.recognise import known_at
@@ -27,19 +27,25 @@ def plan(
 ) -> None:
     """Show where each tensor would live, and which bound on memory decides. Loads nothing.
 
+    If the declaration in config.json does not fit the tensors, or tensors are missing, the exit code says so.
+
     Examples:
       jasper-store plan data/
       jasper-store plan data/ --memory-limit 8GiB
       jasper-store plan data/ --device cuda
     """
     made = js.plan(path, format=storage_format, device=device, use_mmap=mmap, memory_limit=memory_limit)
-    warnings = manifest_says(path, locate(path, storage_format, known_at(path).schema))
+    located = locate(path, storage_format, known_at(path).schema)
+    warnings = manifest_says(path, located)
+    _, problem = samples_of(path, located.specs)
     if json:
         print_json({**made.to_dict(), "manifest": warnings})
-        return
-    show_plan(made, str(path))
-    for warning in warnings:
-        results().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    else:
+        show_plan(made, str(path))
+        for warning in warnings:
+            results().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+    if problem is not None:
+        raise problem
 
 
 def show_plan(made: Plan, title: str) -> None:

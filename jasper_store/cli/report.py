@@ -19,7 +19,9 @@ __all__ = ["report"]
 
 
 def report(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A JASPER dataset directory.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensors, or one file.")
+    ],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Page to write.")] = Path("report.html"),
     storage_format: FormatOption = "auto",
     *,
@@ -28,11 +30,13 @@ def report(
     ] = True,
     json: Json = False,
 ) -> None:
-    """Draw a dataset: placement, curriculum, negatives, clusters, distributions, embeddings, speed, findings.
+    """Draw a dataset: placement, what a sample reads, speed, findings.
 
-    One HTML page that holds everything it shows and fetches nothing; for a browser, also a phone's.
+    One HTML page that holds everything it shows and fetches nothing; for a browser, also a phone's. Of a JASPER
+    dataset it also shows curriculum, negatives, clusters, distributions and embeddings.
     With --json its values go to stdout, and no page is written.
-    Exits with 4 if verification found errors; the page is written all the same, and shows them.
+    Exits with 4 if verification found errors, or the declaration in config.json does not fit the tensors; the page is
+    written all the same, and shows them.
 
     Examples:
       jasper-store report data/
@@ -53,7 +57,7 @@ def report(
     else:
         write_bytes(out, page(found).encode("utf-8", "replace"))
         results().print(f"{out}: open it in a browser", markup=False, soft_wrap=True)
-    if found.verification is not None and not found.verification.ok:
+    if not found.ok:
         raise typer.Exit(FINDINGS)
 
 

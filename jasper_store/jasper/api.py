@@ -18,7 +18,7 @@ import torch
 from jasper_store.conversion import converter, writer
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
-from jasper_store.errors import JasperStoreError, JasperStoreWarning
+from jasper_store.errors import DeclarationError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Schema, TensorSpec
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import read_config
@@ -212,7 +212,7 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
         DatasetNotFoundError: nothing there.
     """
     path = Path(path)
-    known = known_at(path)
+    known, unread = _known_or_why(path)
     look: Callable[[str], Visitor | None] | None = None
     if is_jasper(path):
         look = visitor
@@ -220,8 +220,16 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
         look = FiniteVisitor
     report = verify_files(path, schema=known.schema, visitor=look, progress=progress)
     said = {found.message for found in report.errors}  # a file that cannot be read is one finding, not two
-    report.add([found for found in _meaning(path, known) if found.message not in said])
+    report.add([found for found in (*unread, *_meaning(path, known)) if found.message not in said])
     return report
+
+
+def _known_or_why(path: Path) -> tuple[Known, list[Finding]]:
+    """What is known of a dataset; nothing, and a finding, where its declaration cannot be understood."""
+    try:
+        return known_at(path), []
+    except DeclarationError as exc:
+        return Known(Schema()), [Finding("error", "dataset", "declaration", str(exc), None)]
 
 
 def _meaning(path: Path, known: Known) -> list[Finding]:

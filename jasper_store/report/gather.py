@@ -8,33 +8,32 @@ from __future__ import annotations
 import datetime as dt
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from jasper_store.bench.serving import LoaderRate, loader_rate, quietly
-from jasper_store.errors import JasperStoreError
-from jasper_store.formats.base import Extent, TensorSpec
-from jasper_store.formats.registry import locate
-from jasper_store.jasper.api import plan, verify as verify_dataset
-from jasper_store.jasper.config import Config, read_config
-from jasper_store.jasper.integrity import check_structure, unread_bounds
-from jasper_store.jasper.schema import NOUNS, SCHEMA, SPLITS, declaration_for, split_tensor
-from jasper_store.jasper.steering import Curriculum
+from jasper_store.conversion.verify import VerifyReport
+from jasper_store.errors import DeclarationError, JasperStoreError
+from jasper_store.formats.base import Extent, Schema, TensorSpec
+from jasper_store.formats.registry import Located, locate
+from jasper_store.jasper.api import verify as verify_dataset
+from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.paging.residency import cached_bytes
-from jasper_store.report.figures import figures
-from jasper_store.report.model import DatasetReport, Figures, TensorRow
-from jasper_store.samples.graph import build_graph
-from jasper_store.samples.integrity import check_bounds_once
-from jasper_store.store.opening import open_store
+from jasper_store.report.jasper import look_at_jasper
+from jasper_store.report.model import DatasetReport, TensorRow
+from jasper_store.report.sample import SampleView, look_at_samples
+from jasper_store.samples.dataset import Dataset
+from jasper_store.samples.declaration import CONFIG_KEY
+from jasper_store.samples.opened import CONFIG_NAME, load_config
+from jasper_store.store.opening import plan_store
 from jasper_store.store.placement import Plan
 
-__all__ = ["curriculum_by_epoch", "make_report"]
+__all__ = ["make_report"]
 
 _BATCH_SIZES = (32, 256)
-_EPOCHS_LOOKED_AT = 10_000
-_EPOCHS_AFTER = 10
 
 Step = Callable[[str, int, int | None], None]
 """Called as ``step(what, done, total)``; ``total`` is ``None`` where it is not known."""
@@ -48,63 +47,96 @@ def make_report(
     speed_seconds: float = 0.5,
     step: Step | None = None,
 ) -> DatasetReport:
-    """Look at a JASPER dataset.
+    """Look at a dataset: of JASPER, of one that declares its samples, or of any tensors.
 
-    Data whose tensors contradict each other has no figures: the report says why, beside the findings of verify.
+    Where tensors contradict each other, or the declaration does not fit them, the report says so in the place of what
+    cannot be shown, and among the findings of verify.
 
     Args:
-        path: dataset directory.
+        path: dataset directory, or one file.
         storage_format: format to read.
         verify: read all data once for its checksums.
         speed_seconds: how long to measure each loader.
         step: told what is being done.
 
     Raises:
-        DatasetNotFoundError: no such directory, or no dataset in it.
+        DatasetNotFoundError: no such path, or no tensors there.
         CorruptFileError: a header that cannot be read, a configuration that is not JSON.
-        IntegrityError: a configuration without its dimensions.
+        IntegrityError: a JASPER configuration without its dimensions.
     """
     path, step = Path(path), step or (lambda *_: None)
-    config = read_config(path)
     step("headers", 0, None)
+    known, problem = _known(path)
     with quietly():
-        located = locate(path, storage_format, SCHEMA)
-        made = plan(path, format=storage_format)
-    tensors = _rows(located.specs, made)
+        located = locate(path, storage_format, known.schema)
+        made = plan_store(path, format=storage_format, schema=known.schema, describe=known.describe)
+    facts, declares = _facts(path, located, made), CONFIG_KEY in _config(path)
+    samples, problem = (None, problem) if problem else _samples(path, located.specs)
     step("values", 0, None)
-    seen, why_not = _look(path, located.format, config)
+    jasper = look_at_jasper(path, located.format) if is_jasper(path) else None
+    damaged = problem or (jasper.why_no_figures if jasper else _unservable(path, located.format, samples))
     step("the loader", 0, None)
-    speed, why_no_speed = _speed(path, located.format, located.specs, speed_seconds, why_not)
-    found = None
-    if verify:
-        found = verify_dataset(path, progress=lambda name, done, total: step(f"checksums: {name}", done, total))
+    speed, why_no_speed = _speed(path, located.format, located.specs, speed_seconds, samples, damaged)
     return DatasetReport(
-        path=path,
-        name=str(config.values.get("dataset_name") or path.resolve().name),
-        created=str(config.values.get("created_at") or ""),
-        format=located.format,
-        dim=config.embedding_dim,
-        n_neg=config.n_neg,
-        files=len({spec.path for spec in located.specs}),
-        tensors=tensors,
-        budget=made.budget.explain(),
-        curriculum=curriculum_by_epoch(config.curriculum),
-        figures=seen,
-        why_no_figures=why_not,
+        **facts,
+        samples=samples,
+        why_no_samples=problem,
+        declares=declares,
+        jasper=jasper,
         speed=speed,
         why_no_speed=why_no_speed,
-        verification=found,
-        made_at=dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        machine=_machine(),
+        verification=_verified(path, step) if verify else None,
     )
 
 
-def curriculum_by_epoch(curriculum: Curriculum) -> tuple[tuple[float, ...], ...]:
-    """Probabilities of each epoch, until some epochs after the last change."""
-    probabilities = [curriculum.probabilities(epoch) for epoch in range(_EPOCHS_LOOKED_AT)]
-    changes = (epoch for epoch in range(1, len(probabilities)) if probabilities[epoch] != probabilities[epoch - 1])
-    last = max(changes, default=0)
-    return tuple(tuple(stage) for stage in probabilities[: last + _EPOCHS_AFTER])
+def _facts(path: Path, located: Located, made: Plan) -> dict[str, Any]:
+    """What can be said of any dataset from its headers and its configuration."""
+    config = _config(path) if path.is_dir() else {}
+    return {
+        "path": path,
+        "name": str(config.get("dataset_name") or path.resolve().name),
+        "created": str(config.get("created_at") or ""),
+        "format": located.format,
+        "files": len({spec.path for spec in located.specs}),
+        "tensors": _rows(located.specs, made),
+        "budget": made.budget.explain(),
+        "made_at": dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": _machine(),
+    }
+
+
+def _known(path: Path) -> tuple[Known, str]:
+    """What is known of a dataset, or nothing and why its declaration cannot be understood."""
+    try:
+        return known_at(path), ""
+    except DeclarationError as exc:
+        return Known(Schema()), str(exc)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """The configuration of a directory, or of the directory of a file; nothing without one."""
+    file = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    return load_config(file) if file.is_file() else {}
+
+
+def _samples(path: Path, specs: tuple[TensorSpec, ...]) -> tuple[SampleView | None, str]:
+    """What a sample reads, or why that is not known."""
+    try:
+        return look_at_samples(path, specs), ""
+    except JasperStoreError as exc:
+        return None, str(exc)
+
+
+def _unservable(path: Path, storage_format: str, samples: SampleView | None) -> str:
+    """Why a dataset cannot be opened, an index out of bounds for instance; nothing if it can."""
+    splits = () if samples is None else tuple(samples.splits) or (None,)
+    try:
+        for split in splits:
+            with quietly(), Dataset(path, split=split, format=storage_format, use_mmap=True):
+                pass
+    except JasperStoreError as exc:
+        return str(exc)
+    return ""
 
 
 def _rows(specs: tuple[TensorSpec, ...], made: Plan) -> tuple[TensorRow, ...]:
@@ -131,41 +163,35 @@ def _resident(spec: TensorSpec) -> int | None:
     return cached_bytes(spec.location.path, spec.location.offset, spec.nbytes)
 
 
-def _look(path: Path, storage_format: str, config: Config) -> tuple[Figures | None, str]:
-    """The figures, or why there are none."""
-    try:
-        with (
-            quietly(),
-            open_store(path, format=storage_format, use_mmap=True, schema=SCHEMA) as store,
-        ):
-            there = [split for split in SPLITS if split_tensor(split) in store]
-            sizes = check_structure(store, config, there, path)
-            declaration = declaration_for(config.curriculum)
-            bounds = [bound for split in there for bound in build_graph(declaration, store, split).bounds]
-            check_bounds_once(store, [*bounds, *unread_bounds(store)], NOUNS)
-            return figures(store, sizes), ""
-    except JasperStoreError as exc:
-        return None, str(exc)
-
-
 def _speed(
-    path: Path, storage_format: str, specs: tuple[TensorSpec, ...], seconds: float, damaged: str
+    path: Path,
+    storage_format: str,
+    specs: tuple[TensorSpec, ...],
+    seconds: float,
+    samples: SampleView | None,
+    damaged: str,
 ) -> tuple[tuple[LoaderRate, ...], str]:
     """How fast the loader serves, mapped and as planned; or why that was not measured."""
-    names = {spec.name for spec in specs}
-    split = next((split for split in SPLITS if split_tensor(split) in names), None)
-    if damaged or split is None:
-        return (), damaged or "there is no split to serve"
+    if damaged or samples is None:
+        return (), damaged
+    if not samples.length:
+        return (), "there is no sample to serve"
     ways = (True, None) if sum(spec.nbytes for spec in specs) < min(measure().nbytes, 2 << 30) else (True,)
     try:
         rates = [
-            loader_rate(path, size, split=split, storage_format=storage_format, use_mmap=use_mmap, seconds=seconds)
+            loader_rate(
+                path, size, split=samples.split, storage_format=storage_format, use_mmap=use_mmap, seconds=seconds
+            )
             for use_mmap in ways
             for size in _BATCH_SIZES
         ]
     except JasperStoreError as exc:
         return (), str(exc)
     return tuple(rates), ""
+
+
+def _verified(path: Path, step: Step) -> VerifyReport:
+    return verify_dataset(path, progress=lambda name, done, total: step(f"checksums: {name}", done, total))
 
 
 def _machine() -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from jasper_store.bench.serving import LoaderRate
 from jasper_store.conversion.verify import VerifyReport
+from jasper_store.report.sample import SampleView
 
-__all__ = ["DatasetReport", "Figures", "Histogram", "Point", "Projection", "TensorRow", "Tier"]
+__all__ = ["DatasetReport", "Figures", "Histogram", "JasperPart", "Point", "Projection", "TensorRow", "Tier"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,22 +126,50 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
+class JasperPart:
+    """What only a JASPER dataset has to show.
+
+    Attributes:
+        dim: embedding dimension.
+        n_neg: negatives per pair.
+        curriculum: probabilities of the steering variants by epoch, until they change no more.
+        figures: what the values look like; ``None`` where they contradict each other.
+        why_no_figures: in that case, how.
+    """
+
+    dim: int
+    n_neg: int
+    curriculum: tuple[tuple[float, ...], ...]
+    figures: Figures | None
+    why_no_figures: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "dim": self.dim,
+            "n_neg": self.n_neg,
+            "curriculum": [list(stage) for stage in self.curriculum],
+            "figures": None if self.figures is None else asdict(self.figures),
+            "why_no_figures": self.why_no_figures,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class DatasetReport:
     """Everything that a report shows.
 
     Attributes:
         path: the dataset.
-        name: what it calls itself, or the directory's name.
+        name: what it calls itself, or the name of the directory or file.
         created: when it was built, as it says; ``""`` where it does not.
         format: storage format.
-        dim: embedding dimension.
-        n_neg: negatives per pair.
         files: number of files that hold the tensors.
         tensors: one row each, as they lie.
         budget: what bounds preloading, in words.
-        curriculum: probabilities of the steering variants by epoch, until they change no more.
-        figures: what the values look like; ``None`` where they contradict each other.
-        why_no_figures: in that case, how.
+        samples: what a sample reads; ``None`` where that is not known.
+        why_no_samples: in that case, why.
+        declares: whether ``config.json`` declares what a sample reads.
+        jasper: what only a JASPER dataset has; ``None`` for any other.
         speed: samples per second of the loader.
         why_no_speed: why there is none.
         verification: findings of ``js.verify``; ``None`` where it was not asked for.
@@ -152,14 +181,13 @@ class DatasetReport:
     name: str
     created: str
     format: str
-    dim: int
-    n_neg: int
     files: int
     tensors: tuple[TensorRow, ...]
     budget: str
-    curriculum: tuple[tuple[float, ...], ...]
-    figures: Figures | None
-    why_no_figures: str
+    samples: SampleView | None
+    why_no_samples: str
+    declares: bool
+    jasper: JasperPart | None
     speed: tuple[LoaderRate, ...]
     why_no_speed: str
     verification: VerifyReport | None
@@ -171,17 +199,27 @@ class DatasetReport:
         """Bytes of all tensors."""
         return sum(row.nbytes for row in self.tensors)
 
+    @property
+    def misdeclared(self) -> bool:
+        """Whether samples are declared, and the declaration does not fit the tensors."""
+        return self.declares and self.samples is None
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found that forbids training on it, as far as was looked."""
+        return not self.misdeclared and (self.verification is None or self.verification.ok)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        found = {key: getattr(self, key) for key in ("name", "created", "format", "dim", "n_neg", "files", "budget")}
+        """Plain values, for JSON; those of :class:`JasperPart` only for a JASPER dataset."""
+        found = {key: getattr(self, key) for key in ("name", "created", "format", "files", "budget")}
         return {
             "path": str(self.path),
             **found,
             "nbytes": self.nbytes,
             "tensors": [asdict(row) for row in self.tensors],
-            "curriculum": [list(stage) for stage in self.curriculum],
-            "figures": None if self.figures is None else asdict(self.figures),
-            "why_no_figures": self.why_no_figures,
+            "samples": None if self.samples is None else self.samples.to_dict(),
+            "why_no_samples": self.why_no_samples,
+            **({} if self.jasper is None else self.jasper.to_dict()),
             "speed": [asdict(rate) for rate in self.speed],
             "why_no_speed": self.why_no_speed,
             "verification": None if self.verification is None else self.verification.to_dict(),

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from jasper_store.errors import ClosedError, DeclarationError, JasperStoreWarning
 from jasper_store.memory.budget import format_bytes
 from jasper_store.samples.batch import Batch, Sample
-from jasper_store.samples.declaration import Choice, Declaration, FieldLike, Variant
+from jasper_store.samples.declaration import Choice, Declaration, FieldLike
 from jasper_store.samples.draw import VariantSampler
 from jasper_store.samples.graph import Output, SampleGraph, build_graph
 from jasper_store.samples.integrity import Nouns
@@ -354,7 +354,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     def fields(self) -> dict[str, str]:
         """Name of each field that is served, and the expression that it is read by."""
         declaration = self._open().declaration
-        return {name: _expression(declaration, name) for name in declaration.served}
+        return {name: declaration.text_of(name) for name in declaration.served}
 
     @property
     def dataset_dir(self) -> Path:
@@ -461,7 +461,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             (
                 out.key,
                 f"{str(out.dtype).removeprefix('torch.')} {_shape(graph, out)}",
-                _expression(declaration, out.key),
+                declaration.text_of(out.key),
             )
             for out in graph.outputs
         ]
@@ -492,12 +492,3 @@ def _placement(plan: Plan, samples: int) -> str:
 def _shape(graph: SampleGraph, out: Output) -> str:
     sizes = [*(["..."] if graph.nodes[out.node].ragged else []), *map(str, graph.shape_of(out))]
     return f"[{', '.join(sizes)}]"
-
-
-def _expression(declaration: Declaration, name: str) -> str:
-    value = declaration.fields[name]
-    if isinstance(value, Choice):
-        return f"one of {', '.join(value.tensors)} or zeros [{value.rows}]"
-    if isinstance(value, Variant):
-        return f"the variant drawn for {value.of}"
-    return str(value.lookup)

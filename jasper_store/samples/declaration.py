@@ -192,12 +192,7 @@ class Declaration:
     @property
     def tensors(self) -> set[str]:
         """Names of all tensors that samples read, ragged ones by their base name."""
-        names = set(self.splits.values())
-        for name, value in self.fields.items():
-            if isinstance(value, Choice):
-                names.update(value.tensors)
-            names.update(lookup.tensor for lookup in lookups(self.rows_of(name)))
-        return names
+        return {*self.splits.values(), *(tensor for name in self.fields for tensor in self.tensors_of(name))}
 
     def rows_of(self, name: str) -> Rows:
         """What a field reads: its lookup; of a choice, what names its rows."""
@@ -205,6 +200,19 @@ class Declaration:
         if isinstance(value, Variant):
             return self.rows_of(value.of)
         return value.lookup if isinstance(value, Field) else parse_rows(value.rows, name)
+
+    def text_of(self, name: str) -> str:
+        """What a field reads, in words."""
+        value = self.fields[name]
+        if isinstance(value, Choice):
+            return f"one of {', '.join(value.tensors)} or zeros [{value.rows}]"
+        return f"the variant drawn for {value.of}" if isinstance(value, Variant) else str(value.lookup)
+
+    def tensors_of(self, name: str) -> list[str]:
+        """Names of the tensors that a field reads, ragged ones by their base name."""
+        value = self.fields[name]
+        chosen = list(value.tensors) if isinstance(value, Choice) else []
+        return [*chosen, *(lookup.tensor for lookup in lookups(self.expanded(name)))]
 
     def expanded(self, name: str) -> Rows:
         """What a field reads, with the fields that it names put in their places."""

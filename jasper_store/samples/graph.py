@@ -232,7 +232,27 @@ def build_graph(declaration: Declaration, tensors: Mapping[str, _Described], spl
     if split is not None and split not in declaration.splits:
         known = closest(split, declaration.splits) if declaration.splits else "the dataset declares no splits"
         raise UnknownNameError(f"unknown split {split!r}; {known}")
+    _require_tensors(declaration, tensors, split)
     return _Builder(declaration, tensors, split).build()
+
+
+def _require_tensors(declaration: Declaration, tensors: Mapping[str, _Described], split: str | None) -> None:
+    """Refuse a declaration that names tensors that do not exist; the message names all of them, and their fields."""
+    users: dict[str, list[str]] = {}
+    for name in declaration.served:
+        for tensor in declaration.tensors_of(name):
+            users.setdefault(tensor, []).append(f"field {name!r}")
+    if split is not None:
+        users.setdefault(declaration.splits[split], []).append(f"split {split!r}")
+    missing = {name: by for name, by in users.items() if not {name, f"{name}.values"} & tensors.keys()}
+    if not missing:
+        return
+    several = len(missing) > 1
+    said = ", ".join(f"{name!r} (named by {', '.join(dict.fromkeys(by))})" for name, by in missing.items())
+    near = (
+        closest(next(iter(missing)), tensors) if not several else f"there are {', '.join(map(repr, [*tensors][:12]))}"
+    )
+    raise UnknownNameError(f"no tensor{'s' if several else ''} {said}; {near}", tensor=next(iter(missing)))
 
 
 class _Builder:
@@ -284,8 +304,7 @@ class _Builder:
         spec = self._tensors.get(lookup.tensor)
         if spec is None and f"{lookup.tensor}.values" in self._tensors:
             return self._ragged(lookup, rows, lead, ragged=ragged, depth=depth)
-        if spec is None:
-            raise self._unknown(lookup.tensor)
+        assert spec is not None
         if not spec.shape:
             raise self._error(f"{lookup.tensor} is a scalar and has no rows")
         column = self._column(lookup, spec.shape)
@@ -300,7 +319,7 @@ class _Builder:
         name, values = lookup.tensor, self._tensors[f"{lookup.tensor}.values"]
         offsets = self._tensors.get(f"{name}.offsets")
         if offsets is None:
-            raise self._unknown(f"{name}.offsets")
+            raise self._error(f"{name} is ragged, and {name}.offsets is missing")
         if lookup.column is not None:
             raise self._error(f"{name} is ragged: its rows have no columns")
         if ragged or lead:
@@ -323,11 +342,10 @@ class _Builder:
         if lead or ragged:
             raise self._error("a choice takes one row for each sample, found several")
         found = {tensor: self._tensors.get(tensor) for tensor in choice.tensors}
-        kinds = set()
-        for tensor, spec in found.items():
-            if spec is None:
-                raise self._unknown(tensor)
-            kinds.add((tuple(spec.shape), spec.dtype))
+        ragged_ones = [tensor for tensor, spec in found.items() if spec is None]
+        if ragged_ones:
+            raise self._error(f"a choice takes rows of one size, and {ragged_ones[0]} is ragged")
+        kinds = {(tuple(spec.shape), spec.dtype) for spec in found.values() if spec is not None}
         if len(kinds) != 1:
             shown = ", ".join(f"{tensor} {spec.dtype} {list(spec.shape)}" for tensor, spec in found.items() if spec)
             raise self._error(f"the tensors of a choice should have one shape and dtype, found {shown}")
@@ -438,9 +456,6 @@ class _Builder:
                 yield from zip(tensors, value.planned[1:], strict=True)
 
     # --- errors -----------------------------------------------------------------------------------------------
-
-    def _unknown(self, name: str) -> UnknownNameError:
-        return UnknownNameError(f"{self._field} names no tensor: there is no {name!r}; {closest(name, self._tensors)}")
 
     def _error(self, what: str) -> DeclarationError:
         return DeclarationError(f"{self._field}: {what}")

@@ -13,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tools.bench import cli, jasper_data, measure_rows, row_files
+from tools.bench import cli, generic_data, jasper_data, measure_loader, measure_rows, row_files
 from tools.bench.assets import MARK, Assets, ReopenSpec
+from tools.bench.cases.generic import _beside
+from tools.bench.context import Context
+from tools.bench.generic_data import GenericShape
 from tools.bench.measure import CASES
 from tools.bench.plain_dataset import PlainDataset
 from tools.bench.readers.registry import READERS, peers
+from tools.bench.results import target
 from tools.bench.row_files import NAME, RowSource
 from tools.bench.settings import Settings, quick
 
@@ -109,6 +113,45 @@ def test_a_sparse_dataset_takes_no_room(tmp_path: Path) -> None:
     stats = [file.stat() for file in path.iterdir()]
     assert sum(stat.st_size for stat in stats) > 500_000_000
     assert sum(stat.st_blocks * 512 for stat in stats) < 5_000_000
+
+
+@pytest.mark.parametrize("kind", generic_data.KINDS)
+def test_declared_datasets_are_the_same_to_the_library_and_to_plain_code(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "dataset"
+    shape = GenericShape(kind, rows=70_000 if kind == "labels" else 300, dim=32, seed=2)  # one has two blocks
+    assert generic_data.write("safetensors", str(path), **vars(shape))["nbytes"] == shape.nbytes
+    found = {name: values for file in path.glob("*.safetensors") for name, values in load_file(file).items()}
+    assert {name: (tuple(values.shape), values.dtype) for name, values in found.items()} == shape.sizes
+    assert measure_loader.equal(str(path), kind=kind)["equal"]
+    assert generic_data.largest_file(path).stem.startswith(("emb", "query", "passage"))
+
+
+def test_declared_datasets_are_assets_in_any_format(tmp_path: Path) -> None:
+    settings = replace(Settings(), data_dir=tmp_path / "data", generic_rows=40, pairs=20, dim=4)
+    assets = Assets(settings)
+    assert np.load(assets.ensure("generic-labels.npy") / "embeddings.npy").shape == (40, 4)
+    assert load_file(assets.ensure("generic-triplets.safetensors") / "pairs.safetensors")["pairs"].shape == (20, 2)
+
+
+def test_the_row_beside_is_that_of_jasper(tmp_path: Path) -> None:
+    context = Context(replace(Settings(), data_dir=tmp_path / "data"), lambda _: None)
+    name = "embeddings and labels, 40 samples"
+    mine = [
+        target(f"{name}: `create_loader`, batch 32", "per sample, default collation", 3.0, 1.0, 25.0),
+        target(f"block order, cold, 3.1 times the limit, {name}", "the same loader with all in RAM", 1.0, 1.0, 0.8),
+        target(f"cold rows, global order, batch 256, {name}", "the disk's 4 KiB reads at depth 32", 0.9, 1.0, 0.9),
+    ]
+    assert [_beside(context, item)["jasper"] for item in mine] == [None, None, None]
+    jasper = {
+        "generated, 20 pairs: `create_loader`, batch 32": (mine[0].against, 24.0),
+        "block order, cold, 3.1 times the limit, 4 pairs share a question and a source": (mine[1].against, 0.7),
+        "block order, cold, 3.1 times the limit, every pair has its own rows": (mine[1].against, 0.1),
+        "cold rows, global order, batch 2567, read-ahead 128 KiB": (mine[2].against, 0.2),
+        "cold rows, global order, batch 256, read-ahead 128 KiB": (mine[2].against, 1.1),
+    }
+    found = [{"what": what, "against": against, "ratio": ratio} for what, (against, ratio) in jasper.items()]
+    context.measured = {case: {"targets": found} for case in ("loader", "block", "cold")}
+    assert [_beside(context, item)["jasper"] for item in mine] == [24.0, 0.1, 1.1]
 
 
 @pytest.fixture

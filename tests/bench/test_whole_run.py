@@ -22,12 +22,13 @@ def _signals_put_back() -> object:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("cases", ["loader", "convert,verify,open,growth,mixing"])
+@pytest.mark.parametrize("cases", ["loader", "generic", "convert,verify,open,growth,mixing"])
 def test_a_quick_run_and_its_page(cases: str, tmp_path: Path) -> None:
     out, page = tmp_path / "run.json", tmp_path / "page.md"
     page.write_text(PAGE)
     data = ["--data-dir", str(tmp_path / "data")]
-    sizes = ["--rows", "20000", "--pairs", "2000", "--seconds", "0.1", "--sparse-gib", "1", "--growth-pairs", "2e3,4e3"]
+    sizes = ["--rows", "20000", "--pairs", "2000", "--generic-rows", "4000", "--seconds", "0.1", "--sparse-gib", "1"]
+    sizes += ["--growth-pairs", "2e3,4e3", "--batches", "256"]
     assert cli.main([*data, "run", "--quick", "--no-fio", "--cases", cases, *sizes, "--out", str(out)]) == 0
     document = results.load(out)
     assert document["quick"] is True
@@ -35,8 +36,10 @@ def test_a_quick_run_and_its_page(cases: str, tmp_path: Path) -> None:
         assert case["status"] == "measured", name
         failed = [row["why"] for table in case["tables"] for row in table["rows"] if row.get("why")]
         assert not failed, name
-    if "loader" in cases:
-        assert "bit-equal: {'equal': True" in document["cases"]["loader"]["notes"][0]
+    for name in {"loader", "generic"} & document["cases"].keys():
+        said = [note for note in document["cases"][name]["notes"] if "bit-equal" in note]
+        assert said
+        assert all("bit-equal: {'equal': True" in note for note in said)
     assert cli.main(["render", str(out), "--into", str(page), "--check"]) == 1
     assert cli.main(["render", str(out), "--into", str(page)]) == 0
     assert cli.main(["render", str(out), "--into", str(page), "--check"]) == 0

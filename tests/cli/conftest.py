@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
+import jasper_store as js
 from jasper_store.cli.app import app
 from tests.builders import build_pt_dataset
 
@@ -58,3 +60,38 @@ def refused(run: Run) -> Callable[..., str]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return build_pt_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def declared(tmp_path: Path) -> Path:
+    """A dataset that is none of JASPER's: triplets with a ragged field, and splits, in npy files."""
+    fields = {
+        "_passage": "pairs[row, 1]",
+        "query": "query_embs[pairs[row, 0]]",
+        "positive": "passage_embs[_passage]",
+        "negatives": "passage_embs[hard_negatives[row]]",
+        "tokens": "tokens[_passage]",
+    }
+    samples = {"fields": fields, "splits": {"train": "train_idx", "val": "val_idx"}}
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "declared"
+    config: dict[str, object] = {"dataset_name": "triplets <b>", "samples": samples}
+    with js.DatasetWriter(path, format="npy", config=config) as writer:
+        writer.append("query_embs", torch.randn(30, 8, generator=generator))
+        writer.append("passage_embs", torch.randn(50, 8, generator=generator))
+        writer.append("pairs", torch.randint(30, (40, 2), generator=generator))
+        writer.append("hard_negatives", torch.randint(50, (40, 3), generator=generator))
+        writer.append_ragged("tokens", [list(range(row % 4)) for row in range(50)])
+        writer.append("train_idx", torch.arange(30))
+        writer.append("val_idx", torch.arange(30, 40))
+    return path
+
+
+@pytest.fixture
+def redeclare() -> Callable[[Path, object], None]:
+    """Write another declaration beside the same tensors."""
+
+    def write(path: Path, samples: object) -> None:
+        (path / "config.json").write_text(json.dumps({"samples": samples}))
+
+    return write

@@ -73,6 +73,73 @@ def test_inspect_does_not_mind_a_directory_that_is_no_dataset(run_json: Callable
     assert found["tensors"][0]["name"] == "[odd] name"
 
 
+def test_inspect_lists_the_fields_of_a_sample(run: Run, run_json: Callable[..., Any], declared: Path) -> None:
+    shown = run("inspect", declared).stdout
+    fields, tensors = shown.index("samples: train 30, val 10; 4 fields"), shown.index("hard_negatives")
+    assert tensors < fields
+    for words in ("passage_embs[hard_negatives[row]]", "[3, 8]", "[...]"):
+        assert words in shown[fields:]
+    found = run_json("inspect", declared)["samples"]
+    assert found["fields"][2] == {
+        "name": "negatives",
+        "dtype": "float32",
+        "shape": [3, 8],
+        "expression": "passage_embs[hard_negatives[row]]",
+    }
+    assert found["fields"][3]["shape"] == [None]
+    assert (found["declared"], found["split"], found["length"]) == (True, "train", 30)
+
+
+def test_inspect_lists_what_would_be_served_without_a_declaration(run: Run, data: Path, tmp_path: Path) -> None:
+    torch.save(torch.ones(6, 2), tmp_path / "values.pt")
+    shown = run("inspect", tmp_path).stdout
+    assert "values[i]" in shown
+    assert "nothing is declared" in shown
+    assert "source_embs[hard_negatives[row]]" in run("inspect", data).stdout
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        ({"fields": {"x": "nope[i]", "y": "query_embs[nada[i]]"}}, ["'nope'", "'nada'", "config.json", "query_embs"]),
+        ({"fields": {"x": "query_embs[passage_embs[i]]"}}, ["rows are named by integers", "config.json"]),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_an_error(
+    run: Run,
+    declared: Path,
+    redeclare: Callable[[Path, object], None],
+    command: str,
+    samples: object,
+    says: list[str],
+) -> None:
+    redeclare(declared, samples)
+    result = run(command, declared)
+    assert result.exit_code == 2
+    assert "passage_embs" in result.stdout  # the tensors are shown all the same
+    (line,) = result.stderr.splitlines()
+    assert all(words in line for words in says)
+    result = run(command, declared, "--json")
+    assert result.exit_code == 2
+    assert len(json.loads(result.stdout)["tensors"]) == 8
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+def test_a_jasper_dataset_that_lacks_tensors_is_an_error(run: Run, data: Path, command: str) -> None:
+    for name in ("source_embs", "hard_negatives", "keyword_embs", "val_idx"):
+        (data / f"{name}.pt").unlink()
+    result = run(command, data)
+    assert result.exit_code == 3
+    assert "question_embs" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "source_embs" in line
+    assert "hard_negatives" in line
+    for name in ("train_idx", "test_idx"):
+        (data / f"{name}.pt").unlink()
+    assert run(command, data).exit_code == 3
+
+
 def test_plan_says_why(run: Run, data: Path) -> None:
     result = run("plan", data)
     assert result.exit_code == 0

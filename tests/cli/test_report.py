@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 import torch
 
+import jasper_store as js
+from jasper_store.formats.base import Schema
+from jasper_store.formats.registry import locate
 from jasper_store.jasper.steering import LinearCurriculum, default_curriculum
 from jasper_store.report import figures as figures_module
 from jasper_store.report.figures import histogram, project, spread
-from jasper_store.report.gather import curriculum_by_epoch
-from jasper_store.report.page.document import SECTIONS
+from jasper_store.report.jasper import curriculum_by_epoch
+from jasper_store.report.page.document import COMMON_SECTIONS, SECTIONS
 from jasper_store.report.page.svg import ticks
+from jasper_store.report.sample import look_at_samples
 from tests.cli.conftest import Run
 
 VOID = {"meta", "br"}
@@ -141,10 +145,150 @@ def test_in_json(run_json: Callable[..., Any], data: Path, tmp_path: Path, monke
     assert not (tmp_path / "report.html").exists()
 
 
+# ---- datasets that are none of JASPER's
+
+
+def test_a_declared_dataset_has_the_parts_that_all_have(made: Callable[..., str], declared: Path) -> None:
+    text = made(declared)
+    page = _Page(text)
+    assert [name for name in page.ids if name in SECTIONS] == list(COMMON_SECTIONS)
+    assert text.count("<svg") == len(COMMON_SECTIONS) - 1
+    assert "triplets <b>" in page.text
+    for words in (
+        "passage_embs[hard_negatives[row]]",
+        "float32 [3, 8]",
+        "tokens.offsets",
+        "int64 [...]",
+        "by column 0, float32 [8]",
+        "3 rows, float32 [8]",
+        "position, 0 to 29 of train",
+        "train / val30 / 10",
+        "verified",
+        "mapped, batches of 32",
+        "serving the 30 samples of an epoch",
+    ):
+        assert words in page.text, words
+    for words in ("negatives each", "urriculum", "teering", "luster", "not known"):
+        assert words not in page.text, words
+    assert not re.search(r'(points|x|y|x1|y1|height|width)="-?[^"]*nan', text)
+
+
+def test_a_declared_dataset_in_json(run_json: Callable[..., Any], declared: Path) -> None:
+    found = run_json("report", declared)
+    assert "curriculum" not in found
+    assert "figures" not in found
+    samples = found["samples"]
+    assert [field["name"] for field in samples["fields"]] == ["query", "positive", "negatives", "tokens"]
+    assert samples["splits"] == {"train": 30, "val": 10}
+    reads = {row["tensor"]: (row["rows"], row["nbytes"]) for row in samples["reads"]}
+    assert reads["passage_embs"] == (4, 4 * 32)
+    assert reads["tokens.values"][0] == pytest.approx(73 / 50)
+    assert samples["nbytes_read"] == pytest.approx(sum(nbytes for _, nbytes in reads.values()))
+    assert {rate["batch_size"] for rate in found["speed"]} == {32, 256}
+    assert all(rate["samples_per_second"] > 0 for rate in found["speed"])
+
+
+def test_jasper_has_the_picture_too(made: Callable[..., str], run_json: Callable[..., Any], data: Path) -> None:
+    page = _Page(made(data, "--no-verify"))
+    assert "one of steering_centroid, steering_keyword_weighted, steering_residual or zeros [row]" in page.text
+    lookups = run_json("report", data, "--no-verify")["samples"]["lookups"]
+    by_tensor = {lookup["tensors"][0]: lookup for lookup in lookups}
+    assert lookups[by_tensor["question_embs"]["parent"]]["tensors"] == ["pair_index"]
+    assert by_tensor["question_embs"]["by_column"] == 0
+    assert by_tensor["steering_centroid"]["fields"] == ["steering", "steering_variant"]
+
+
+def test_tensors_of_which_nothing_is_declared(made: Callable[..., str], tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    np.save(plain / "embeddings.npy", np.ones((40, 4), dtype=np.float32))
+    np.save(plain / "labels.npy", np.arange(40))
+    np.save(plain / "class_names.npy", np.arange(3))
+    page = _Page(made(plain))
+    for words in ("Nothing is declared", "embeddings[i]", "labels[i]", "samples40", "fields2", "preloaded"):
+        assert words in page.text, words
+    assert "class_names[i]" not in page.text
+    assert _Page(made(plain / "embeddings.npy")).text.count("embeddings[i]")
+
+
+def test_tensors_that_do_not_belong_together_have_a_page(made: Callable[..., str], tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    np.save(plain / "a.npy", np.ones((4, 2)))
+    np.save(plain / "b.npy", np.ones((5, 2)))
+    page = _Page(made(plain))
+    assert "which tensors belong together" in page.text
+    assert [name for name in page.ids if name in SECTIONS] == list(COMMON_SECTIONS)
+
+
+@pytest.mark.parametrize("flag", ["--verify", "--no-verify"])
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        ({"fields": {"x": "nope[i]", "y": "query_embs[nada[i]]"}}, ("'nope' (field 'x')", "'nada' (field 'y')")),
+        ({"fields": {"x": "query_embs[passage_embs[i]]"}}, ("rows are named by integers",)),
+        ({"fields": {"x": "query_embs[i"}}, ("cannot be understood",)),
+        ({"fields": {"x": "query_embs[row]"}, "splits": {"train": "no_idx"}}, ("'no_idx' (split 'train')",)),
+        (["query_embs[i]"], ("expected {",)),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_said(
+    made: Callable[..., str],
+    declared: Path,
+    redeclare: Callable[[Path, object], None],
+    samples: object,
+    says: tuple[str, ...],
+    flag: str,
+) -> None:
+    redeclare(declared, samples)
+    page = _Page(made(declared, flag, code=4))
+    for words in (*says, "the declaration does not fit", "Not measured", "passage_embs"):
+        assert words in page.text, words
+    assert [name for name in page.ids if name in SECTIONS] == list(COMMON_SECTIONS)
+
+
+def test_an_index_out_of_bounds_is_a_finding(made: Callable[..., str], declared: Path) -> None:
+    values = np.load(declared / "hard_negatives.npy")
+    values[3, 0] = 999
+    for file in (declared / "hard_negatives.npy", declared / "jasper_store.json"):
+        file.unlink()
+    np.save(declared / "hard_negatives.npy", values)
+    page = _Page(made(declared, code=4))
+    assert "999" in page.text
+    assert "1 error" in page.text
+
+
+def test_a_wide_dataset_and_long_names_stay_in_the_picture(made: Callable[..., str], tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    with js.DatasetWriter(wide, format="npy") as writer:
+        for number in range(40):
+            writer.append(f"a_name_that_is_much_longer_than_any_box_of_the_picture_{number}", torch.ones(3, 2))
+    text = made(wide, "--no-verify")
+    picture = re.search(r'aria-label="Lookups of a sample.*?</svg>', text, re.DOTALL)
+    assert picture is not None
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", picture[0])
+    assert len(shown) > 80
+    assert max(map(len, shown)) <= 36
+    assert "picture_39, float32 [2]" in picture[0]  # in the title
+
+
+def test_a_view_of_samples_reads_headers_only(declared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs = locate(declared, "auto", Schema()).specs
+    with monkeypatch.context() as patched:
+        patched.setattr("jasper_store.samples.opened.open_store", None)
+        view = look_at_samples(declared, specs)
+    with js.Dataset(declared, split="train") as dataset:
+        batch = dataset.__getitems__([0, 1]).tensors
+        assert view.length == len(dataset)
+        assert dict(dataset.fields) == {field.name: field.expression for field in view.fields}
+        shapes = {key: list(batch[key].shape[1:]) for key in ("query", "positive", "negatives")}
+    assert shapes == {field.name: list(field.shape) for field in view.fields if field.name != "tokens"}
+
+
 def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(3, "report", tmp_path / "empty")
+    assert "expected tensors" in refused(3, "report", tmp_path / "empty")
     assert "parquet" in refused(2, "report", data, "--format", "parquet")
     assert "is a directory" in refused(6, "report", data, "--out", tmp_path)
     assert "no directory" in refused(6, "report", data, "--out", tmp_path / "no" / "where.html")
@@ -164,8 +308,6 @@ def test_a_histogram_counts_what_is_finite() -> None:
 
 
 def test_large_tensors_are_sampled_in_runs(data: Path) -> None:
-    import jasper_store as js
-
     with js.open(data) as store:
         tensor = store["pair_relevance"]
         assert torch.equal(spread(tensor), tensor.tensor())

@@ -40,12 +40,12 @@ def write(directory: Path, storage: str, case: Case) -> None:
 
 
 def opened(directory: Path, placement: str, case: Case) -> Dataset:
-    split = {"splits": case.splits, "split": "train"} if case.splits else {}
+    split: Any = {"splits": case.splits, "split": "train"} if case.splits else {}
     if placement != "hybrid":
-        return js.Dataset(directory, case.fields, use_mmap=placement == "mapped", **split)  # type: ignore[arg-type]
+        return js.Dataset(directory, case.fields, use_mmap=placement == "mapped", **split)
     # Every other tensor is preloaded.
     with patch.object(assignment, "_choose", lambda items, must, _: must | {item.name for item in items[::2]}):
-        return js.Dataset(directory, case.fields, **split)  # type: ignore[arg-type]
+        return js.Dataset(directory, case.fields, **split)
 
 
 def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, np.ndarray], case: Case) -> None:
@@ -119,9 +119,8 @@ def test_rows_that_are_read_past_the_page_cache_are_the_same(monkeypatch: pytest
         served = [name for name in case.tensors if name != "listed"]
         mapped = set(served if seed % 3 else served[1:])
         with patch.object(assignment, "_choose", lambda items, *_, mapped=mapped: {i.name for i in items} - mapped):
-            dataset = js.Dataset(
-                tmp_path / str(seed), case.fields, **({"splits": case.splits, "split": "train"} if case.splits else {})
-            )
+            split: Any = {"splits": case.splits, "split": "train"} if case.splits else {}
+            dataset = js.Dataset(tmp_path / str(seed), case.fields, **split)
         loader = js.create_loader(dataset, batch_size=1 + seed % 8, drop_last=False, order="block")
         batches = iter(loader)
         sampler: Any = loader.batch_sampler

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tools.bench import spawn
+from tools.bench.generic_data import PREFIX, GenericShape
 from tools.bench.jasper_data import Shape
 from tools.bench.row_files import WRITERS
 
@@ -51,13 +52,16 @@ class Assets:
         return self.root / name
 
     def recipe(self, name: str) -> ReopenSpec:
-        """Of a row file (``rows.npy``), or of a dataset (``jasper.pt``, ``jasper-shared.safetensors``)."""
+        """Of a row file (``rows.npy``), or of a dataset (``jasper-shared.safetensors``, ``generic-labels.npy``)."""
         s = self.settings
         if name in WRITERS:
             arguments = {"layout": name, "rows": s.rows, "dim": s.dim, "seed": s.seed}
             # tensors on their way to .pt lie there twice for a moment
             return ReopenSpec("tools.bench.row_files:write", arguments, s.rows_nbytes * (2 if name == "rows.pt" else 1))
         base, _, layout = name.partition(".")
+        if base.startswith(PREFIX):
+            shape = GenericShape.of(base.removeprefix(PREFIX), s)
+            return ReopenSpec("tools.bench.generic_data:write", {"layout": layout, **vars(shape)}, shape.nbytes)
         return self.dataset(layout, Shape.named(base, s.pairs, s.dim, s.n_neg, s.seed))
 
     @staticmethod

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quick", action="store_true", help="small data: shows that the harness works, no more")
     run.add_argument("--rows", type=int, help="rows of the row files")
     run.add_argument("--pairs", type=int, help="pairs of the generated dataset")
+    run.add_argument("--generic-rows", type=int, help="rows of the generated embeddings and labels")
     run.add_argument("--seconds", type=float, help="bound on one reader's run")
     run.add_argument("--repeats", type=int)
     run.add_argument("--max-rows", type=int, help="rows that one reader reads at most")
@@ -97,6 +98,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     names = (
         "rows",
         "pairs",
+        "generic_rows",
         "seconds",
         "repeats",
         "max_rows",

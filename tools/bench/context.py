@@ -11,7 +11,7 @@ from tools.bench import block_device, cgroup, disk, spawn
 from tools.bench.assets import Assets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from tools.bench.results import CaseResult
@@ -28,6 +28,7 @@ class Context:
         assets: generated data.
         say: prints progress.
         device: the disk under the data, None where it has none of its own.
+        measured: cases of this run, and of earlier ones with the same settings, as the document holds them.
         foreign: of each measurement, the share of the processors that other programs used meanwhile.
     """
 
@@ -36,6 +37,7 @@ class Context:
         self.assets = Assets(settings)
         self.say = say
         self.device = block_device.device_of(settings.data_dir)
+        self.measured: Mapping[str, Any] = {}
         self.foreign: list[float] = []
         self._numbers = itertools.count()
 

@@ -23,7 +23,7 @@ __all__ = ["CASES", "measure"]
 
 # More than the kernel's own threads and the harness need beside a measurement.
 BUSY = 0.15
-OWN_SETTINGS = frozenset({"readers", "convert_gb", "disk_budget", "growth_pairs", "sparse_gib", "fio"})
+OWN_SETTINGS = frozenset({"readers", "convert_gb", "disk_budget", "generic_rows", "growth_pairs", "sparse_gib", "fio"})
 # Row files first, datasets after them: the disk budget holds one kind at a time.
 CASES = (
     "cold",
@@ -33,6 +33,7 @@ CASES = (
     "loader",
     "hybrid",
     "block",
+    "generic",
     "mixing",
     "preload",
     "sharing",
@@ -51,6 +52,7 @@ def measure(settings: Settings, names: list[str], out: Path, *, quick: bool) -> 
         print(f"a killed run had left something changed: {left}")
     context = Context(settings, lambda text: print(text, flush=True))
     document = _begin(settings, out, quick=quick)
+    context.measured = document["cases"]
     for name in names:
         case = _case(context, name)
         document["cases"][name] = case.to_dict()

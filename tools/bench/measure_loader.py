@@ -1,9 +1,11 @@
-"""What runs inside the child for whole JASPER batches: ways to load them, and the copy that bounds them all."""
+"""What runs inside the child for whole batches: ways to load them, and the copy that bounds them all."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset
 from tools.bench import block_device, pagecache
 from tools.bench.cgroup import Cap
 from tools.bench.library import library
-from tools.bench.plain_dataset import PlainDataset
+from tools.bench.plain_dataset import PlainDataset, PlainLabels, PlainTriplets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-__all__ = ["epochs", "equal", "growth", "rate", "sharing"]
+__all__ = ["KINDS", "Kind", "epochs", "equal", "growth", "rate", "sharing"]
 
 SOURCE_NBYTES = 1 << 30
 COPY_S = 0.4
@@ -40,12 +42,45 @@ class _OneByOne(Dataset[dict[str, torch.Tensor]]):
         return dict(self.dataset[index])
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How the datasets of one kind are opened.
+
+    Attributes:
+        open: this library's dataset, of (library, path, epoch, options).
+        plain: the dataset of a user who has no library, everything in memory.
+        split: what a loader is asked for.
+        drawn: keys whose values are drawn, so that the plain dataset has others.
+    """
+
+    open: Callable[[Any, Path, int, dict[str, Any]], Any]
+    plain: Callable[[Path], Dataset[Batch]]
+    split: str | None = None
+    drawn: frozenset[str] = frozenset()
+
+
+def _open_jasper(js: Any, path: Path, epoch: int, options: dict[str, Any]) -> Any:
+    return js.JASPERSteeringDataset(path, "train", epoch, **options)
+
+
+def _open_declared(js: Any, path: Path, _epoch: int, options: dict[str, Any]) -> Any:
+    return js.Dataset(path, **options)
+
+
+KINDS = {
+    "jasper": Kind(_open_jasper, PlainDataset, "train", frozenset({"steering", "steering_variant"})),
+    "labels": Kind(_open_declared, PlainLabels),
+    "triplets": Kind(_open_declared, PlainTriplets),
+}
+
+
 def rate(
     way: str,
     dataset: str,
     batch: int,
     seconds: float,
     *,
+    kind: str = "jasper",
     epoch: int = 0,
     workers: int = 0,
     options: dict[str, Any] | None = None,
@@ -56,7 +91,7 @@ def rate(
     """Samples a second of one way to load: ``plain-per-sample``, ``per-sample``, ``dataloader``, ``create_loader``.
 
     Counted from the first batch on, over as many epochs as the time holds, the gaps between epochs included.
-    ``copies`` also measures the machine's copy of as many bytes, in this process.
+    ``kind`` is a key of :data:`KINDS`. ``copies`` also measures the machine's copy of as many bytes, in this process.
     """
     js = library()
 
@@ -67,7 +102,7 @@ def rate(
     if cap:
         Cap.from_dict(cap).join()
     begin = time.perf_counter()
-    epochs, plan = _ways(js)[way](location, batch, epoch, workers, options or {})
+    epochs, plan = _ways(js, KINDS[kind])[way](location, batch, epoch, workers, options or {})
     opened = time.perf_counter() - begin
     device = block_device.device_of(location)
     before = device.counters() if device else None
@@ -82,24 +117,24 @@ def rate(
     return facts
 
 
-def _ways(js: Any) -> dict[str, Callable[..., tuple[Iterator[Iterator[Batch]], dict[str, Any] | None]]]:
+def _ways(js: Any, kind: Kind) -> dict[str, Callable[..., tuple[Iterator[Iterator[Batch]], dict[str, Any] | None]]]:
     def plain_per_sample(path: Path, batch: int, *_: Any) -> Any:
-        return _again(DataLoader(PlainDataset(path), batch_size=batch, shuffle=True, drop_last=True)), None
+        return _again(DataLoader(kind.plain(path), batch_size=batch, shuffle=True, drop_last=True)), None
 
     def per_sample(path: Path, batch: int, epoch: int, _workers: int, options: dict[str, Any]) -> Any:
-        dataset = js.JASPERSteeringDataset(path, "train", epoch, **options)
+        dataset = kind.open(js, path, epoch, options)
         loader = DataLoader(_OneByOne(dataset), batch_size=batch, shuffle=True, drop_last=True)
         return _again(loader), _placements(dataset)
 
     def dataloader(path: Path, batch: int, epoch: int, workers: int, options: dict[str, Any]) -> Any:
-        dataset = js.JASPERSteeringDataset(path, "train", epoch, **options)
+        dataset = kind.open(js, path, epoch, options)
         loader = DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True, num_workers=workers)
         return _again(loader), _placements(dataset)
 
     def create_loader(path: Path, batch: int, epoch: int, workers: int, options: dict[str, Any]) -> Any:
         if workers:
             options = {"persistent_workers": True, **options}
-        loader = js.create_loader(path, "train", batch, workers, epoch=epoch, **options)
+        loader = js.create_loader(path, kind.split, batch, workers, epoch=epoch, **options)
         return epochs(js, loader, epoch), _placements(loader.dataset_obj)
 
     return {
@@ -135,9 +170,11 @@ def _serve(
     batches = (item for each in epochs for item in each)
     first = next(batches)
     nbytes = sum(value.nbytes for value in first.values()) / len(next(iter(first.values())))
+    largest = max(first, key=lambda key: first[key].nbytes)
+    corner = (0,) * first[largest].dim()
     began, begin, count, touched = time.monotonic(), time.perf_counter(), 0, 0.0
     while count < LEAST_BATCHES or time.perf_counter() - begin < seconds:
-        touched += float(next(batches)["negative_embs"][0, 0, 0])
+        touched += float(next(batches)[largest][corner])
         count += 1
     elapsed = time.perf_counter() - begin
     if math.isnan(touched):
@@ -176,24 +213,24 @@ def _copy_rate(pieces: torch.Tensor, place: Callable[[], torch.Tensor]) -> float
     return done * pieces[0].nbytes / elapsed
 
 
-def equal(dataset: str, count: int = 512) -> dict[str, Any]:
+def equal(dataset: str, count: int = 512, kind: str = "jasper") -> dict[str, Any]:
     """Whether batched access, one-by-one access and a plain dataset agree bit by bit on the same positions."""
     js = library()
 
-    ours = js.JASPERSteeringDataset(dataset, "train", use_mmap=False)
-    plain = PlainDataset(Path(dataset))
+    how = KINDS[kind]
+    ours = how.open(js, Path(dataset), 0, {"use_mmap": False})
+    plain = how.plain(Path(dataset))
     count = min(count, len(ours))
     positions = torch.randperm(len(ours), generator=torch.Generator().manual_seed(1))[:count]
     collated: Any = ours.__getitems__(positions)
     batch = dict(torch.utils.data.default_collate(collated))
     singles = [dict(ours[index]) for index in positions.tolist()]
     plains = [plain[index] for index in positions.tolist()]
-    drawn = {"steering", "steering_variant"}  # the plain one draws with a generator of its own
     wrong = [key for key, value in batch.items() if not torch.equal(value, torch.stack([one[key] for one in singles]))]
     wrong += [
         key
         for key, value in batch.items()
-        if key not in drawn and not torch.equal(value, torch.stack([one[key] for one in plains]))
+        if key not in how.drawn and not torch.equal(value, torch.stack([one[key] for one in plains]))
     ]
     return {"equal": not wrong, "wrong": sorted(set(wrong)), "samples": count}
 

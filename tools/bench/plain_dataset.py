@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["PlainDataset"]
+__all__ = ["PlainDataset", "PlainLabels", "PlainTriplets"]
 
 STEERING = ("steering_centroid", "steering_keyword_weighted", "steering_residual")
 FIRST_EPOCH = (0.7, 0.2, 0.1, 0.0)
@@ -55,4 +55,36 @@ class PlainDataset(Dataset[dict[str, torch.Tensor]]):
             "centroid_distance": data["centroid_distances"][pair],
             "steering_variant": torch.tensor(variant),
             "negative_tiers": data["negative_tiers"][pair],
+        }
+
+
+class PlainLabels(Dataset[dict[str, torch.Tensor]]):
+    """Embeddings and labels in ``.safetensors`` files, everything in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.data: dict[str, torch.Tensor] = {}
+        for path in sorted(directory.glob("*.safetensors")):
+            self.data |= load_file(path)
+
+    def __len__(self) -> int:
+        return len(self.data["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample."""
+        return {"emb": self.data["embeddings"][index], "label": self.data["labels"][index]}
+
+
+class PlainTriplets(PlainLabels):
+    """Queries, positives and negatives in ``.safetensors`` files, everything in memory."""
+
+    def __len__(self) -> int:
+        return len(self.data["pairs"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """One sample."""
+        query, passage = self.data["pairs"][index].tolist()
+        return {
+            "query": self.data["query_embs"][query],
+            "positive": self.data["passage_embs"][passage],
+            "negatives": self.data["passage_embs"][self.data["hard_negatives"][index]],
         }

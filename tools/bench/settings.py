@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MIB", "Settings", "quick"]
+__all__ = ["LEAST_CAP", "MIB", "Settings", "quick"]
 
 MIB = 1 << 20
+LEAST_CAP = 96 * MIB
+"""A process with less memory than this is killed before it reads anything, so no case caps lower."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Settings:
         dim: float32 values a row.
         pairs: pairs of the generated JASPER dataset.
         n_neg: hard negatives a pair.
+        generic_rows: rows of the generated dataset of embeddings and labels.
         batches: batch sizes of the row readers.
         loader_batches: batch sizes of the loaders.
         lookahead: rows that this library announces ahead of the batch that it reads; at least one batch.
@@ -44,6 +47,7 @@ class Settings:
     dim: int = 384
     pairs: int = 200_000
     n_neg: int = 5
+    generic_rows: int = 1_000_000
     batches: tuple[int, ...] = (256, 2048)
     loader_batches: tuple[int, ...] = (32, 256, 2048)
     lookahead: int = 1024
@@ -68,7 +72,7 @@ class Settings:
     @property
     def cap(self) -> int:
         """Memory limit of the cold row readers: the fraction, and never so little that no library could run in it."""
-        return max(int(self.rows_nbytes * self.cap_fraction), 96 * MIB)
+        return max(int(self.rows_nbytes * self.cap_fraction), LEAST_CAP)
 
     @property
     def rows_nbytes(self) -> int:
@@ -89,6 +93,7 @@ def quick(settings: Settings) -> Settings:
         settings,
         rows=60_000,
         pairs=8_000,
+        generic_rows=20_000,
         loader_batches=(32, 256),
         seconds=0.6,
         max_rows=30_000,

@@ -9,16 +9,19 @@ from pathlib import Path
 import jasper_store as js
 from jasper_store.conversion.verify import Finding
 from jasper_store.jasper.schema import SPLITS
-from jasper_store.jasper.steering import VARIANTS
 from jasper_store.memory.budget import format_bytes
-from jasper_store.report.model import DatasetReport, Figures, Histogram, TensorRow
+from jasper_store.report.model import DatasetReport, JasperPart, TensorRow
 from jasper_store.report.page import charts
+from jasper_store.report.page.jasper import jasper_sections
+from jasper_store.report.page.parts import legend, section
+from jasper_store.report.page.sample import sample_section
 from jasper_store.report.page.svg import joined
 
-__all__ = ["SECTIONS", "page"]
+__all__ = ["COMMON_SECTIONS", "SECTIONS", "page"]
 
 SECTIONS = (
     "placement",
+    "sample",
     "curriculum",
     "negatives",
     "projection",
@@ -29,6 +32,9 @@ SECTIONS = (
     "verify",
 )
 """Identifiers of the page's parts, in their order."""
+
+COMMON_SECTIONS = ("placement", "sample", "speed", "verify")
+"""Those that every dataset has."""
 
 _STYLE = Path(__file__).with_name("style.css")
 # The browser itself sees to it that the page fetches nothing.
@@ -52,8 +58,8 @@ def page(report: DatasetReport) -> str:
             _head(report),
             '<div class="cards">',
             _placement(report),
-            _curriculum(report),
-            _values(report),
+            sample_section(report.samples, report.why_no_samples),
+            jasper_sections(report.jasper) if report.jasper is not None else "",
             _speed(report),
             _verification(report),
             "</div>",
@@ -61,18 +67,6 @@ def page(report: DatasetReport) -> str:
             "</main></body></html>\n",
         )
     )
-
-
-def _section(name: str, title: str, note: str, *content: str, wide: bool = False) -> str:
-    """A card; ``title`` and ``note`` are text, ``content`` is markup."""
-    kind = ' class="wide"' if wide else ""
-    return f'<section id="{name}"{kind}><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{joined(content)}</section>'
-
-
-def _legend(entries: Iterable[tuple[str, str]]) -> str:
-    """Colours by class, and what they stand for."""
-    items = joined(f'<li><i class="{colour}"></i>{escape(words)}</li>' for colour, words in entries)
-    return f'<ul class="legend">{items}</ul>'
 
 
 # ---- head and foot
@@ -89,7 +83,9 @@ def _head(report: DatasetReport) -> str:
 
 def _badge(report: DatasetReport) -> str:
     found = report.verification
-    if found is None:
+    if report.misdeclared:
+        kind, words = "bad", "the declaration does not fit"
+    elif found is None:
         kind, words = "unknown", "not verified"
     elif found.ok:
         kind, words = "ok", "verified"
@@ -99,14 +95,27 @@ def _badge(report: DatasetReport) -> str:
 
 
 def _tiles(report: DatasetReport) -> list[str]:
-    sizes = dict(report.figures.sizes) if report.figures is not None else {}
-    splits = {split: sizes.pop(split) for split in SPLITS if split in sizes}
-    order = {name: rank for rank, name in enumerate(("pairs", "questions", "sources", "keywords", "clusters"))}
-    tiles = {name: f"{sizes[name]:,}" for name in sorted(sizes, key=lambda name: (order.get(name, len(order)), name))}
-    tiles |= {"dimensions": f"{report.dim:,}", "negatives each": f"{report.n_neg:,}"}
+    tiles = _sample_tiles(report) if report.jasper is None else _jasper_tiles(report.jasper)
+    splits = {} if report.samples is None else report.samples.splits
     tiles |= {"format": report.format, "size": format_bytes(report.nbytes), "files": f"{report.files:,}"}
     plain = [_tile(name, value) for name, value in tiles.items()]
     return [*plain, *([_tile(" / ".join(splits), _numbers(splits.values()), double=True)] if splits else [])]
+
+
+def _sample_tiles(report: DatasetReport) -> dict[str, str]:
+    found = report.samples
+    tiles = {"tensors": f"{len(report.tensors):,}"}
+    if found is None:
+        return tiles
+    samples = {} if found.splits else {"samples": f"{found.length:,}"}
+    return {**samples, "fields": f"{len(found.fields):,}", "a sample": format_bytes(found.nbytes), **tiles}
+
+
+def _jasper_tiles(found: JasperPart) -> dict[str, str]:
+    sizes = {} if found.figures is None else {k: v for k, v in found.figures.sizes.items() if k not in SPLITS}
+    order = {name: rank for rank, name in enumerate(("pairs", "questions", "sources", "keywords", "clusters"))}
+    tiles = {name: f"{sizes[name]:,}" for name in sorted(sizes, key=lambda name: (order.get(name, len(order)), name))}
+    return tiles | {"dimensions": f"{found.dim:,}", "negatives each": f"{found.n_neg:,}"}
 
 
 def _tile(name: str, value: str, *, double: bool = False) -> str:
@@ -142,12 +151,12 @@ def _placement(report: DatasetReport) -> str:
         "Where jasper-store would put each tensor on this machine now, and how much of it the page cache held before "
         "this report read anything."
     )
-    return _section(
+    return section(
         "placement",
         "Placement and residency",
         note,
         charts.placements({place: (size / total, words[place]) for place, size in by_place.items()}),
-        _legend((_place_class(place), words[place]) for place in by_place),
+        legend((_place_class(place), words[place]) for place in by_place),
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>',
         f"<details><summary>What bounds preloading</summary><pre>{escape(report.budget)}</pre></details>",
         wide=True,
@@ -182,115 +191,23 @@ def _residency(row: TensorRow) -> str:
     return f'<span class="bar" title="{share:.0%}"><i class="v1" style="width:{share:.0%}"></i></span>'
 
 
-# ---- what the values look like
-
-
-def _curriculum(report: DatasetReport) -> str:
-    first, last = report.curriculum[0], report.curriculum[-1]
-    legend = [
-        (charts.variant_class(number), f"{name} {first[number]:.0%} to {last[number]:.0%}")
-        for number, name in enumerate(VARIANTS)
-    ]
-    note = "How likely a training sample gets each kind of steering, as the epochs go by."
-    return _section("curriculum", "Curriculum", note, charts.curriculum(report.curriculum), _legend(legend))
-
-
-def _values(report: DatasetReport) -> str:
-    found = report.figures
-    if found is None:
-        titles = {
-            "negatives": "Negatives",
-            "projection": "Embeddings in two dimensions",
-            "clusters": "Cluster sizes",
-            "relevance": "Relevance",
-            "distance": "Distance to the centroid",
-        }
-        note = f"Not drawn, because the tensors contradict each other: {report.why_no_figures}"
-        return joined(_section(name, title, note) for name, title in titles.items())
-    return joined(
-        (
-            _negatives(found),
-            _projection(found),
-            _clusters(found),
-            _section(
-                "relevance",
-                "Relevance",
-                _counted(found.relevance),
-                charts.distribution(found.relevance, "relevance", "v3"),
-            ),
-            _section(
-                "distance",
-                "Distance to the centroid",
-                _counted(found.distance),
-                charts.distribution(found.distance, "cosine distance", "v2"),
-            ),
-        )
-    )
-
-
-def _counted(found: Histogram) -> str:
-    rows = f"{found.rows:,} pairs" if found.rows >= found.of else f"{found.rows:,} of {found.of:,} pairs"
-    return f"{rows}; median {found.median:.3f} (dashed), from {found.low:.3f} to {found.high:.3f}."
-
-
-def _negatives(found: Figures) -> str:
-    counted = sum(tier.similarity.rows for tier in found.tiers)
-    of = max((tier.similarity.of for tier in found.tiers), default=0)
-    seen = f"{counted:,} negatives" if counted >= of else f"A sample of {counted:,} of {of:,} negatives"
-    note = (
-        f"{seen}: the nearer to the positive, the harder. Each outline is scaled to its own peak; dashed is the median."
-    )
-    return _section("negatives", "Negative tiers", note, charts.negatives(found))
-
-
-def _projection(found: Figures) -> str:
-    title = "Embeddings in two dimensions"
-    shown = found.projection
-    if shown is None:
-        return _section("projection", title, "Not drawn: there are not two dimensions in which the embeddings differ.")
-    clusters = charts.by_size(shown)
-    coloured = list(clusters)[: charts.COLOURED]
-    legend = [(f"k{rank}", f"{cluster} ({len(clusters[cluster]):,})") for rank, cluster in enumerate(coloured)]
-    if len(clusters) > len(coloured):
-        rest = sum(len(points) for points in clusters.values()) - sum(len(clusters[cluster]) for cluster in coloured)
-        legend.append(("k-other", f"{len(clusters) - len(coloured):,} more ({rest:,})"))
-    note = (
-        f"Sources of {len(shown.points):,} of {shown.of:,} pairs on their two principal axes, each with a scale of its "
-        "own. Rings are centroids. Below: cluster (points)."
-    )
-    return _section("projection", title, note, charts.projection(shown), _legend(legend))
-
-
-def _clusters(found: Figures) -> str:
-    ordered = sorted(found.clusters)
-    empty = sum(1 for size in ordered if not size)
-    without = {0: "none is empty", 1: "1 is empty"}.get(empty, f"{empty:,} are empty")
-    pairs = found.sizes["pairs"]
-    seen = "" if found.clusters_rows >= pairs else f" Counted among {found.clusters_rows:,} of {pairs:,} pairs."
-    note = (
-        f"{len(ordered):,} clusters hold from {ordered[0]:,} to {ordered[-1]:,} pairs, "
-        f"the median {ordered[len(ordered) // 2]:,}; {without}.{seen}"
-    )
-    return _section("clusters", "Cluster sizes", note, charts.cluster_sizes(found.clusters))
-
-
 # ---- speed and verify
 
 
 def _speed(report: DatasetReport) -> str:
     title = "Loader speed"
     if not report.speed:
-        return _section("speed", title, f"Not measured: {report.why_no_speed}")
+        return section("speed", title, f"Not measured: {report.why_no_speed}")
     note = (
         "Samples per second of create_loader in one process, data in the page cache; a short measurement, beside "
         "whatever else ran. jasper-store bench measures more, cold too."
     )
-    return _section("speed", title, note, charts.speed(report.speed), _epoch_takes(report))
+    return section("speed", title, note, charts.speed(report.speed), _epoch_takes(report))
 
 
 def _epoch_takes(report: DatasetReport) -> str:
     """What the best rate means for an epoch; nothing where the epoch's length is not known."""
-    samples = (report.figures.sizes if report.figures is not None else {}).get("train", 0)
+    samples = 0 if report.samples is None else report.samples.length
     fastest = max(rate.samples_per_second for rate in report.speed)
     if not samples or not fastest > 0:
         return ""
@@ -301,11 +218,11 @@ def _epoch_takes(report: DatasetReport) -> str:
 def _verification(report: DatasetReport) -> str:
     title, found = "Verification", report.verification
     if found is None:
-        return _section("verify", title, "Not run for this report. jasper-store verify reads all data once.")
+        return section("verify", title, "Not run for this report. jasper-store verify reads all data once.")
     groups: Mapping[str, list[Finding]] = {"error": found.errors, "warning": found.warnings, "fact": found.facts}
     counts = f"{_count(found.errors, 'error')}, {_count(found.warnings, 'warning')}; every tensor was read."
     items = joined(_finding(kind, finding) for kind, findings in groups.items() for finding in findings)
-    return _section("verify", title, counts, f'<ul class="findings">{items}</ul>', wide=True)
+    return section("verify", title, counts, f'<ul class="findings">{items}</ul>', wide=True)
 
 
 def _count(findings: Sequence[Finding], word: str) -> str:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from tools.bench.jasper_data import Shape
 from tools.bench.results import CaseResult, Column, Table, target
+from tools.bench.settings import LEAST_CAP
 from tools.bench.stats import median, ratio, spread
 
 if TYPE_CHECKING:
     from tools.bench import spawn
     from tools.bench.context import Context
 
-__all__ = ["NAME", "TITLE", "run"]
+__all__ = ["BATCH", "COLUMNS", "NAME", "TIMES", "TITLE", "WAYS", "measure", "row", "run"]
 
 NAME = "block"
 TITLE = "Block order, cold, a dataset three times the memory limit"
@@ -58,9 +59,9 @@ def run(context: Context) -> CaseResult:
         path = context.assets.ensure(f"{name}.safetensors")
         nbytes = Shape.named(name, settings.pairs, settings.dim, settings.n_neg, settings.seed).nbytes
         limit = int(nbytes / TIMES)
-        runs, failed = _measure(context, str(path), limit, result)
+        runs, failed = measure(context, str(path), limit, result)
         rates = {way: median([one.value["samples_per_s"] for one in runs.get(way, [])]) for way in WAYS}
-        rows = [_row(way, runs.get(way), failed.get(way, "not measured"), rates["ram"]) for way in WAYS]
+        rows = [row(way, runs.get(way), failed.get(way, "not measured"), rates["ram"]) for way in WAYS]
         result.tables.append(Table(f"{words}: {nbytes / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB", COLUMNS, rows))
         what = f"block order, cold, {TIMES} times the limit, {words}"
         result.targets.append(target(what, "the same loader with all in RAM", rates["block"], rates["ram"], 0.8))
@@ -73,9 +74,10 @@ def run(context: Context) -> CaseResult:
     return result
 
 
-def _measure(
-    context: Context, path: str, limit: int, result: CaseResult
+def measure(
+    context: Context, path: str, limit: int, result: CaseResult, kind: str = "jasper"
 ) -> tuple[dict[str, list[spawn.Result]], dict[str, str]]:
+    """All ways in turn: results, and the reasons where one failed."""
     runs: dict[str, list[spawn.Result]] = defaultdict(list)
     failed: dict[str, str] = {}
     for _ in range(context.settings.repeats):
@@ -84,6 +86,7 @@ def _measure(
             arguments: dict[str, Any] = {
                 "way": "create_loader",
                 "dataset": path,
+                "kind": kind,
                 "batch": BATCH,
                 "seconds": context.settings.seconds,
             }
@@ -92,7 +95,7 @@ def _measure(
                 found = context.try_call(way.label, call, options=options, **arguments)
             else:
                 options["memory_limit"] = limit
-                with context.cap(limit, result) as cap:
+                with context.cap(max(limit, LEAST_CAP), result) as cap:
                     found = context.try_call(way.label, call, options=options, cap=cap, cold=True, **arguments)
             if isinstance(found, str):
                 failed[name] = found
@@ -102,7 +105,8 @@ def _measure(
     return runs, failed
 
 
-def _row(name: str, found: list[spawn.Result] | None, why: str, ram: float) -> dict[str, Any]:
+def row(name: str, found: list[spawn.Result] | None, why: str, ram: float) -> dict[str, Any]:
+    """For a table of :data:`COLUMNS`; ``ram`` is the rate of the first way."""
     facts: dict[str, Any] = {"key": name, "label": WAYS[name].label}
     if not found:
         return facts | {"why": why}

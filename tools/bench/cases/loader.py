@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tools.bench import spawn
     from tools.bench.context import Context
 
-__all__ = ["NAME", "TITLE", "run"]
+__all__ = ["COLUMNS", "FAST_WAYS", "LABELS", "NAME", "TITLE", "Key", "measure", "rows", "run", "targets"]
 
 NAME = "loader"
 TITLE = "Whole batches from RAM"
@@ -57,9 +57,9 @@ def run(context: Context) -> CaseResult:
         agreement = context.try_call("equality", "tools.bench.measure_loader:equal", dataset=str(path))
         said = agreement if isinstance(agreement, str) else str(agreement.value)
         result.notes.append(f"{name}: batched, one-by-one and plain access bit-equal: {said}.")
-        runs = _measure(context, path)
-        result.tables.append(Table(name, COLUMNS, _rows(runs)))
-        result.targets += _targets(name, context.settings.loader_batches, runs)
+        runs = measure(context, path)
+        result.tables.append(Table(name, COLUMNS, rows(runs)))
+        result.targets += targets(name, context.settings.loader_batches, runs)
     result.notes.append(
         "Samples a second from the first batch on, the gaps between epochs included, everything preloaded. "
         "`copy_` is measured in the same process: from one half of a tensor of 1 GiB to another tensor of that size "
@@ -69,16 +69,20 @@ def run(context: Context) -> CaseResult:
     return result
 
 
-def _ways(batches: tuple[int, ...]) -> list[Key]:
+def _ways(batches: tuple[int, ...], workers: tuple[int, ...]) -> list[Key]:
     keys = [(way, batch, 0) for batch in batches for way in LABELS]
-    return keys + [("create_loader", batch, workers) for batch in batches for workers in WORKERS[1:]]
+    return keys + [("create_loader", batch, count) for batch in batches for count in workers]
 
 
-def _measure(context: Context, path: Path) -> dict[Key, list[spawn.Result] | str]:
+def measure(
+    context: Context, path: Path, kind: str = "jasper", more_workers: tuple[int, ...] = WORKERS[1:]
+) -> dict[Key, list[spawn.Result] | str]:
+    """All ways in turn, by (way, batch size, workers); the reason where one failed."""
+    ways = _ways(context.settings.loader_batches, more_workers)
     found: dict[Key, list[spawn.Result]] = defaultdict(list)
     failed: dict[Key, str] = {}
     for _ in range(context.settings.repeats):
-        for key in _ways(context.settings.loader_batches):
+        for key in ways:
             way, batch, workers = key
             if key in failed:
                 continue
@@ -88,6 +92,7 @@ def _measure(context: Context, path: Path) -> dict[Key, list[spawn.Result] | str
                 "tools.bench.measure_loader:rate",
                 way=way,
                 dataset=str(path),
+                kind=kind,
                 batch=batch,
                 workers=workers,
                 copies=way in FAST_WAYS and not workers,
@@ -99,7 +104,7 @@ def _measure(context: Context, path: Path) -> dict[Key, list[spawn.Result] | str
                 continue
             found[key].append(one)
             context.say(f"  {LABELS[way]}, batch {batch}, workers {workers}: {one.value['samples_per_s']:,.0f}/s")
-    return {key: found.get(key) or failed[key] for key in _ways(context.settings.loader_batches)}
+    return {key: found.get(key) or failed[key] for key in ways}
 
 
 def _rate(runs: dict[Key, list[spawn.Result] | str], key: Key, name: str = "samples_per_s") -> float | None:
@@ -115,18 +120,19 @@ def _best_per_sample(runs: dict[Key, list[spawn.Result] | str], batch: int) -> f
     return max(rates) if rates else None
 
 
-def _rows(runs: dict[Key, list[spawn.Result] | str]) -> list[dict[str, Any]]:
-    rows = []
+def rows(runs: dict[Key, list[spawn.Result] | str]) -> list[dict[str, Any]]:
+    """For a table of :data:`COLUMNS`."""
+    made = []
     for key, found in runs.items():
         way, batch, workers = key
         facts: dict[str, Any] = {"key": way, "label": LABELS[way], "batch": batch, "workers": workers}
         if isinstance(found, str):
-            rows.append(facts | {"why": found})
+            made.append(facts | {"why": found})
             continue
         rate = _rate(runs, key) or 0.0
         flow = rate * float(found[0].value["sample_nbytes"])
         rates = [float(one.value["samples_per_s"]) for one in found]
-        rows.append(
+        made.append(
             facts
             | {
                 "samples_per_s": rate,
@@ -140,22 +146,23 @@ def _rows(runs: dict[Key, list[spawn.Result] | str]) -> list[dict[str, Any]]:
                 "anonymous": max(one.peak.anonymous for one in found),
             }
         )
-    return rows
+    return made
 
 
-def _targets(name: str, batches: tuple[int, ...], runs: dict[Key, list[spawn.Result] | str]) -> list[Target]:
-    targets = []
+def targets(name: str, batches: tuple[int, ...], runs: dict[Key, list[spawn.Result] | str]) -> list[Target]:
+    """Of the fast ways, against per-sample access and against the copy."""
+    made = []
     for batch in batches:
         for way in FAST_WAYS:
             key = (way, batch, 0)
             what = f"{name}: {LABELS[way]}, batch {batch}"
             mine = _rate(runs, key)
-            targets.append(target(what, "per sample, default collation", mine, _best_per_sample(runs, batch), 25.0))
+            made.append(target(what, "per sample, default collation", mine, _best_per_sample(runs, batch), 25.0))
             found = runs.get(key)
             flow = (
                 mine * float(found[0].value["sample_nbytes"]) if mine and found and not isinstance(found, str) else None
             )
             for kind, words in (("ram", "RAM to RAM"), ("fresh", "RAM to a new batch")):
                 base = _rate(runs, key, f"copy_{kind}_bytes_per_s")
-                targets.append(target(what, f"`copy_` of as many bytes, {words}", flow, base, 0.7))
-    return targets
+                made.append(target(what, f"`copy_` of as many bytes, {words}", flow, base, 0.7))
+    return made

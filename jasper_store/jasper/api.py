@@ -26,8 +26,8 @@ from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
+from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
-from jasper_store.samples.graph import build_graph
 from jasper_store.store.opening import FileOrFiles, open_store, plan_store
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore

@@ -17,7 +17,7 @@ from jasper_store.jasper.integrity import unread_bounds
 from jasper_store.jasper.schema import NOUNS, SPLITS, TENSORS, declaration_for, split_tensor
 from jasper_store.jasper.steering import default_curriculum
 from jasper_store.samples.audit import Tally, bound_findings
-from jasper_store.samples.graph import build_graph
+from jasper_store.samples.compiler import build_graph
 from jasper_store.store.store import TensorStore
 
 __all__ = ["relations", "visitor"]

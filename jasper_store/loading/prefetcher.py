@@ -25,7 +25,7 @@ import torch
 from jasper_store.loading.order import BlockOrder, Order
 from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, StagedNode, WindowPrefetcher
 from jasper_store.loading.windows import Windows
-from jasper_store.samples.dataset import GatherContext
+from jasper_store.samples.context import GatherContext
 from jasper_store.samples.graph import BY_POSITION
 from jasper_store.store.direct_rows import direct_readers_for
 

@@ -12,7 +12,7 @@ from jasper_store.jasper.schema import NOUNS, SCHEMA, SPLITS, declaration_for, s
 from jasper_store.jasper.steering import Curriculum
 from jasper_store.report.figures import figures
 from jasper_store.report.model import Figures, JasperPart
-from jasper_store.samples.graph import build_graph
+from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.integrity import check_bounds_once
 from jasper_store.store.opening import open_store
 

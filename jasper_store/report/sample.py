@@ -19,8 +19,9 @@ from jasper_store.jasper.config import read_config
 from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.recognise import is_jasper, known_at
 from jasper_store.jasper.schema import SPLITS, split_tensor
+from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration, everything
-from jasper_store.samples.graph import Node, SampleGraph, build_graph
+from jasper_store.samples.graph import Node, SampleGraph
 from jasper_store.samples.opened import CONFIG_NAME, declaration_at
 
 __all__ = ["FieldRow", "LookupRow", "ReadRow", "SampleView", "look_at_samples"]

@@ -10,7 +10,8 @@ import torch
 
 from jasper_store.conversion.verify import Finding
 from jasper_store.errors import IntegrityError, JasperStoreError
-from jasper_store.samples.graph import Bound, build_graph
+from jasper_store.samples.compiler import build_graph
+from jasper_store.samples.graph import Bound
 from jasper_store.samples.integrity import Nouns, check_bound, distinct_bounds
 
 if TYPE_CHECKING:

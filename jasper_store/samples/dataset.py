@@ -6,10 +6,9 @@ import logging
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Protocol, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 import torch
@@ -17,11 +16,13 @@ from torch.utils.data import Dataset as TorchDataset
 from typing_extensions import Self
 
 from jasper_store.errors import ClosedError, DeclarationError, JasperStoreWarning
-from jasper_store.memory.budget import format_bytes
 from jasper_store.samples.batch import Batch, Sample
+from jasper_store.samples.compiler import build_graph
+from jasper_store.samples.context import DIRECT, PREFETCHED, GatherContext, PrefetchedIndices
 from jasper_store.samples.declaration import Choice, Declaration, FieldLike
+from jasper_store.samples.describe import field_lines, placement_of
 from jasper_store.samples.draw import VariantSampler
-from jasper_store.samples.graph import Output, SampleGraph, build_graph
+from jasper_store.samples.graph import SampleGraph
 from jasper_store.samples.integrity import Nouns
 from jasper_store.samples.opened import OpenedDataset, open_dataset
 from jasper_store.samples.reader import BatchIndices, SampleReader
@@ -37,46 +38,10 @@ if TYPE_CHECKING:
     from jasper_store.store.placement import Plan
     from jasper_store.store.store import TensorStore
 
-__all__ = ["DIRECT", "Dataset", "GatherContext", "PrefetchedIndices", "StagedBatches"]
+__all__ = ["Dataset"]
 
 _LOG: Final = logging.getLogger("jasper_store")
 _FINGERPRINT_SAMPLE: Final = 4096
-
-
-class StagedBatches(Protocol):
-    """Rows that a loader has read ahead of its batches, as far as a dataset is concerned."""
-
-    def batch(self, positions: torch.Tensor, draw: VariantSampler | None) -> list[torch.Tensor] | None:
-        """A whole batch in the order of the graph's keys; ``None`` if it has to be gathered step by step."""
-
-    def rows(self, positions: torch.Tensor, draw: VariantSampler | None) -> Mapping[int, torch.Tensor]:
-        """Rows [B, ...] of the nodes that are staged; none if not all of them are there, for this draw."""
-
-    def close(self) -> None:
-        """Release them."""
-
-
-@dataclass(frozen=True, slots=True)
-class GatherContext:
-    """What a loader knows of a batch that it asks for. Travels with the positions.
-
-    Attributes:
-        prefetched: its rows were asked for ahead; without, the dataset asks for them itself.
-        staged: rows that were read ahead.
-        pinned: gather into pinned memory if that costs no copy, for batches that go to a CUDA device next.
-    """
-
-    prefetched: bool = False
-    staged: StagedBatches | None = None
-    pinned: bool = False
-
-
-DIRECT: Final = GatherContext()
-_PREFETCHED: Final = GatherContext(prefetched=True)
-
-
-class PrefetchedIndices(np.ndarray[Any, np.dtype[np.int64]]):
-    """Positions of a batch whose rows were asked for ahead: how :data:`GatherContext.prefetched` reaches a worker."""
 
 
 class Dataset(TorchDataset[dict[str, torch.Tensor]]):
@@ -162,7 +127,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         self.split = split
         self.seed = seed
         self._size = self.reader.graph.length
-        _LOG.info("%s: %s", opened.store.path, _placement(opened.store.plan, self._size))
+        _LOG.info("%s: %s", opened.store.path, placement_of(opened.store.plan, self._size))
 
     # --- samples ----------------------------------------------------------------------------------------------
 
@@ -215,7 +180,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             IndexError: a position outside [0, len(self)).
             ClosedError: the dataset was closed.
         """
-        return self.gather(indices, _PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
+        return self.gather(indices, PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
 
     def gather(
         self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], context: GatherContext = DIRECT
@@ -454,20 +419,9 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         kind = type(self).__name__
         if self._opened is None:
             return f"{kind}(closed{self._of_split()})"
-        graph, declaration = self.graph, self._opened.declaration
         split = "" if self.split is None else f", split {self.split!r}"
-        lines = [f"{kind}({str(self.dataset_dir)!r}{split}, {_placement(self.store.plan, self._size)})"]
-        rows = [
-            (
-                out.key,
-                f"{str(out.dtype).removeprefix('torch.')} {_shape(graph, out)}",
-                declaration.text_of(out.key),
-            )
-            for out in graph.outputs
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        lines += [f"  {key:<{widths[0]}}  {what:<{widths[1]}}  {text}" for key, what, text in rows]
-        return "\n".join(lines)
+        head = f"{kind}({str(self.dataset_dir)!r}{split}, {placement_of(self.store.plan, self._size)})"
+        return "\n".join([head, *field_lines(self.graph)])
 
 
 def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
@@ -480,15 +434,3 @@ def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> 
         # PyTorch's samplers give lists of ints; by way of an array they cost a third.
         return torch.from_numpy(np.array(indices, dtype=np.int64))
     return torch.as_tensor(indices, dtype=torch.int64)
-
-
-def _placement(plan: Plan, samples: int) -> str:
-    """Size and placement in a few words."""
-    places = {"preloaded": plan.preloaded_nbytes, "mapped": plan.mapped_nbytes, "chunked": plan.chunked_nbytes}
-    where = ", ".join(f"{format_bytes(nbytes)} {place}" for place, nbytes in places.items() if nbytes)
-    return f"{samples} samples, {where or '0 B'}{f' on {plan.device}' if plan.device else ''}"
-
-
-def _shape(graph: SampleGraph, out: Output) -> str:
-    sizes = [*(["..."] if graph.nodes[out.node].ragged else []), *map(str, graph.shape_of(out))]
-    return f"[{', '.join(sizes)}]"

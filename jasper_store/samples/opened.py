@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import CorruptFileError, DeclarationError, UnknownNameError
 from jasper_store.formats.base import Schema
+from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import Choice, Declaration, everything
-from jasper_store.samples.graph import build_graph
 from jasper_store.samples.integrity import Nouns, check_bounds_once
 from jasper_store.store.guard import check_options
 from jasper_store.store.opening import FileOrFiles, absolute, open_store

@@ -14,7 +14,7 @@ from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.loader import create_loader
 from jasper_store.loading.coalescing import CoalescingIterator, batches_at_once
 from jasper_store.loading.prefetcher import PrefetchedBatches
-from jasper_store.samples.dataset import DIRECT
+from jasper_store.samples.context import DIRECT
 from tests.builders import build_pt_dataset
 
 PLACEMENTS = [True, False]

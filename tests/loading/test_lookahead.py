@@ -20,7 +20,7 @@ from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.order import block_order
 from jasper_store.loading.prefetcher import MAX_NBYTES, MIN_BATCHES, Prefetcher, depth_for
 from jasper_store.loading.samplers import EpochSampler
-from jasper_store.samples.graph import build_graph
+from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.reader import SampleReader
 
 PAIRS = 400

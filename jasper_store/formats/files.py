@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA_START",
+    "MAX_DIMENSIONS",
     "TensorBeingWritten",
     "check_name",
     "check_shape",

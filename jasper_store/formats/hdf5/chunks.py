@@ -24,7 +24,7 @@ from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptio
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import open_for_reading, tensor_bytes
 from jasper_store.formats.hdf5.deflate import InflateError, inflate
-from jasper_store.formats.hdf5.format import open_file, translated
+from jasper_store.formats.hdf5.format import open_dataset, open_file, translated
 from jasper_store.formats.hdf5.index import GZIP, SHUFFLE, ChunkIndex, changed, identity_of, read_index
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class _Open:
                 raise changed(spec)
             if self.index.places is None:
                 h5, _ = handles.enter_context(open_file(spec.path))
-                self.dataset = h5[self.key]
+                self.dataset, _ = open_dataset(h5, spec.path, self.key)
             self.handles = handles.pop_all()
         self.chunk = self.index.chunk
         self.itemsize = spec.dtype.itemsize

@@ -1,8 +1,9 @@
 """HDF5: one file that holds every tensor of a dataset under a path of its own.
 
 A contiguous dataset is one run of bytes, so it becomes an :class:`Extent` and is mapped like any other file. A
-chunked or compressed one becomes :class:`Chunked`. Soft and external links are never followed. h5py is imported
-inside the calls: it takes a tenth of a second.
+chunked or compressed one becomes :class:`Chunked`. What lies in other files is never read: soft and external links are
+not followed, external storage and virtual datasets are refused before the library opens them
+(:mod:`jasper_store.formats.hdf5.header`). h5py is imported inside the calls: it takes a tenth of a second.
 
 Source: https://support.hdfgroup.org/documentation/hdf5/latest/ and https://docs.h5py.org.
 """
@@ -20,6 +21,7 @@ import torch
 from jasper_store.errors import CorruptFileError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
+from jasper_store.formats.hdf5.header import Headers, ObjectHeader
 from jasper_store.formats.hdf5.heap import check_heaps
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import FileWriter, FormatName, Location, Schema
 
-__all__ = ["Hdf5Format", "open_file", "translated"]
+__all__ = ["Hdf5Format", "open_dataset", "open_file", "translated"]
 
 _DTYPES = {
     np.dtype(name): getattr(torch, name)
@@ -51,6 +53,16 @@ _DTYPES = {
 }
 # A row per dataset below this depth of groups is a damaged file, not a layout.
 _MAX_DEPTH = 32
+# Two links may lead to one object, and two groups' links to one group: what a file lists is counted as it is walked.
+_NBYTES_PER_LINK = 8
+_MAX_KEY = 4096
+# Values of ragged rows, which are read with the header. Many rows may be compressed, or be one and the same.
+_VALUES_PER_BYTE = 16
+_VALUES_AT_LEAST = 1 << 18
+# Rows of variable length that are read at once. How many values they have is not known before; at most the file's.
+_ROWS_AT_ONCE = 1 << 16
+_ROWS_AT_LEAST = 64
+_NBYTES_AT_ONCE = 1 << 26
 _FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
 _PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
@@ -69,8 +81,8 @@ class Hdf5Format:
         ``values`` and ``offsets``, a group of datasets ``"0"`` to ``"N-1"`` and a variable-length dataset of
         ints are ragged tensors. What cannot be a tensor (texts, compounds) is skipped with a warning.
         """
-        with open_file(path) as (file, size):
-            return _Walk(path, size, schema).run(file)
+        with open_for_reading(path) as (raw, _), open_file(path) as (file, size):
+            return _Walk(path, size, schema, Headers(path, raw, size)).run(file)
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
         """See :meth:`jasper_store.formats.base.Format.writer`; several tensors, rows must be known.
@@ -130,6 +142,34 @@ def open_file(path: Path) -> Iterator[tuple[Any, int]]:
             file.close()
 
 
+def open_dataset(file: Any, path: Path, key: str) -> tuple[Any, ObjectHeader]:
+    """A dataset of an open file and its header, reached by hard links only and checked before the library opens it.
+
+    Raises:
+        CorruptFileError: a link on the way is another kind of link, or the header is refused.
+        LookupError: there is none.
+    """
+    group, _, name = f"/{key}".rpartition("/")
+    parent = file
+    with open_for_reading(path) as (raw, size):
+        headers = Headers(path, raw, size)
+        for part in filter(None, group.split("/")):
+            headers.read(_address(parent, part, path), key)
+            parent = parent[part]
+        header = headers.read(_address(parent, name, path), key)
+    return parent[name], header
+
+
+def _address(group: Any, name: str, path: Path) -> int:
+    """Where the object lies that a hard link leads to."""
+    import h5py
+
+    link = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
+    if link.type != h5py.h5l.TYPE_HARD:
+        _corrupt(path, f"{name!r:.100} is a link to another place, where a dataset was.")
+    return int(link.u)
+
+
 def _open(path: Path) -> Any:
     import h5py
 
@@ -164,9 +204,12 @@ class _UnsupportedError(Exception):
 class _Walk:
     """One pass over the objects of an open file."""
 
-    def __init__(self, path: Path, size: int, schema: Schema) -> None:
+    def __init__(self, path: Path, size: int, schema: Schema, headers: Headers) -> None:
         self.path = path
         self.size = size
+        self.headers = headers
+        self.links = size // _NBYTES_PER_LINK
+        self.budget = max(_VALUES_PER_BYTE * size, _VALUES_AT_LEAST)
         self.required = schema.required
         self.names = {p.strip("/"): name for name, p in schema.hdf5_paths.items()}
         self.names.update(
@@ -201,31 +244,47 @@ class _Walk:
         identity = (here.fileno, here.addr)
         if identity in above or len(above) >= _MAX_DEPTH:
             _corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
-        members = {
-            name: f"{key}/{name}" if key else name
-            for name in group
-            if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type == h5py.h5l.TYPE_HARD
-        }
+        members = self.members(group, key)
         if members and members.keys() == {str(i) for i in range(len(members))}:
-            rows = self.rows(group, len(members))
+            rows = self.rows(group, members)
             if rows is not None:
                 self.ragged(self.name_of(key), rows)
                 return
-        for name, member_key in members.items():
+        for name, address in members.items():
+            member_key = f"{key}/{name}" if key else name
+            header = self.headers.read(address, member_key)
             member = group[name]
             if isinstance(member, h5py.Group):
                 self.group(member, member_key, above | {identity})
             elif isinstance(member, h5py.Dataset):
-                self.dataset(member, member_key)
+                self.dataset(member, member_key, header)
 
-    def dataset(self, dataset: Any, key: str) -> None:
+    def members(self, group: Any, key: str) -> dict[str, int]:
+        """Names and addresses of the objects that a group's hard links lead to."""
+        import h5py
+
+        found = {}
+        for name in group:
+            self.links -= 1
+            if self.links < 0 or len(key) + len(name) > _MAX_KEY:
+                _corrupt(
+                    self.path,
+                    f"the links of the group {key!r:.100} are more, or longer, than a file of {self.size} has.",
+                )
+            link = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
+            if link.type == h5py.h5l.TYPE_HARD:
+                found[name] = int(link.u)
+        return found
+
+    def dataset(self, dataset: Any, key: str, header: ObjectHeader) -> None:
         import h5py
 
         name = self.name_of(key)
+        self.check_fill(dataset.id, key, header)
         try:
             base = h5py.check_vlen_dtype(dataset.dtype)
             if base is not None and np.issubdtype(base, np.integer) and dataset.ndim == 1:
-                self.ragged(name, self.variable(dataset))
+                self.ragged(name, self.variable(dataset, header))
                 return
             self.add(self.spec(dataset, key, name))
         except _UnsupportedError as exc:
@@ -233,12 +292,28 @@ class _Walk:
                 _corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
             warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
 
-    def rows(self, group: Any, n: int) -> list[NDArray[np.int64]] | None:
+    def check_fill(self, dataset: Any, key: str, header: ObjectHeader) -> None:
+        """The library copies as many bytes as the datatype has. A datatype in an object of its own is known only now."""
+        nbytes = dataset.get_type().get_size()
+        if header.fill and len(header.fill) != nbytes:
+            _corrupt(self.path, f"the fill value of {key!r:.100} should have {nbytes} bytes, found {len(header.fill)}.")
+
+    def spend(self, key: str, n: int) -> None:
+        self.budget -= n
+        if self.budget < 0:
+            _corrupt(
+                self.path,
+                f"the rows of {key!r:.100} have more values than a file of {self.size} bytes explains (was it truncated?).",
+            )
+
+    def rows(self, group: Any, members: dict[str, int]) -> list[NDArray[np.int64]] | None:
         """The rows of a ragged tensor that has a small dataset for each, or ``None`` if the group is something else."""
         import h5py
 
         rows = []
-        for i in range(n):
+        for i in range(len(members)):
+            key = f"{group.name[1:]}/{i}"
+            header = self.headers.read(members[str(i)], key)
             # Below h5py's own objects, which cost five times as much for each of perhaps many thousand rows.
             row = h5py.h5o.open(group.id, str(i).encode())
             if not isinstance(row, h5py.h5d.DatasetID):
@@ -250,19 +325,30 @@ class _Walk:
                 return None
             if length > self.size:
                 _corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
+            self.spend(group.name, length)
             values = np.empty(length, dtype=np.int64)
             if length:
+                self.check_fill(row, key, header)
                 row.read(h5py.h5s.create_simple((length,)), h5py.h5s.ALL, values)
             rows.append(values)
         return rows
 
-    def variable(self, dataset: Any) -> list[NDArray[np.int64]]:
+    def variable(self, dataset: Any, header: ObjectHeader) -> list[NDArray[np.int64]]:
         """The rows of a variable-length dataset of ints."""
         self.check_heaps()
-        # Each row takes 16 bytes in the file beside its values.
-        if dataset.size * 16 > max(self.size, 1024) and dataset.chunks is None:
+        if any(header.fill):
+            _corrupt(self.path, f"dataset {dataset.name!r:.100} has a fill value of variable length.")
+        # Each row takes 16 bytes in the file beside its values, unless it is compressed or was never written.
+        if dataset.chunks is None and dataset.size * 16 > max(self.size, 1024):
             _corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
-        return [row.astype(np.int64, casting="unsafe") for row in dataset[()]]
+        self.spend(dataset.name, dataset.size)
+        step = min(max(_NBYTES_AT_ONCE // self.size, _ROWS_AT_LEAST), _ROWS_AT_ONCE)
+        rows = []
+        for start in range(0, dataset.size, step):
+            block = [row.astype(np.int64, casting="unsafe") for row in dataset[start : start + step]]
+            self.spend(dataset.name, sum(map(len, block)))
+            rows += block
+        return rows
 
     def check_heaps(self) -> None:
         if not self.heaps_checked:

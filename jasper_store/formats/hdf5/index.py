@@ -12,7 +12,7 @@ import numpy as np
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked, contiguous_strides
-from jasper_store.formats.hdf5.format import describe_filters, open_file
+from jasper_store.formats.hdf5.format import describe_filters, open_dataset, open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,13 +62,14 @@ def read_index(spec: TensorSpec) -> ChunkIndex:
     location = spec.location
     assert isinstance(location, Chunked)
     with open_file(spec.path) as (file, size):
-        dataset = file[location.key]
+        dataset, header = open_dataset(file, spec.path, location.key)
         plist = dataset.id.get_create_plist()
         if (
             tuple(dataset.shape) != spec.shape
             or dataset.dtype.itemsize != spec.dtype.itemsize
             or dataset.chunks != location.chunk_shape
             or describe_filters(plist) != location.filters
+            or len(header.fill) not in {0, spec.dtype.itemsize}
         ):
             raise changed(spec)
         chunk = dataset.chunks or (max(1, _BLOCK_NBYTES // max(1, spec.row_nbytes)), *spec.shape[1:])
@@ -80,7 +81,8 @@ def read_index(spec: TensorSpec) -> ChunkIndex:
             where, found = _chunks(dataset, size, grid, filters)
             if filters in _DIRECT and math.prod(grid) <= _MAX_CHUNKS and hasattr(os, "preadv"):
                 places = _places(where, found, grid)
-        fill = np.asarray(dataset.fillvalue).reshape(1).view(np.uint8)
+        # Not dataset.fillvalue: the library copies a damaged one beyond its memory.
+        fill = np.frombuffer(header.fill or bytes(spec.dtype.itemsize), dtype=np.uint8)
         return ChunkIndex(identity_of(os.fstat(file.id.get_vfd_handle())), chunk, grid, filters, fill, places)
 
 

@@ -1,0 +1,49 @@
+"""One flipped byte or bit in an HDF5 file ends no process, and raises no error but ours."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.formats import flips
+
+pytest.importorskip("resource", reason="limits of a child process are POSIX")
+
+LIBVERS = ["earliest", "latest"]
+SHARES = 8
+"""A whole run of single bits is 280 000 copies: shares of it can run beside each other, each within the time limit."""
+
+
+@pytest.mark.parametrize("libver", LIBVERS)
+def test_some_flips(tmp_path, libver):
+    source = flips.sample(tmp_path / "x.h5", libver)
+    content = source.read_bytes()
+    patches = flips.bytes_of(content, step=len(content) // 150) + flips.bits_of(content, step=len(content) // 30)
+    found = flips.run_apart(source, patches, timeout=200)
+    assert found["refused"] + found["opened"] == len(patches)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("libver", LIBVERS)
+@pytest.mark.parametrize("share", range(SHARES + 1))
+def test_every_flip(tmp_path, libver, share):
+    source = flips.sample(tmp_path / "x.h5", libver)
+    content = source.read_bytes()
+    patches = flips.bytes_of(content) if share == SHARES else flips.bits_of(content, share, SHARES)
+    flips.run_apart(source, patches, timeout=3500)
+
+
+def test_fill_values_of_another_length(tmp_path):
+    """The library copies by the datatype's length what has the fill value's."""
+    source = flips.sample(tmp_path / "x.h5", "earliest")
+    # Type 5, 8 to 24 bytes in all; version 2, both times, "defined"; then the size.
+    message = rb"\x05\x00[\x08\x10\x18]\x00.\0\0\0\x02[\0-\3][\0-\3]\x01"
+    places = [found.end() for found in re.finditer(message, source.read_bytes(), re.DOTALL)]
+    assert len(places) > 9
+    sizes = [0x80000000, 0x80000004, 0xFFFFFFFE, 0x7FFFFFFF, 0x10000, 5, 3, 1]
+    patches = [(at, size.to_bytes(4, "little").hex()) for size in sizes for at in places]
+    assert flips.run_apart(source, patches, timeout=200) == {"refused": len(patches), "opened": 0, "ended": []}
+    # 0 and -1 mean that there is none.
+    flips.run_apart(source, [(at, size) for size in ("00000000", "ffffffff") for at in places], timeout=200)

@@ -24,8 +24,8 @@ from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptio
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import open_for_reading, tensor_bytes
 from jasper_store.formats.hdf5.deflate import InflateError, inflate
-from jasper_store.formats.hdf5.format import open_dataset, open_file, translated
 from jasper_store.formats.hdf5.index import GZIP, SHUFFLE, ChunkIndex, changed, identity_of, read_index
+from jasper_store.formats.hdf5.library import open_dataset, open_file, translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -12,27 +12,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from jasper_store.errors import CorruptFileError, JasperStoreError, JasperStoreWarning
+from jasper_store.errors import JasperStoreWarning
 from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
 from jasper_store.formats.hdf5.header import Headers, ObjectHeader
 from jasper_store.formats.hdf5.heap import check_heaps
+from jasper_store.formats.hdf5.library import corrupt, describe_filters, open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from jasper_store.formats.base import FileWriter, FormatName, Location, Schema
 
-__all__ = ["Hdf5Format", "open_dataset", "open_file", "translated"]
+__all__ = ["Hdf5Format", "open_file"]
 
 _DTYPES = {
     np.dtype(name): getattr(torch, name)
@@ -63,8 +62,6 @@ _VALUES_AT_LEAST = 1 << 18
 _ROWS_AT_ONCE = 1 << 16
 _ROWS_AT_LEAST = 64
 _NBYTES_AT_ONCE = 1 << 26
-_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
-_PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
 
 class Hdf5Format:
@@ -96,105 +93,6 @@ class Hdf5Format:
         from jasper_store.formats.hdf5.writer import make_writer
 
         return make_writer(path, schema, compression)
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Whatever h5py raises on a damaged file, as CorruptFileError."""
-    try:
-        yield
-    except JasperStoreError:
-        raise
-    # h5py has no error tree of its own: each of these was seen on a file with flipped bytes.
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        MemoryError,
-    ) as exc:
-        _corrupt(path, f"{type(exc).__name__}: {exc!s:.200}.", cause=exc)
-
-
-def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:
-    msg = f"{path}: not an HDF5 file that can be read: {what} Write or convert it again."
-    raise CorruptFileError(msg, path=path, tensor=tensor) from cause
-
-
-@contextmanager
-def open_file(path: Path) -> Iterator[tuple[Any, int]]:
-    """Open an HDF5 file read-only and yield it with its size, also on file systems that have no locks.
-
-    Raises:
-        DatasetNotFoundError: there is no such file, or it may not be read.
-        CorruptFileError: anything else that h5py stumbles over, also inside the ``with`` block.
-    """
-    with open_for_reading(path) as (_, size):
-        pass  # only for its errors: h5py's do not tell a missing file from a damaged one
-    with translated(path):
-        file = _open(path)
-        try:
-            yield file, size
-        finally:
-            file.close()
-
-
-def open_dataset(file: Any, path: Path, key: str) -> tuple[Any, ObjectHeader]:
-    """A dataset of an open file and its header, reached by hard links only and checked before the library opens it.
-
-    Raises:
-        CorruptFileError: a link on the way is another kind of link, or the header is refused.
-        LookupError: there is none.
-    """
-    group, _, name = f"/{key}".rpartition("/")
-    parent = file
-    with open_for_reading(path) as (raw, size):
-        headers = Headers(path, raw, size)
-        for part in filter(None, group.split("/")):
-            headers.read(_address(parent, part, path), key)
-            parent = parent[part]
-        header = headers.read(_address(parent, name, path), key)
-    return parent[name], header
-
-
-def _address(group: Any, name: str, path: Path) -> int:
-    """Where the object lies that a hard link leads to."""
-    import h5py
-
-    link = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
-    if link.type != h5py.h5l.TYPE_HARD:
-        _corrupt(path, f"{name!r:.100} is a link to another place, where a dataset was.")
-    return int(link.u)
-
-
-def _open(path: Path) -> Any:
-    import h5py
-
-    # The library's own default first. It fails on NFS without a lock daemon; and a file that this process has open
-    # already must be opened with the same choice.
-    *choices, last = None, False, True
-    for locking in choices:
-        try:
-            return h5py.File(path, "r", locking=locking)
-        except OSError as exc:  # noqa: PERF203 - three times at most
-            _refuse_busy(path, exc)
-            if "lock" not in str(exc):
-                raise
-    return h5py.File(path, "r", locking=last)
-
-
-def _refuse_busy(path: Path, exc: OSError) -> None:
-    if isinstance(exc, BlockingIOError):
-        raise CorruptFileError(
-            f"{path}: another process has it open for writing; wait until it has finished.", path=path
-        ) from exc
-    if "already open for write" in str(exc):
-        raise CorruptFileError(
-            f"{path}: its writer was killed, or is still at work; wait for it, or write the file again.", path=path
-        ) from exc
 
 
 class _UnsupportedError(Exception):
@@ -233,7 +131,7 @@ class _Walk:
 
     def add(self, spec: TensorSpec) -> None:
         if spec.name in self.specs:
-            _corrupt(self.path, f"two of its datasets mean {spec.name!r:.100}.", tensor=spec.name)
+            corrupt(self.path, f"two of its datasets mean {spec.name!r:.100}.", tensor=spec.name)
         self.specs[spec.name] = spec
 
     def group(self, group: Any, key: str, above: frozenset[Any]) -> None:
@@ -243,7 +141,7 @@ class _Walk:
         here = h5py.h5o.get_info(group.id)
         identity = (here.fileno, here.addr)
         if identity in above or len(above) >= _MAX_DEPTH:
-            _corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
+            corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
         members = self.members(group, key)
         if members and members.keys() == {str(i) for i in range(len(members))}:
             rows = self.rows(group, members)
@@ -267,7 +165,7 @@ class _Walk:
         for name in group:
             self.links -= 1
             if self.links < 0 or len(key) + len(name) > _MAX_KEY:
-                _corrupt(
+                corrupt(
                     self.path,
                     f"the links of the group {key!r:.100} are more, or longer, than a file of {self.size} has.",
                 )
@@ -289,19 +187,19 @@ class _Walk:
             self.add(self.spec(dataset, key, name))
         except _UnsupportedError as exc:
             if name in self.required:
-                _corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
+                corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
             warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
 
     def check_fill(self, dataset: Any, key: str, header: ObjectHeader) -> None:
         """The library copies as many bytes as the datatype has. A datatype in an object of its own is known only now."""
         nbytes = dataset.get_type().get_size()
         if header.fill and len(header.fill) != nbytes:
-            _corrupt(self.path, f"the fill value of {key!r:.100} should have {nbytes} bytes, found {len(header.fill)}.")
+            corrupt(self.path, f"the fill value of {key!r:.100} should have {nbytes} bytes, found {len(header.fill)}.")
 
     def spend(self, key: str, n: int) -> None:
         self.budget -= n
         if self.budget < 0:
-            _corrupt(
+            corrupt(
                 self.path,
                 f"the rows of {key!r:.100} have more values than a file of {self.size} bytes explains (was it truncated?).",
             )
@@ -324,7 +222,7 @@ class _Walk:
             if length and (row.dtype.kind not in "iu" or space.get_simple_extent_ndims() > 1):
                 return None
             if length > self.size:
-                _corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
+                corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
             self.spend(group.name, length)
             values = np.empty(length, dtype=np.int64)
             if length:
@@ -337,10 +235,10 @@ class _Walk:
         """The rows of a variable-length dataset of ints."""
         self.check_heaps()
         if any(header.fill):
-            _corrupt(self.path, f"dataset {dataset.name!r:.100} has a fill value of variable length.")
+            corrupt(self.path, f"dataset {dataset.name!r:.100} has a fill value of variable length.")
         # Each row takes 16 bytes in the file beside its values, unless it is compressed or was never written.
         if dataset.chunks is None and dataset.size * 16 > max(self.size, 1024):
-            _corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
+            corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
         self.spend(dataset.name, dataset.size)
         step = min(max(_NBYTES_AT_ONCE // self.size, _ROWS_AT_LEAST), _ROWS_AT_ONCE)
         rows = []
@@ -378,19 +276,19 @@ class _Walk:
         if stored.kind not in "biuf":
             raise _UnsupportedError(f"{stored} is no number")
         if stored.byteorder == ">":
-            _corrupt(
+            corrupt(
                 self.path,
                 f"dataset {key!r:.100} is big-endian; write it as little-endian ({stored.newbyteorder('<')}).",
             )
         # h5py widens what numpy cannot express (12-bit ints, 24-bit floats); the bytes would then be something else.
         if stored not in _DTYPES or not h5py.h5t.py_create(stored, logical=True).equal(tid):
-            _corrupt(self.path, f"dataset {key!r:.100} has a number type that torch does not have ({stored}).")
+            corrupt(self.path, f"dataset {key!r:.100} has a number type that torch does not have ({stored}).")
         marked = self.mark(dataset)
         if marked is None:
             found: torch.dtype = _DTYPES[stored]
             return found
         if marked not in ("bfloat16", b"bfloat16") or stored != np.uint16:
-            _corrupt(self.path, f"dataset {key!r:.100}: {stored} with torch_dtype={marked!r:.40} is unknown.")
+            corrupt(self.path, f"dataset {key!r:.100}: {stored} with torch_dtype={marked!r:.40} is unknown.")
         return torch.bfloat16
 
     def mark(self, dataset: Any) -> object:
@@ -416,7 +314,7 @@ class _Walk:
             if offset is not None:
                 # get_offset() already counts the user block.
                 if offset + nbytes > self.size:
-                    _corrupt(
+                    corrupt(
                         self.path,
                         f"dataset {key!r:.100} should end at byte {offset + nbytes}, the file has {self.size} "
                         "(was it truncated?).",
@@ -428,15 +326,5 @@ class _Walk:
             return Inline(self.path, raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw)
         chunks = dataset.chunks
         if chunks is not None and (0 in chunks or math.prod(chunks) * dtype.itemsize >= 2**32):
-            _corrupt(self.path, f"dataset {key!r:.100} has the impossible chunk shape {chunks}.", tensor=key)
+            corrupt(self.path, f"dataset {key!r:.100} has the impossible chunk shape {chunks}.", tensor=key)
         return Chunked(self.path, key, chunks, describe_filters(plist))
-
-
-def describe_filters(plist: Any) -> str:
-    """The filter pipeline of a dataset, in the order it is applied on writing, e.g. ``"shuffle+gzip(4)"``."""
-    words = []
-    for i in range(plist.get_nfilters()):
-        code, _, values, name = plist.get_filter(i)
-        word = _FILTERS.get(code) or _PLUGINS.get(code) or name.decode("utf-8", "replace") or str(code)
-        words.append(f"{word}({values[0]})" if word == "gzip" and values else word)
-    return "+".join(words)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked, contiguous_strides
-from jasper_store.formats.hdf5.format import describe_filters, open_dataset, open_file
+from jasper_store.formats.hdf5.library import describe_filters, open_dataset, open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

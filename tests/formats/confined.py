@@ -17,9 +17,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Schema
-from jasper_store.formats.registry import FORMATS
 from tests.formats import damage
 
 if TYPE_CHECKING:
@@ -78,12 +75,8 @@ def _child(name: str, path: Path, seconds: int, nbytes: int, pipe: int) -> NoRet
     before = _resident("VmRSS")
     confine(seconds, nbytes)
     try:
-        what, why = damage.opened(name, path), ""
-        if what == "refused":
-            try:
-                next(fmt for known, fmt in FORMATS.items() if known == name).locate(path, Schema())
-            except CorruptFileError as exc:
-                why = str(exc)
+        error = damage.error_of(name, path)
+        what, why = ("refused", str(error)) if error else ("opened", "")
     except BaseException as exc:  # noqa: BLE001 - whatever it is, the parent hears of it
         what, why = f"raised {type(exc).__name__}", "".join(traceback.format_exception(exc))[-2000:]
     os.write(pipe, json.dumps([what, why[-2000:], _resident("VmHWM") - before]).encode())

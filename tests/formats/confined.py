@@ -66,20 +66,21 @@ def confine(seconds: int, nbytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _child(name: str, path: Path, seconds: int, nbytes: int, pipe: int) -> NoReturn:
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     confine(seconds, nbytes)
     try:
         error = damage.error_of(name, path)
         what, why = ("refused", str(error)) if error else ("opened", "")
     except BaseException as exc:  # noqa: BLE001 - whatever it is, the parent hears of it
         what, why = f"raised {type(exc).__name__}", "".join(traceback.format_exception(exc))[-2000:]
-    os.write(pipe, json.dumps([what, why[-2000:], _resident("VmHWM") - before]).encode())
+    os.write(pipe, json.dumps([what, why[-2000:], resident("VmHWM") - before]).encode())
     # No destructor of a damaged library's objects runs after this.
     os._exit(0)
 

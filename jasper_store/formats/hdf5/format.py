@@ -192,8 +192,7 @@ class _Walk:
 
     def check_fill(self, dataset: Any, key: str, header: ObjectHeader) -> None:
         """The library copies as many bytes as the datatype has. A datatype in an object of its own is known only now."""
-        nbytes = dataset.get_type().get_size()
-        if header.fill and len(header.fill) != nbytes:
+        if header.fill and len(header.fill) != (nbytes := dataset.get_type().get_size()):
             corrupt(self.path, f"the fill value of {key!r:.100} should have {nbytes} bytes, found {len(header.fill)}.")
 
     def spend(self, key: str, n: int) -> None:
@@ -209,8 +208,9 @@ class _Walk:
         import h5py
 
         rows = []
+        name = group.name[1:]
         for i in range(len(members)):
-            key = f"{group.name[1:]}/{i}"
+            key = f"{name}/{i}"
             header = self.headers.read(members[str(i)], key)
             # Below h5py's own objects, which cost five times as much for each of perhaps many thousand rows.
             row = h5py.h5o.open(group.id, str(i).encode())
@@ -222,8 +222,8 @@ class _Walk:
             if length and (row.dtype.kind not in "iu" or space.get_simple_extent_ndims() > 1):
                 return None
             if length > self.size:
-                corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
-            self.spend(group.name, length)
+                corrupt(self.path, f"row {i} of {name!r:.100} is larger than the file (was it truncated?).")
+            self.spend(name, length)
             values = np.empty(length, dtype=np.int64)
             if length:
                 self.check_fill(row, key, header)

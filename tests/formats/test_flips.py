@@ -47,3 +47,25 @@ def test_fill_values_of_another_length(tmp_path):
     assert flips.run_apart(source, patches, timeout=200) == {"refused": len(patches), "opened": 0, "ended": []}
     # 0 and -1 mean that there is none.
     flips.run_apart(source, [(at, size) for size in ("00000000", "ffffffff") for at in places], timeout=200)
+
+
+def test_indices_that_lead_back_to_themselves(tmp_path):
+    """The library goes down a tree by recursion, and follows the free places of a heap, until memory ends."""
+    source = flips.sample(tmp_path / "x.h5", "earliest")
+    content = source.read_bytes()
+    patches = []
+    for found in re.finditer(rb"TREE([\0\x01])\0", content):
+        at = found.start()
+        # Of groups: keys of 8 bytes. Of chunks: a size, a mask, and an offset per dimension and one more.
+        for key in (8,) if found[1] == b"\0" else (24, 32):
+            child = at + 24 + key
+            for level in (1, 255):
+                patches.append((at + 5, (bytes([level]) + content[at + 6 : child] + at.to_bytes(8, "little")).hex()))
+    trees = len(patches)
+    for found in re.finditer(rb"HEAP\0\0\0\0", content):
+        free, data = (int.from_bytes(content[i : i + 8], "little") for i in (found.start() + 16, found.start() + 24))
+        if free != 1:
+            patches.append((data + free, free.to_bytes(8, "little").hex()))
+    assert trees > 9
+    assert len(patches) > trees
+    assert flips.run_apart(source, patches, timeout=200) == {"refused": len(patches), "opened": 0, "ended": []}

@@ -278,6 +278,19 @@ class TestHdf5(FormatSuite):
         found = self.locate(tmp_path / "x.h5")
         assert same(read(found["x"]), torch.full((6, 2), 2.5))
 
+    @pytest.mark.parametrize("libver", ["earliest", "v108", "latest"])
+    def test_indices_of_several_levels(self, tmp_path, libver):
+        matrix = np.arange(6000.0).reshape(3000, 2)
+        with h5py.File(tmp_path / "x.h5", "w", libver=libver) as file:
+            file.create_dataset("chunked", data=matrix, chunks=(1, 1))
+            for i in range(700):
+                file[f"group/tensor {i}"] = [i]
+            del file["group/tensor 5"]
+            file["group/soft"] = h5py.SoftLink("/chunked")
+        found = self.locate(tmp_path / "x.h5")
+        assert len(found) == 700
+        assert same(read(found["chunked"]), torch.from_numpy(matrix))
+
     def test_a_fill_value_of_a_committed_type(self, tmp_path):
         with h5py.File(tmp_path / "x.h5", "w") as file:
             file["type"] = np.dtype("<f4")

@@ -178,7 +178,7 @@ def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch, name):
     def fail(file, offset, nbytes):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    for module in ("files", "npy", "safetensors", "pt.format", "hdf5.header"):
+    for module in ("files", "npy", "safetensors", "pt.format", "hdf5.raw"):
         monkeypatch.setattr(f"jasper_store.formats.{module}.read_at", fail)
     with pytest.raises(CorruptFileError, match="Input/output error") as caught:
         FORMATS[name].locate(path, Schema())

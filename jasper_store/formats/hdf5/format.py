@@ -134,13 +134,11 @@ class _Walk:
             corrupt(self.path, f"two of its datasets mean {spec.name!r:.100}.", tensor=spec.name)
         self.specs[spec.name] = spec
 
-    def group(self, group: Any, key: str, above: frozenset[Any]) -> None:
+    def group(self, group: Any, key: str, above: frozenset[int]) -> None:
+        """Walk a group; ``above`` are the addresses of the groups on the way from the root to it, itself included."""
         import h5py
 
-        # A hard link to a group further up would be walked for ever.
-        here = h5py.h5o.get_info(group.id)
-        identity = (here.fileno, here.addr)
-        if identity in above or len(above) >= _MAX_DEPTH:
+        if len(above) > _MAX_DEPTH:
             corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
         members = self.members(group, key)
         if members and members.keys() == {str(i) for i in range(len(members))}:
@@ -150,10 +148,13 @@ class _Walk:
                 return
         for name, address in members.items():
             member_key = f"{key}/{name}" if key else name
+            # A hard link to a group further up would be walked for ever.
+            if address in above:
+                corrupt(self.path, f"the group {key!r:.100} contains itself.")
             header = self.headers.read(address, member_key)
             member = group[name]
             if isinstance(member, h5py.Group):
-                self.group(member, member_key, above | {identity})
+                self.group(member, member_key, above | {address})
             elif isinstance(member, h5py.Dataset):
                 self.dataset(member, member_key, header)
 

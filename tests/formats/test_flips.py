@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 
+import h5py
+import numpy as np
 import pytest
 
 from tests.formats import flips
+from tests.formats.confined import open_confined
 
 pytest.importorskip("resource", reason="limits of a child process are POSIX")
 
@@ -59,8 +62,8 @@ def test_indices_that_lead_back_to_themselves(tmp_path):
         # Of groups: keys of 8 bytes. Of chunks: a size, a mask, and an offset per dimension and one more.
         for key in (8,) if found[1] == b"\0" else (24, 32):
             child = at + 24 + key
-            for level in (1, 255):
-                patches.append((at + 5, (bytes([level]) + content[at + 6 : child] + at.to_bytes(8, "little")).hex()))
+            itself = content[at + 6 : child] + at.to_bytes(8, "little")
+            patches += [(at + 5, (level + itself).hex()) for level in (b"\1", b"\xff")]
     trees = len(patches)
     for found in re.finditer(rb"HEAP\0\0\0\0", content):
         free, data = (int.from_bytes(content[i : i + 8], "little") for i in (found.start() + 16, found.start() + 24))
@@ -69,3 +72,24 @@ def test_indices_that_lead_back_to_themselves(tmp_path):
     assert trees > 9
     assert len(patches) > trees
     assert flips.run_apart(source, patches, timeout=200) == {"refused": len(patches), "opened": 0, "ended": []}
+
+
+def test_datatypes_that_the_library_cannot_call(tmp_path):
+    source = flips.sample(tmp_path / "x.h5", "earliest")
+    content = source.read_bytes()
+    # Variable length, version 1; of texts in an attribute, of numbers in a dataset.
+    places = [found.start() + 1 for found in re.finditer(rb"\x19[\0\1][\0\1]\0\x10\0\0\0", content)]
+    assert len(places) == 2
+    patches = [(at, f"{content[at] ^ 1 << bit:02x}") for at in places for bit in (1, 2, 3)]
+    assert flips.run_apart(source, patches, timeout=200) == {"refused": 6, "opened": 0, "ended": []}
+
+
+def test_datatypes_nested_too_deeply(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        kind = np.dtype("i4")
+        for _ in range(100):
+            kind = h5py.vlen_dtype(kind)
+        file.create_dataset("x", shape=(1,), dtype=kind)
+    outcome = open_confined("hdf5", [tmp_path / "x.h5"], seconds=10, nbytes=1 << 30)["x"]
+    assert outcome.what == "refused"
+    assert "nested over" in outcome.why

@@ -20,6 +20,8 @@ from jasper_store.errors import (
     UnknownNameError,
 )
 from jasper_store.formats.base import Chunked, Extent, Inline, Schema
+from jasper_store.formats.files import open_for_reading
+from jasper_store.formats.hdf5.header import Headers
 from jasper_store.formats.hdf5.writer import CHUNK_NBYTES
 from tests.formats.conformance import FormatSuite, read, relaxed, same, values, write
 
@@ -204,6 +206,40 @@ class TestHdf5(FormatSuite):
         with pytest.warns(JasperStoreWarning, match="is skipped") as caught:
             assert self.locate(tmp_path / "x.h5").keys() == {"x"}
         assert len(caught) == 2
+
+    @pytest.mark.parametrize("libver", ["earliest", "v108", "v110", "v112", "latest"])
+    def test_every_kind_of_datatype(self, tmp_path, libver):
+        """Skipped, and not taken for damage; on datasets and on attributes."""
+        pair = np.dtype([("a", "<i4"), ("a longer name", "<f8", (2, 3)), ("inner", [("b", "u1"), ("c", "S5")])])
+        kinds = {
+            "pair": np.zeros(2, dtype=pair),
+            "opaque": np.zeros(2, dtype="V13"),
+            "enum": np.zeros(2, dtype=h5py.enum_dtype({"RED": 1, "GREEN and BLUE": 70_000}, basetype="i4")),
+            "array": np.zeros(2, dtype=np.dtype(("<f4", (3, 2)))),
+            "text": np.array(["a", "bc"], dtype=h5py.string_dtype()),
+            "fixed": np.array([b"a", b"bc"]),
+            "complex": np.zeros(2, dtype="c16"),
+            "wide": np.zeros(2, dtype=np.longdouble),
+            "time": np.zeros(2, dtype="<M8[s]").astype(h5py.opaque_dtype("<M8[s]")),
+        }
+        with h5py.File(tmp_path / "x.h5", "w", libver=libver) as file:
+            file["x"] = [1.0]
+            for name, array in kinds.items():
+                file.create_dataset(name, data=array, dtype=array.dtype)
+                file["x"].attrs[name] = array
+            file["rows of pairs"] = h5py.Empty(h5py.vlen_dtype(pair))
+            file.create_dataset("link", data=file["x"].ref, dtype=h5py.ref_dtype)
+            file.create_dataset("region", data=file["x"].regionref[:1], dtype=h5py.regionref_dtype)
+            file["named"] = pair
+            file["x"].attrs.create("named", np.zeros((), dtype=pair), dtype=file["named"])
+            file.create_dataset("of a named type", shape=(3,), dtype=file["named"])
+        with open_for_reading(tmp_path / "x.h5") as (raw, size), h5py.File(tmp_path / "x.h5") as file:
+            headers = Headers(tmp_path / "x.h5", raw, size)
+            for name in file:
+                header = headers.read(file.id.links.get_info(name.encode()).u, name)
+                # What varies in length is a pointer in memory.
+                if isinstance(file[name], h5py.Dataset) and name not in {"text", "rows of pairs"}:
+                    assert header.type_nbytes == file[name].id.get_type().get_size(), name
 
     def test_what_is_required_must_be_numbers(self, tmp_path):
         with h5py.File(tmp_path / "x.h5", "w") as file:

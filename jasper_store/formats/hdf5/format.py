@@ -179,7 +179,6 @@ class _Walk:
         import h5py
 
         name = self.name_of(key)
-        self.check_fill(dataset.id, key, header)
         try:
             base = h5py.check_vlen_dtype(dataset.dtype)
             if base is not None and np.issubdtype(base, np.integer) and dataset.ndim == 1:
@@ -190,11 +189,6 @@ class _Walk:
             if name in self.required:
                 corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
             warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
-
-    def check_fill(self, dataset: Any, key: str, header: ObjectHeader) -> None:
-        """The library copies as many bytes as the datatype has. A datatype in an object of its own is known only now."""
-        if header.fill and len(header.fill) != (nbytes := dataset.get_type().get_size()):
-            corrupt(self.path, f"the fill value of {key!r:.100} should have {nbytes} bytes, found {len(header.fill)}.")
 
     def spend(self, key: str, n: int) -> None:
         self.budget -= n
@@ -211,8 +205,7 @@ class _Walk:
         rows = []
         name = group.name[1:]
         for i in range(len(members)):
-            key = f"{name}/{i}"
-            header = self.headers.read(members[str(i)], key)
+            self.headers.read(members[str(i)], f"{name}/{i}")
             # Below h5py's own objects, which cost five times as much for each of perhaps many thousand rows.
             row = h5py.h5o.open(group.id, str(i).encode())
             if not isinstance(row, h5py.h5d.DatasetID):
@@ -227,7 +220,6 @@ class _Walk:
             self.spend(name, length)
             values = np.empty(length, dtype=np.int64)
             if length:
-                self.check_fill(row, key, header)
                 row.read(h5py.h5s.create_simple((length,)), h5py.h5s.ALL, values)
             rows.append(values)
         return rows

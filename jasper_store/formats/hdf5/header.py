@@ -2,11 +2,12 @@
 
 The library trusts what a file must not decide. A layout may name other files (external storage, virtual datasets), and
 the library reads those. A fill value whose length differs from its datatype's makes the library write beyond its
-memory. And the older indices may lead back to themselves (:mod:`jasper_store.formats.hdf5.tree`). So the messages that
-say these things are read here first, from the file's bytes.
+memory. The older indices may lead back to themselves (:mod:`jasper_store.formats.hdf5.tree`), and some datatypes are
+called that cannot be (:mod:`jasper_store.formats.hdf5.datatype`). So the messages that say these things are read here
+first, from the file's bytes.
 
-Source: HDF5 File Format Specification, sections IV.A.1 "Data Object Headers", and IV.A.2.d, e, f, h, i, q and r for the
-messages.
+Source: HDF5 File Format Specification, sections IV.A.1 "Data Object Headers", and IV.A.2.d, e, f, h, i, m, q and r for
+the messages.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
+from jasper_store.formats.hdf5.datatype import check_datatype
 from jasper_store.formats.hdf5.raw import RawFile
 from jasper_store.formats.hdf5.tree import check_chunk_tree, check_group_tree
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Headers", "ObjectHeader"]
 
-_DATATYPE, _OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _CONTINUATION, _LINKS = 3, 4, 5, 7, 8, 16, 17
+_DATATYPE, _OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _LINKS = 3, 4, 5, 7, 8, 12, 16, 17
 _SHARED = 0x02  # in a message's flags: the message itself lies elsewhere
+_COMMITTED = 2  # how a shared message says that it is an object of its own
 _CHUNKED, _VIRTUAL = 2, 3
 # Bytes that are read at first; most headers are shorter.
 _BLOCK = 512
@@ -36,7 +39,7 @@ class ObjectHeader:
     """What is used of an object's header.
 
     Attributes:
-        type_nbytes: bytes of an element, ``None`` for a group or where the datatype is an object of its own.
+        type_nbytes: bytes of an element, ``None`` for a group.
         fill: bytes of the fill value, ``b""`` for zeros.
     """
 
@@ -66,24 +69,26 @@ class Headers:
         """
         found = self._known.get(address)
         if found is None:
-            found = self._known[address] = self._parse(address, key)
+            found = self._known[address] = ObjectHeader()
+            self._parse(found, address, key)
         return found
 
-    def _parse(self, address: int, key: str) -> ObjectHeader:
-        header = ObjectHeader()
+    def _parse(self, header: ObjectHeader, address: int, key: str) -> None:
         fills: list[bytes] = []
         what = f"the header of {key!r:.100}"
         for kind, flags, data in self._messages(address, key):
             if kind == _DATATYPE:
-                header.type_nbytes = None if flags & _SHARED else int.from_bytes(self._part(data, 4, 4, key), "little")
+                header.type_nbytes = self._datatype(data, bool(flags & _SHARED), key)
                 continue
-            if kind not in {_OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _LINKS}:
+            if kind not in {_OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _LINKS}:
                 continue
             if flags & _SHARED:
                 self._raw.corrupt(f"{what} keeps its messages in a table that others share")
             if kind == _EXTERNAL:
                 self._raw.elsewhere(key, "external files")
-            if kind == _LINKS:
+            if kind == _ATTRIBUTE:
+                self._check_attribute(data, key)
+            elif kind == _LINKS:
                 links = self._raw.offset(data, 0, what), self._raw.offset(data, self._raw.offset_nbytes, what)
                 check_group_tree(self._raw, *links, key)
             elif kind == _LAYOUT:
@@ -98,7 +103,6 @@ class Headers:
             self._raw.corrupt(
                 f"the fill value of {key!r:.100} should have {header.type_nbytes} bytes, found {list(map(len, fills))}"
             )
-        return header
 
     def _check_layout(self, data: bytes, key: str) -> None:
         what = f"the layout of {key!r:.100}"
@@ -111,6 +115,34 @@ class Headers:
         if kind == _CHUNKED and version < 4:
             dimensions = self._part(data, 1 if version < 3 else 2, 1, key)[0]
             check_chunk_tree(self._raw, self._raw.offset(data, 8 if version < 3 else 3, what), dimensions, key)
+
+    def _datatype(self, data: bytes, shared: bool, key: str) -> int:
+        """Check a datatype, or the object of its own that it is, and return the bytes of an element."""
+        what = f"the header of {key!r:.100}"
+        if not shared:
+            check_datatype(self._raw, data, 0, what)
+            return int.from_bytes(data[4:8], "little")
+        version, kind = self._part(data, 0, 2, key)
+        address = self._raw.offset(data, 8 if version == 1 else 2, what)
+        if not 1 <= version <= 3 or (version == 3 and kind != _COMMITTED) or address is None:
+            self._raw.corrupt(f"{what} keeps its datatype in a table that others share")
+        # One that is being read already has none for this one yet.
+        nbytes = self.read(address, f"datatype of {key}").type_nbytes
+        if nbytes is None:
+            self._raw.corrupt(f"{what} takes for its datatype what is none")
+        return nbytes
+
+    def _check_attribute(self, data: bytes, key: str) -> None:
+        what = f"an attribute of {key!r:.100}"
+        head = self._part(data, 0, 8, key)
+        version, flags = head[:2]
+        if not 1 <= version <= 3:
+            self._raw.corrupt(f"{what} has the unknown version {version}")
+        name_nbytes, type_nbytes = (int.from_bytes(head[i : i + 2], "little") for i in (2, 4))
+        # Version 1 pads each part to eight bytes, version 3 has the name's encoding in front.
+        at = 8 + -(-name_nbytes // 8) * 8 if version == 1 else 8 + name_nbytes + (version == 3)
+        shared = version > 1 and bool(flags & 1)
+        self._datatype(self._raw.part(data, at, type_nbytes, what), shared, key)
 
     def _fill(self, data: bytes, key: str) -> bytes:
         version = self._part(data, 0, 1, key)[0]

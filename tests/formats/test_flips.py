@@ -93,3 +93,21 @@ def test_datatypes_nested_too_deeply(tmp_path):
     outcome = open_confined("hdf5", [tmp_path / "x.h5"], seconds=10, nbytes=1 << 30)["x"]
     assert outcome.what == "refused"
     assert "nested over" in outcome.why
+
+
+def test_a_text_that_claims_much(tmp_path):
+    source = flips.sample(tmp_path / "x.h5", "earliest")
+    content = source.read_bytes()
+    # Behind the attribute's name, its datatype and its dataspace comes the length.
+    (at,) = (found.end() for found in re.finditer(rb"torch_dtype\0{5}\x19.{23}\x01\0{7}", content, re.DOTALL))
+    assert content[at : at + 4] == (8).to_bytes(4, "little")
+    # And so much has one of its letters, whose datatype follows that of the text.
+    letter = content.index(b"\x19\1", content.index(b"torch_dtype")) + 8 + 4
+    assert content[letter : letter + 4] == b"\1\0\0\0"
+    for place, why in ((at, "has a text of 900000000 bytes"), (letter, "numbers of 900000000 bytes")):
+        damaged = tmp_path / "damaged.h5"
+        damaged.write_bytes(content[:place] + (900_000_000).to_bytes(4, "little") + content[place + 4 :])
+        outcome = open_confined("hdf5", [damaged], seconds=10, nbytes=2 << 30)["damaged"]
+        assert outcome.what == "refused"
+        assert why in outcome.why
+        assert outcome.grown < 100 << 20

@@ -47,6 +47,28 @@ def rows_of_one_heap_object(file: h5py.File) -> None:
         raw.write(first * 20_000)
 
 
+def claimed(file: h5py.File, at: int) -> None:
+    """The row or text that begins at a byte of the file claims to have 900 million values."""
+    file.flush()
+    with open(file.filename, "r+b") as raw:  # noqa: PTH123 - the name is all that is known
+        raw.seek(at)
+        raw.write((900_000_000).to_bytes(4, "little"))
+
+
+def a_row_claims_much(file: h5py.File) -> None:
+    dataset = file.create_dataset("x", shape=(3,), dtype=h5py.vlen_dtype(np.uint8))
+    dataset[0] = [1, 2]
+    file.flush()
+    claimed(file, dataset.id.get_offset())
+
+
+def a_row_of_a_chunk_claims_much(file: h5py.File) -> None:
+    dataset = file.create_dataset("x", shape=(30,), dtype=h5py.vlen_dtype(np.uint8), chunks=(10,))
+    dataset[:] = [np.arange(2)] * 30
+    file.flush()
+    claimed(file, dataset.id.get_chunk_info(1).byte_offset + 16 * 3)
+
+
 def one_dataset_of_many_names(file: h5py.File) -> None:
     file["ids/0"] = np.arange(10_000)
     for i in range(1, 3000):
@@ -86,6 +108,8 @@ FILES: dict[str, Callable[[h5py.File], None]] = {
         tiny_chunks,
         rows_never_written,
         rows_of_one_heap_object,
+        a_row_claims_much,
+        a_row_of_a_chunk_claims_much,
         one_dataset_of_many_names,
         groups_linked_twice,
         long_rows_of_one_chunk,
@@ -120,6 +144,8 @@ def test_a_small_file_takes_little(outcomes, name, libver):
     [
         ("rows_never_written", "more values than a file"),
         ("rows_of_one_heap_object", "more values than a file"),
+        ("a_row_claims_much", "claims 900000000 values"),
+        ("a_row_of_a_chunk_claims_much", "claims 900000000 values"),
         ("one_dataset_of_many_names", "more values than a file"),
         ("groups_linked_twice", "links"),
         ("long_names", "links"),

@@ -17,6 +17,8 @@ __all__ = ["check_datatype"]
 
 _MAX_DEPTH = 16
 _STRING, _OPAQUE, _COMPOUND, _REFERENCE, _ENUM, _VARIABLE, _ARRAY, _COMPLEX = 3, 5, 6, 7, 8, 9, 10, 11
+_NUMBERS = {0, 1, 4}
+_MAX_NUMBER = 64
 # Bytes of the properties of the classes that hold no other type.
 _PROPERTIES = {0: 4, 1: 12, 2: 2, _STRING: 0, 4: 4, _REFERENCE: 0}
 
@@ -42,6 +44,9 @@ def check_datatype(raw: RawFile, data: bytes, at: int, what: str, depth: int = 0
     at += 8
     if depth > _MAX_DEPTH or not 1 <= version <= 5:
         raw.corrupt(f"{what} has a datatype of version {version}, or nested over {_MAX_DEPTH} deep")
+    # Room is made for values of the claimed size.
+    if kind in _NUMBERS and not 0 < int.from_bytes(head[4:8], "little") <= _MAX_NUMBER:
+        raw.corrupt(f"{what} has a datatype of numbers of {int.from_bytes(head[4:8], 'little')} bytes")
     if kind in _PROPERTIES:
         return at + _PROPERTIES[kind]
     if kind == _OPAQUE:

@@ -23,6 +23,7 @@ from jasper_store.formats.files import check_shape, open_for_reading
 from jasper_store.formats.hdf5.header import Headers, ObjectHeader
 from jasper_store.formats.hdf5.heap import check_heaps
 from jasper_store.formats.hdf5.library import corrupt, describe_filters, open_file
+from jasper_store.formats.hdf5.variable import longest_row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -233,6 +234,12 @@ class _Walk:
         if dataset.chunks is None and dataset.size * 16 > max(self.size, 1024):
             corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
         self.spend(dataset.name, dataset.size)
+        longest = longest_row(self.headers.raw, dataset)
+        if longest > self.size:
+            corrupt(
+                self.path,
+                f"a row of {dataset.name!r:.100} claims {longest} values, the file has {self.size} bytes (was it truncated?).",
+            )
         step = min(max(_NBYTES_AT_ONCE // self.size, _ROWS_AT_LEAST), _ROWS_AT_ONCE)
         rows = []
         for start in range(0, dataset.size, step):
@@ -290,8 +297,11 @@ class _Walk:
 
         if "torch_dtype" not in dataset.attrs:
             return None
-        kind = h5py.h5a.open(dataset.id, b"torch_dtype").get_type()
-        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+        attribute = h5py.h5a.open(dataset.id, b"torch_dtype")
+        kind = attribute.get_type()
+        if not isinstance(kind, h5py.h5t.TypeStringID) or attribute.get_space().get_simple_extent_npoints() != 1:
+            return "no text"
+        if kind.is_variable_str():
             self.check_heaps()
         return dataset.attrs["torch_dtype"]
 

@@ -29,6 +29,7 @@ _DATATYPE, _OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _LIN
 _SHARED = 0x02  # in a message's flags: the message itself lies elsewhere
 _COMMITTED = 2  # how a shared message says that it is an object of its own
 _CHUNKED, _VIRTUAL = 2, 3
+_VARIABLE = 9  # class of a datatype
 # Bytes that are read at first; most headers are shorter.
 _BLOCK = 512
 _UNDEFINED_SIZE = 0xFFFFFFFF
@@ -48,7 +49,11 @@ class ObjectHeader:
 
 
 class Headers:
-    """Reads the object headers of one file, each once. Not safe for concurrent use."""
+    """Reads the object headers of one file, each once. Not safe for concurrent use.
+
+    Attributes:
+        raw: the file.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         """Read the superblock and check the root group.
@@ -56,9 +61,10 @@ class Headers:
         Raises:
             CorruptFileError: as :meth:`read`.
         """
-        self._raw = RawFile(path, file, size)
+        self.raw = RawFile(path, file, size)
+        self._size = size
         self._known: dict[int, ObjectHeader] = {}
-        self.read(self._raw.root, "/")
+        self.read(self.raw.root, "/")
 
     def read(self, address: int, key: str) -> ObjectHeader:
         """Check the header at an address, as a link gives it, of the object that is called ``key`` in messages.
@@ -83,14 +89,14 @@ class Headers:
             if kind not in {_OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _LINKS}:
                 continue
             if flags & _SHARED:
-                self._raw.corrupt(f"{what} keeps its messages in a table that others share")
+                self.raw.corrupt(f"{what} keeps its messages in a table that others share")
             if kind == _EXTERNAL:
-                self._raw.elsewhere(key, "external files")
+                self.raw.elsewhere(key, "external files")
             if kind == _ATTRIBUTE:
                 self._check_attribute(data, key)
             elif kind == _LINKS:
-                links = self._raw.offset(data, 0, what), self._raw.offset(data, self._raw.offset_nbytes, what)
-                check_group_tree(self._raw, *links, key)
+                links = self.raw.offset(data, 0, what), self.raw.offset(data, self.raw.offset_nbytes, what)
+                check_group_tree(self.raw, *links, key)
             elif kind == _LAYOUT:
                 self._check_layout(data, key)
             elif kind == _FILL:
@@ -100,7 +106,7 @@ class Headers:
         # The newer message counts, where both are there.
         header.fill = fills[0] if fills else b""
         if any(fill and header.type_nbytes not in {None, len(fill)} for fill in fills):
-            self._raw.corrupt(
+            self.raw.corrupt(
                 f"the fill value of {key!r:.100} should have {header.type_nbytes} bytes, found {list(map(len, fills))}"
             )
 
@@ -108,28 +114,28 @@ class Headers:
         what = f"the layout of {key!r:.100}"
         version = self._part(data, 0, 1, key)[0]
         if not 1 <= version <= 5:
-            self._raw.corrupt(f"{what} has the unknown version {version}")
+            self.raw.corrupt(f"{what} has the unknown version {version}")
         kind = self._part(data, 2 if version < 3 else 1, 1, key)[0]
         if kind == _VIRTUAL:
-            self._raw.elsewhere(key, "a virtual dataset, which maps others")
+            self.raw.elsewhere(key, "a virtual dataset, which maps others")
         if kind == _CHUNKED and version < 4:
             dimensions = self._part(data, 1 if version < 3 else 2, 1, key)[0]
-            check_chunk_tree(self._raw, self._raw.offset(data, 8 if version < 3 else 3, what), dimensions, key)
+            check_chunk_tree(self.raw, self.raw.offset(data, 8 if version < 3 else 3, what), dimensions, key)
 
     def _datatype(self, data: bytes, shared: bool, key: str) -> int:
         """Check a datatype, or the object of its own that it is, and return the bytes of an element."""
         what = f"the header of {key!r:.100}"
         if not shared:
-            check_datatype(self._raw, data, 0, what)
+            check_datatype(self.raw, data, 0, what)
             return int.from_bytes(data[4:8], "little")
         version, kind = self._part(data, 0, 2, key)
-        address = self._raw.offset(data, 8 if version == 1 else 2, what)
+        address = self.raw.offset(data, 8 if version == 1 else 2, what)
         if not 1 <= version <= 3 or (version == 3 and kind != _COMMITTED) or address is None:
-            self._raw.corrupt(f"{what} keeps its datatype in a table that others share")
+            self.raw.corrupt(f"{what} keeps its datatype in a table that others share")
         # One that is being read already has none for this one yet.
         nbytes = self.read(address, f"datatype of {key}").type_nbytes
         if nbytes is None:
-            self._raw.corrupt(f"{what} takes for its datatype what is none")
+            self.raw.corrupt(f"{what} takes for its datatype what is none")
         return nbytes
 
     def _check_attribute(self, data: bytes, key: str) -> None:
@@ -137,19 +143,29 @@ class Headers:
         head = self._part(data, 0, 8, key)
         version, flags = head[:2]
         if not 1 <= version <= 3:
-            self._raw.corrupt(f"{what} has the unknown version {version}")
+            self.raw.corrupt(f"{what} has the unknown version {version}")
         name_nbytes, type_nbytes = (int.from_bytes(head[i : i + 2], "little") for i in (2, 4))
         # Version 1 pads each part to eight bytes, version 3 has the name's encoding in front.
         at = 8 + -(-name_nbytes // 8) * 8 if version == 1 else 8 + name_nbytes + (version == 3)
         shared = version > 1 and bool(flags & 1)
-        self._datatype(self._raw.part(data, at, type_nbytes, what), shared, key)
+        datatype = self.raw.part(data, at, type_nbytes, what)
+        self._datatype(datatype, shared, key)
+        if shared or datatype[0] & 15 != _VARIABLE:
+            return
+        # Its one value is a length and a place; the library makes room for the length before it looks at the place.
+        space_nbytes = int.from_bytes(head[6:8], "little")
+        at += -(-type_nbytes // 8) * 8 + -(-space_nbytes // 8) * 8 if version == 1 else type_nbytes + space_nbytes
+        width = 8 + self.raw.offset_nbytes
+        lengths = [int.from_bytes(data[i : i + 4], "little") for i in range(at, len(data) - width + 1, width)]
+        if max(lengths, default=0) > self._size:
+            self.raw.corrupt(f"{what} has a text of {max(lengths)} bytes, the file has {self._size}")
 
     def _fill(self, data: bytes, key: str) -> bytes:
         version = self._part(data, 0, 1, key)[0]
         if version in {1, 2}:
             return self._sized(data, 4, key) if self._part(data, 3, 1, key)[0] else b""
         if version != 3:
-            self._raw.corrupt(f"the fill value of {key!r:.100} has the unknown version {version}")
+            self.raw.corrupt(f"the fill value of {key!r:.100} has the unknown version {version}")
         return self._sized(data, 2, key) if self._part(data, 1, 1, key)[0] & 0x20 else b""
 
     def _sized(self, data: bytes, at: int, key: str) -> bytes:
@@ -159,7 +175,7 @@ class Headers:
 
     def _messages(self, address: int, key: str) -> Iterator[tuple[int, int, bytes]]:
         """Type, flags and bytes of every message of an object header of version 1 or 2."""
-        block = self._raw.block(address, _BLOCK)
+        block = self.raw.block(address, _BLOCK)
         old = block[:1] == b"\x01"
         if old:
             begin, nbytes = 16, int.from_bytes(self._part(block, 8, 4, key), "little")
@@ -172,18 +188,18 @@ class Headers:
             begin += width
             head = 6 if flags & 0x04 else 4
         else:
-            self._raw.corrupt(f"the header of {key!r:.100} at {address} begins with {block[:5]!r}")
+            self.raw.corrupt(f"the header of {key!r:.100} at {address} begins with {block[:5]!r}")
         what = f"the header of {key!r:.100}"
         chunks = [(address + begin, nbytes)]
         seen = set()
         while chunks:
             at, nbytes = chunks.pop()
             if at in seen:
-                self._raw.corrupt(f"the header of {key!r:.100} continues in itself")
+                self.raw.corrupt(f"the header of {key!r:.100} continues in itself")
             seen.add(at)
             offset = at - address
             known = offset >= 0 and offset + nbytes <= len(block)
-            body = block[offset : offset + nbytes] if known else self._raw.read(at, nbytes, what)
+            body = block[offset : offset + nbytes] if known else self.raw.read(at, nbytes, what)
             for kind, flags, data in self._split(body, old, head, key):
                 yield kind, flags, data
                 if kind == _CONTINUATION:
@@ -203,12 +219,12 @@ class Headers:
     def _continuation(self, data: bytes, old: bool, key: str) -> tuple[int, int]:
         """Where a continuation's messages lie, and their bytes."""
         what = f"the header of {key!r:.100}"
-        offset = self._raw.offset(data, 0, what)
-        nbytes = self._raw.length(data, self._raw.offset_nbytes, what)
+        offset = self.raw.offset(data, 0, what)
+        nbytes = self.raw.length(data, self.raw.offset_nbytes, what)
         # In version 2 a signature is in front and a checksum behind.
-        if offset is None or (not old and (nbytes < 8 or self._raw.read(offset, 4, what) != b"OCHK")):
-            self._raw.corrupt(f"{what} continues where no header does")
+        if offset is None or (not old and (nbytes < 8 or self.raw.read(offset, 4, what) != b"OCHK")):
+            self.raw.corrupt(f"{what} continues where no header does")
         return (offset, nbytes) if old else (offset + 4, nbytes - 8)
 
     def _part(self, data: bytes, at: int, nbytes: int, key: str) -> bytes:
-        return self._raw.part(data, at, nbytes, f"a message in the header of {key!r:.100}")
+        return self.raw.part(data, at, nbytes, f"a message in the header of {key!r:.100}")

@@ -58,8 +58,11 @@ class RawFile:
         Raises:
             CorruptFileError: the file ends before, or too much was read of it already.
         """
+        return self.read_absolute(self._base + address, nbytes, what)
+
+    def read_absolute(self, at: int, nbytes: int, what: str) -> bytes:
+        """As :meth:`read`, from the beginning of the file, also of one with a user block."""
         self._budget -= nbytes
-        at = self._base + address
         if at + nbytes > self._size or self._budget < 0:
             self.corrupt(
                 f"{nbytes} bytes at byte {at} of {what} do not fit the file of {self._size} (was it truncated?)"

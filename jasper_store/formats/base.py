@@ -52,7 +52,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Chunked:
-    """A tensor that has no single extent (chunked, compressed, external HDF5) and needs its own reader.
+    """A tensor that has no single extent (chunked or compressed HDF5, or never written) and needs its own reader.
 
     Attributes:
         path: the HDF5 file.

@@ -20,6 +20,7 @@ from jasper_store.errors import (
     DatasetNotFoundError,
     IncompatibleOptionsError,
     IntegrityError,
+    JasperStoreError,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA_START",
+    "MAX_DIMENSIONS",
     "TensorBeingWritten",
     "check_name",
     "check_shape",
@@ -39,6 +41,7 @@ __all__ = [
     "open_for_reading",
     "read_at",
     "require_open",
+    "shown",
     "tensor_bytes",
     "write_at",
 ]
@@ -67,7 +70,7 @@ def open_for_reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
     Raises:
         DatasetNotFoundError: there is no such file, or it may not be read.
-        CorruptFileError: it is not a regular file (a pipe would block for ever).
+        CorruptFileError: it is not a regular file (a pipe would block for ever), or a read within fails.
     """
     try:
         fd = os.open(path, _READ_FLAGS)
@@ -77,19 +80,34 @@ def open_for_reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     except OSError as exc:
         msg = f"{path}: cannot be opened for reading: {exc.strerror}. Check the path and its permissions."
         raise DatasetNotFoundError(msg, path=path) from exc
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            msg = f"{path}: expected a regular file, found a {_kind(status.st_mode)}."
+            raise CorruptFileError(msg, path=path)
+        with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
+            yield file, status.st_size
+    except JasperStoreError:
+        raise
+    except OSError as exc:
+        msg = f"{path}: reading it failed: {exc.strerror or exc}. Check the disk, or write the file again."
+        raise CorruptFileError(msg, path=path) from exc
+    finally:
         os.close(fd)
-        msg = f"{path}: expected a regular file, found a {_kind(status.st_mode)}."
-        raise CorruptFileError(msg, path=path)
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        yield file, status.st_size
 
 
 def _kind(mode: int) -> str:
     if stat.S_ISDIR(mode):
         return "directory"
     return "named pipe" if stat.S_ISFIFO(mode) else "special file"
+
+
+def shown(value: object, width: int) -> str:
+    """``repr`` of what a header holds, cut; Python refuses to write out ints of thousands of digits."""
+    try:
+        return repr(value)[:width]
+    except ValueError:
+        return f"a {type(value).__name__} with an int of too many digits"
 
 
 def check_shape(shape: Sequence[object], itemsize: int, *, path: Path, tensor: str) -> tuple[tuple[int, ...], int]:
@@ -104,7 +122,9 @@ def check_shape(shape: Sequence[object], itemsize: int, *, path: Path, tensor: s
     sizes: list[int] = []
     for size in shape:
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _INT64_MAX:
-            msg = f"{path}: tensor {tensor!r}: a size must be a whole number within [0, 2**63), found {size!r:.80}."
+            msg = (
+                f"{path}: tensor {tensor!r}: a size must be a whole number within [0, 2**63), found {shown(size, 80)}."
+            )
             raise CorruptFileError(msg, path=path, tensor=tensor)
         sizes.append(size)
     if len(sizes) > MAX_DIMENSIONS:

@@ -7,6 +7,7 @@ header is parsed here because numpy offers no public reader for version 3.0, and
 from __future__ import annotations
 
 import ast
+import re
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats.base import Extent, TensorSpec, contiguous_strides
-from jasper_store.formats.files import DATA_START, check_shape, dtype_name, open_for_reading, read_at
+from jasper_store.formats.files import DATA_START, check_shape, dtype_name, open_for_reading, read_at, shown
 from jasper_store.formats.flat import FlatWriter, stem_of
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class NpyFormat:
         dtype = _dtype(path, header["descr"])
         fortran, claimed = header["fortran_order"], header["shape"]
         if not isinstance(fortran, bool) or not isinstance(claimed, tuple):
-            _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {header!r:.200}.")
+            _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
         shape, nbytes = check_shape(claimed, dtype.itemsize, path=path, tensor=name)
         if data_start + nbytes != size:
             _corrupt(
@@ -107,7 +108,7 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as exc:
         _corrupt(path, f"its header is not a Python literal: {type(exc).__name__}: {exc!s:.100}.", cause=exc)
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
-        _corrupt(path, f"its header must hold descr, fortran_order and shape, found {header!r:.200}.")
+        _corrupt(path, f"its header must hold descr, fortran_order and shape, found {shown(header, 200)}.")
     return header, start, size
 
 
@@ -117,11 +118,16 @@ def _dtype(path: Path, description: object) -> torch.dtype:
     if description in ("<V2", "|V2", [("bfloat16", "<u2")]):
         return torch.bfloat16
     if not isinstance(description, str):
-        _corrupt(path, f"structured arrays are not tensors, found dtype {description!r:.200}; save each field alone.")
+        _corrupt(
+            path, f"structured arrays are not tensors, found dtype {shown(description, 200)}; save each field alone."
+        )
+    # What numpy.save writes for numbers. numpy's own reader of such texts knows whole languages, and warns of some.
+    if not re.fullmatch(r"[<>=|]?[B-Zb-z?]\d{0,3}", description):
+        _corrupt(path, f"dtype {shown(description, 100)} has no torch equal; save plain numbers, such as float32.")
     try:
         found = np.dtype(description)
     except (TypeError, ValueError, SyntaxError) as exc:
-        _corrupt(path, f"it has the unknown dtype {description!r:.100}.", cause=exc)
+        _corrupt(path, f"it has the unknown dtype {shown(description, 100)}.", cause=exc)
     if found.hasobject:
         _corrupt(path, "it holds pickled Python objects, which are never executed; save numbers.")
     if found.byteorder == ">":

@@ -6,6 +6,7 @@ if every one was either refused with CorruptFileError or opened with all its val
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 import warnings
@@ -13,8 +14,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from jasper_store.errors import CorruptFileError, JasperStoreWarning
-from jasper_store.formats.base import Extent, Inline, Schema
+from jasper_store.formats.base import Chunked, Extent, Inline, Schema
+from jasper_store.formats.hdf5.chunks import ChunkedReader
 from jasper_store.formats.registry import FORMATS
 from tests.formats.conformance import read
 
@@ -48,6 +52,11 @@ def flips(content: bytes, seed: int, count: int) -> list[bytes]:
 
 def opened(name: str, path: Path) -> str:
     """``"refused"`` or ``"opened"``; anything else that can happen raises."""
+    return "refused" if error_of(name, path) else "opened"
+
+
+def error_of(name: str, path: Path) -> CorruptFileError | None:
+    """Open a file and read its values as a consumer would; the error if it is refused."""
     size = path.stat().st_size
     try:
         with warnings.catch_warnings():
@@ -63,12 +72,16 @@ def opened(name: str, path: Path) -> str:
                     last = sum((n - 1) * step for n, step in zip(spec.shape, strides, strict=True))
                     assert spec.location.offset + (last + 1) * spec.dtype.itemsize <= size
                 assert spec.location.offset >= 0
+            if isinstance(spec.location, Chunked) and spec.row_nbytes <= READ_AT_MOST:
+                with contextlib.closing(ChunkedReader(spec)) as reader:
+                    rows = torch.empty((2, *spec.shape[1:]), dtype=spec.dtype)
+                    reader.read_rows(torch.tensor([0, spec.n_rows - 1]), rows)
             if spec.nbytes <= READ_AT_MOST or isinstance(spec.location, Inline):
                 values = read(spec)
                 assert tuple(values.shape) == spec.shape
-    except CorruptFileError:
-        return "refused"
-    return "opened"
+    except CorruptFileError as exc:
+        return exc
+    return None
 
 
 def run(

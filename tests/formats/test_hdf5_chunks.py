@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from hypothesis import given, strategies as st
 
 from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats.base import Chunked, Schema
-from jasper_store.formats.hdf5 import chunks as hdf5_chunks
+from jasper_store.formats.hdf5 import source as hdf5_source
 from jasper_store.formats.hdf5.chunks import ChunkedReader
 from jasper_store.formats.hdf5.deflate import inflate
 from jasper_store.formats.hdf5.format import Hdf5Format
+from jasper_store.formats.hdf5.source import OpenChunks
 from tests.formats.conformance import relaxed, same, values
 
 # What a file may have been written with, and whether its chunks are read around the library.
@@ -92,7 +94,7 @@ def test_rows_are_those_of_the_library(tmp_path, pipeline, shape, dtype, data):
     reader.read_block(start, stop, out)
     assert same(out, expected[start:stop])
     assert reader._open is not None
-    assert (reader._open.index.places is not None) == direct
+    assert reader._open.index.direct == direct
     reader.close()
 
 
@@ -139,7 +141,7 @@ def test_each_chunk_is_read_once(compressed, monkeypatch):
         reads.append(nbytes)
         return inflate(raw, nbytes)
 
-    monkeypatch.setattr(hdf5_chunks, "inflate", counted)
+    monkeypatch.setattr(hdf5_source, "inflate", counted)
     spec = locate(path)
     rows = torch.randint(1000, (5000,), generator=torch.Generator().manual_seed(0))
     assert same(gather(ChunkedReader(spec), rows), tensor[rows])
@@ -204,6 +206,60 @@ def test_closed(compressed):
         gather(reader, [1])
     with pytest.raises(ClosedError):
         gather(pickle.loads(pickle.dumps(reader)), [1])
+
+
+@pytest.mark.parametrize("name", ["chunked", "gzip", "lzf"])
+def test_closing_waits_for_what_is_being_read(tmp_path, monkeypatch, name):
+    options, direct = PIPELINES[name]
+    array = np.arange(3000.0).reshape(1000, 3)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=array, chunks=(64, 3), **options)
+    reader = ChunkedReader(locate(tmp_path / "x.h5"))
+    reading, go_on = threading.Event(), threading.Event()
+    read = OpenChunks.read if direct else OpenChunks.span
+
+    def held(*args):
+        reading.set()
+        assert go_on.wait(60)
+        return read(*args)
+
+    monkeypatch.setattr(OpenChunks, read.__name__, held)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(gather, reader, range(1000))
+        assert reading.wait(60)
+        source = reader._open
+        assert source is not None
+        reader.close()
+        with pytest.raises(ClosedError):
+            gather(reader, [1])
+        os.fstat(source.fd)
+        go_on.set()
+        assert same(found.result(), torch.from_numpy(array))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(source.fd)
+
+
+def test_closing_under_many_readers(compressed):
+    path, tensor = compressed
+    for _ in range(30):
+        reader = ChunkedReader(locate(path))
+        start = threading.Barrier(5)
+
+        def work(reader=reader, start=start):
+            start.wait()
+            try:
+                while True:
+                    assert same(gather(reader, [999, 3, 500]), tensor[[999, 3, 500]])
+            except ClosedError:
+                return True
+
+        with ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(work) for _ in range(4)]
+            start.wait()
+            time.sleep(0.002)
+            reader.close()
+            assert all(future.result() for future in found)
+        assert reader._open is None
 
 
 def test_no_handle_is_kept_after_closing(compressed):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import struct
 from typing import Any
 
@@ -16,9 +18,11 @@ from hypothesis import given, strategies as st
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.npy import NpyFormat
-from jasper_store.formats.safetensors import SafetensorsFormat
+from jasper_store.formats.registry import FORMATS
+from jasper_store.formats.safetensors import MAX_HEADER, SafetensorsFormat
 from tests.formats import damage
-from tests.formats.conformance import read, relaxed, same
+from tests.formats.confined import open_confined
+from tests.formats.conformance import read, relaxed, same, write
 
 numbers = st.sampled_from(
     [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, -1, -4, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 2**70]
@@ -151,6 +155,37 @@ def test_a_header_longer_than_the_specification_allows(tmp_path):
         SafetensorsFormat().locate(path, Schema())
 
 
+def test_a_safetensors_header_longer_than_any_that_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, b"{}".ljust(MAX_HEADER + 1), b"")
+    with pytest.raises(CorruptFileError, match=f"at most {MAX_HEADER} are read"):
+        SafetensorsFormat().locate(path, Schema())
+    # The longest, of what takes most memory when it is parsed.
+    empty = b'{"a":[' + b"{}," * ((MAX_HEADER - 20) // 3) + b"{}]}"
+    write_safetensors(path, empty.ljust(MAX_HEADER), b"")
+    (outcome,) = open_confined("safetensors", [path], seconds=20, nbytes=2 << 30).values()
+    assert outcome.what == "refused"
+    assert outcome.grown < 40 * MAX_HEADER
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch, name):
+    path = tmp_path / f"x{FORMATS[name].suffixes[0]}"
+    writer = FORMATS[name].writer(path, Schema())
+    write(writer, "x", torch.ones(3))
+    writer.close()
+
+    def fail(file, offset, nbytes):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for module in ("files", "npy", "safetensors", "pt.format", "hdf5.raw"):
+        monkeypatch.setattr(f"jasper_store.formats.{module}.read_at", fail)
+    with pytest.raises(CorruptFileError, match="Input/output error") as caught:
+        FORMATS[name].locate(path, Schema())
+    assert str(path) in str(caught.value)
+    assert caught.value.path == path
+
+
 descriptions = mostly(
     st.sampled_from(["<f4", "|b1", "<i8", "<V2", "|u1"]),
     st.sampled_from(["|O", ">f4", "<U3", "f4", "<f16", "<V3", "<M8[s]", "(2,)f4", "i4,i4", "|S0"])
@@ -208,11 +243,19 @@ def test_npy_of_any_text(tmp_path, text):
         "{'descr': '<f4', 'fortran_order': False, 'shape': (True,)}",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -1)}",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 4611686018427387904, 4)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (0x" + "9" * 5000 + ",)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': 0x" + "9" * 5000 + "}",
+        "{'descr': 0x" + "9" * 5000 + ", 'fortran_order': False, 'shape': (2,)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 0x" + "9" * 5000 + ": 1}",
+        "{'descr': 'a5', 'fortran_order': False, 'shape': (2,)}",
+        "{'descr': '(1,)f4', 'fortran_order': False, 'shape': (2,)}",
+        "{'descr': '" + "f4," * 3000 + "', 'fortran_order': False, 'shape': (2,)}",
+        "{'descr': '<f99999999999999999999', 'fortran_order': False, 'shape': (2,)}",
         " " * 20_000,
         "\0",
         "",
     ],
-    ids=lambda text: text[:20],
+    ids=lambda text: f"{text[:20]}{len(text)}",
 )
 def test_npy_headers_that_are_wrong_in_one_way(tmp_path, text):
     write_npy(tmp_path / "x.npy", text, bytes(8))

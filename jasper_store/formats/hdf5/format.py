@@ -1,8 +1,9 @@
 """HDF5: one file that holds every tensor of a dataset under a path of its own.
 
 A contiguous dataset is one run of bytes, so it becomes an :class:`Extent` and is mapped like any other file. A
-chunked or compressed one becomes :class:`Chunked`. Soft and external links are never followed. h5py is imported
-inside the calls: it takes a tenth of a second.
+chunked or compressed one becomes :class:`Chunked`. What lies in other files is never read: soft and external links are
+not followed, external storage and virtual datasets are refused before the library opens them
+(:mod:`jasper_store.formats.hdf5.header`). h5py is imported inside the calls: it takes a tenth of a second.
 
 Source: https://support.hdfgroup.org/documentation/hdf5/latest/ and https://docs.h5py.org.
 """
@@ -11,26 +12,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from jasper_store.errors import CorruptFileError, JasperStoreError, JasperStoreWarning
+from jasper_store.errors import JasperStoreWarning
 from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
+from jasper_store.formats.hdf5.header import Headers, ObjectHeader
 from jasper_store.formats.hdf5.heap import check_heaps
+from jasper_store.formats.hdf5.library import corrupt, describe_filters, open_file
+from jasper_store.formats.hdf5.variable import longest_row
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from jasper_store.formats.base import FileWriter, FormatName, Location, Schema
 
-__all__ = ["Hdf5Format", "open_file", "translated"]
+__all__ = ["Hdf5Format", "open_file"]
 
 _DTYPES = {
     np.dtype(name): getattr(torch, name)
@@ -51,8 +53,16 @@ _DTYPES = {
 }
 # A row per dataset below this depth of groups is a damaged file, not a layout.
 _MAX_DEPTH = 32
-_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
-_PLUGINS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
+# Two links may lead to one object, and two groups' links to one group: what a file lists is counted as it is walked.
+_NBYTES_PER_LINK = 8
+_MAX_KEY = 4096
+# Values of ragged rows, which are read with the header. Many rows may be compressed, or be one and the same.
+_VALUES_PER_BYTE = 16
+_VALUES_AT_LEAST = 1 << 18
+# Rows of variable length that are read at once. How many values they have is not known before; at most the file's.
+_ROWS_AT_ONCE = 1 << 16
+_ROWS_AT_LEAST = 64
+_NBYTES_AT_ONCE = 1 << 26
 
 
 class Hdf5Format:
@@ -69,8 +79,8 @@ class Hdf5Format:
         ``values`` and ``offsets``, a group of datasets ``"0"`` to ``"N-1"`` and a variable-length dataset of
         ints are ragged tensors. What cannot be a tensor (texts, compounds) is skipped with a warning.
         """
-        with open_file(path) as (file, size):
-            return _Walk(path, size, schema).run(file)
+        with open_for_reading(path) as (raw, _), open_file(path) as (file, size):
+            return _Walk(path, size, schema, Headers(path, raw, size)).run(file)
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
         """See :meth:`jasper_store.formats.base.Format.writer`; several tensors, rows must be known.
@@ -86,77 +96,6 @@ class Hdf5Format:
         return make_writer(path, schema, compression)
 
 
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Whatever h5py raises on a damaged file, as CorruptFileError."""
-    try:
-        yield
-    except JasperStoreError:
-        raise
-    # h5py has no error tree of its own: each of these was seen on a file with flipped bytes.
-    except (
-        OSError,
-        RuntimeError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        MemoryError,
-    ) as exc:
-        _corrupt(path, f"{type(exc).__name__}: {exc!s:.200}.", cause=exc)
-
-
-def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:
-    msg = f"{path}: not an HDF5 file that can be read: {what} Write or convert it again."
-    raise CorruptFileError(msg, path=path, tensor=tensor) from cause
-
-
-@contextmanager
-def open_file(path: Path) -> Iterator[tuple[Any, int]]:
-    """Open an HDF5 file read-only and yield it with its size, also on file systems that have no locks.
-
-    Raises:
-        DatasetNotFoundError: there is no such file, or it may not be read.
-        CorruptFileError: anything else that h5py stumbles over, also inside the ``with`` block.
-    """
-    with open_for_reading(path) as (_, size):
-        pass  # only for its errors: h5py's do not tell a missing file from a damaged one
-    with translated(path):
-        file = _open(path)
-        try:
-            yield file, size
-        finally:
-            file.close()
-
-
-def _open(path: Path) -> Any:
-    import h5py
-
-    # The library's own default first. It fails on NFS without a lock daemon; and a file that this process has open
-    # already must be opened with the same choice.
-    *choices, last = None, False, True
-    for locking in choices:
-        try:
-            return h5py.File(path, "r", locking=locking)
-        except OSError as exc:  # noqa: PERF203 - three times at most
-            _refuse_busy(path, exc)
-            if "lock" not in str(exc):
-                raise
-    return h5py.File(path, "r", locking=last)
-
-
-def _refuse_busy(path: Path, exc: OSError) -> None:
-    if isinstance(exc, BlockingIOError):
-        raise CorruptFileError(
-            f"{path}: another process has it open for writing; wait until it has finished.", path=path
-        ) from exc
-    if "already open for write" in str(exc):
-        raise CorruptFileError(
-            f"{path}: its writer was killed, or is still at work; wait for it, or write the file again.", path=path
-        ) from exc
-
-
 class _UnsupportedError(Exception):
     """A dataset that cannot be a tensor and is skipped, with the reason."""
 
@@ -164,9 +103,12 @@ class _UnsupportedError(Exception):
 class _Walk:
     """One pass over the objects of an open file."""
 
-    def __init__(self, path: Path, size: int, schema: Schema) -> None:
+    def __init__(self, path: Path, size: int, schema: Schema, headers: Headers) -> None:
         self.path = path
         self.size = size
+        self.headers = headers
+        self.links = size // _NBYTES_PER_LINK
+        self.budget = max(_VALUES_PER_BYTE * size, _VALUES_AT_LEAST)
         self.required = schema.required
         self.names = {p.strip("/"): name for name, p in schema.hdf5_paths.items()}
         self.names.update(
@@ -190,55 +132,81 @@ class _Walk:
 
     def add(self, spec: TensorSpec) -> None:
         if spec.name in self.specs:
-            _corrupt(self.path, f"two of its datasets mean {spec.name!r:.100}.", tensor=spec.name)
+            corrupt(self.path, f"two of its datasets mean {spec.name!r:.100}.", tensor=spec.name)
         self.specs[spec.name] = spec
 
-    def group(self, group: Any, key: str, above: frozenset[Any]) -> None:
+    def group(self, group: Any, key: str, above: frozenset[int]) -> None:
+        """Walk a group; ``above`` are the addresses of the groups on the way from the root to it, itself included."""
         import h5py
 
-        # A hard link to a group further up would be walked for ever.
-        here = h5py.h5o.get_info(group.id)
-        identity = (here.fileno, here.addr)
-        if identity in above or len(above) >= _MAX_DEPTH:
-            _corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
-        members = {
-            name: f"{key}/{name}" if key else name
-            for name in group
-            if group.id.links.get_info(name.encode("utf-8", "surrogateescape")).type == h5py.h5l.TYPE_HARD
-        }
+        if len(above) > _MAX_DEPTH:
+            corrupt(self.path, f"the group {key!r:.100} contains itself, or is nested over {_MAX_DEPTH} deep.")
+        members = self.members(group, key)
         if members and members.keys() == {str(i) for i in range(len(members))}:
-            rows = self.rows(group, len(members))
+            rows = self.rows(group, members)
             if rows is not None:
                 self.ragged(self.name_of(key), rows)
                 return
-        for name, member_key in members.items():
+        for name, address in members.items():
+            member_key = f"{key}/{name}" if key else name
+            # A hard link to a group further up would be walked for ever.
+            if address in above:
+                corrupt(self.path, f"the group {key!r:.100} contains itself.")
+            header = self.headers.read(address, member_key)
             member = group[name]
             if isinstance(member, h5py.Group):
-                self.group(member, member_key, above | {identity})
+                self.group(member, member_key, above | {address})
             elif isinstance(member, h5py.Dataset):
-                self.dataset(member, member_key)
+                self.dataset(member, member_key, header)
 
-    def dataset(self, dataset: Any, key: str) -> None:
+    def members(self, group: Any, key: str) -> dict[str, int]:
+        """Names and addresses of the objects that a group's hard links lead to."""
+        import h5py
+
+        found = {}
+        for name in group:
+            self.links -= 1
+            if self.links < 0 or len(key) + len(name) > _MAX_KEY:
+                corrupt(
+                    self.path,
+                    f"the links of the group {key!r:.100} are more, or longer, than a file of {self.size} has.",
+                )
+            link = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
+            if link.type == h5py.h5l.TYPE_HARD:
+                found[name] = int(link.u)
+        return found
+
+    def dataset(self, dataset: Any, key: str, header: ObjectHeader) -> None:
         import h5py
 
         name = self.name_of(key)
         try:
             base = h5py.check_vlen_dtype(dataset.dtype)
             if base is not None and np.issubdtype(base, np.integer) and dataset.ndim == 1:
-                self.ragged(name, self.variable(dataset))
+                self.ragged(name, self.variable(dataset, header))
                 return
             self.add(self.spec(dataset, key, name))
         except _UnsupportedError as exc:
             if name in self.required:
-                _corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
+                corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
             warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
 
-    def rows(self, group: Any, n: int) -> list[NDArray[np.int64]] | None:
+    def spend(self, key: str, n: int) -> None:
+        self.budget -= n
+        if self.budget < 0:
+            corrupt(
+                self.path,
+                f"the rows of {key!r:.100} have more values than a file of {self.size} bytes explains (was it truncated?).",
+            )
+
+    def rows(self, group: Any, members: dict[str, int]) -> list[NDArray[np.int64]] | None:
         """The rows of a ragged tensor that has a small dataset for each, or ``None`` if the group is something else."""
         import h5py
 
         rows = []
-        for i in range(n):
+        name = group.name[1:]
+        for i in range(len(members)):
+            self.headers.read(members[str(i)], f"{name}/{i}")
             # Below h5py's own objects, which cost five times as much for each of perhaps many thousand rows.
             row = h5py.h5o.open(group.id, str(i).encode())
             if not isinstance(row, h5py.h5d.DatasetID):
@@ -249,20 +217,36 @@ class _Walk:
             if length and (row.dtype.kind not in "iu" or space.get_simple_extent_ndims() > 1):
                 return None
             if length > self.size:
-                _corrupt(self.path, f"row {i} of {group.name!r:.100} is larger than the file (was it truncated?).")
+                corrupt(self.path, f"row {i} of {name!r:.100} is larger than the file (was it truncated?).")
+            self.spend(name, length)
             values = np.empty(length, dtype=np.int64)
             if length:
                 row.read(h5py.h5s.create_simple((length,)), h5py.h5s.ALL, values)
             rows.append(values)
         return rows
 
-    def variable(self, dataset: Any) -> list[NDArray[np.int64]]:
+    def variable(self, dataset: Any, header: ObjectHeader) -> list[NDArray[np.int64]]:
         """The rows of a variable-length dataset of ints."""
         self.check_heaps()
-        # Each row takes 16 bytes in the file beside its values.
-        if dataset.size * 16 > max(self.size, 1024) and dataset.chunks is None:
-            _corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
-        return [row.astype(np.int64, casting="unsafe") for row in dataset[()]]
+        if any(header.fill):
+            corrupt(self.path, f"dataset {dataset.name!r:.100} has a fill value of variable length.")
+        # Each row takes 16 bytes in the file beside its values, unless it is compressed or was never written.
+        if dataset.chunks is None and dataset.size * 16 > max(self.size, 1024):
+            corrupt(self.path, f"dataset {dataset.name!r:.100} is larger than the file (was it truncated?).")
+        self.spend(dataset.name, dataset.size)
+        longest = longest_row(self.headers.raw, dataset)
+        if longest > self.size:
+            corrupt(
+                self.path,
+                f"a row of {dataset.name!r:.100} claims {longest} values, the file has {self.size} bytes (was it truncated?).",
+            )
+        step = min(max(_NBYTES_AT_ONCE // self.size, _ROWS_AT_LEAST), _ROWS_AT_ONCE)
+        rows = []
+        for start in range(0, dataset.size, step):
+            block = [row.astype(np.int64, casting="unsafe") for row in dataset[start : start + step]]
+            self.spend(dataset.name, sum(map(len, block)))
+            rows += block
+        return rows
 
     def check_heaps(self) -> None:
         if not self.heaps_checked:
@@ -292,19 +276,19 @@ class _Walk:
         if stored.kind not in "biuf":
             raise _UnsupportedError(f"{stored} is no number")
         if stored.byteorder == ">":
-            _corrupt(
+            corrupt(
                 self.path,
                 f"dataset {key!r:.100} is big-endian; write it as little-endian ({stored.newbyteorder('<')}).",
             )
         # h5py widens what numpy cannot express (12-bit ints, 24-bit floats); the bytes would then be something else.
         if stored not in _DTYPES or not h5py.h5t.py_create(stored, logical=True).equal(tid):
-            _corrupt(self.path, f"dataset {key!r:.100} has a number type that torch does not have ({stored}).")
+            corrupt(self.path, f"dataset {key!r:.100} has a number type that torch does not have ({stored}).")
         marked = self.mark(dataset)
         if marked is None:
             found: torch.dtype = _DTYPES[stored]
             return found
         if marked not in ("bfloat16", b"bfloat16") or stored != np.uint16:
-            _corrupt(self.path, f"dataset {key!r:.100}: {stored} with torch_dtype={marked!r:.40} is unknown.")
+            corrupt(self.path, f"dataset {key!r:.100}: {stored} with torch_dtype={marked!r:.40} is unknown.")
         return torch.bfloat16
 
     def mark(self, dataset: Any) -> object:
@@ -313,8 +297,11 @@ class _Walk:
 
         if "torch_dtype" not in dataset.attrs:
             return None
-        kind = h5py.h5a.open(dataset.id, b"torch_dtype").get_type()
-        if not isinstance(kind, h5py.h5t.TypeStringID) or kind.is_variable_str():
+        attribute = h5py.h5a.open(dataset.id, b"torch_dtype")
+        kind = attribute.get_type()
+        if not isinstance(kind, h5py.h5t.TypeStringID) or attribute.get_space().get_simple_extent_npoints() != 1:
+            return "no text"
+        if kind.is_variable_str():
             self.check_heaps()
         return dataset.attrs["torch_dtype"]
 
@@ -330,7 +317,7 @@ class _Walk:
             if offset is not None:
                 # get_offset() already counts the user block.
                 if offset + nbytes > self.size:
-                    _corrupt(
+                    corrupt(
                         self.path,
                         f"dataset {key!r:.100} should end at byte {offset + nbytes}, the file has {self.size} "
                         "(was it truncated?).",
@@ -342,15 +329,5 @@ class _Walk:
             return Inline(self.path, raw.view(torch.bfloat16) if dtype == torch.bfloat16 else raw)
         chunks = dataset.chunks
         if chunks is not None and (0 in chunks or math.prod(chunks) * dtype.itemsize >= 2**32):
-            _corrupt(self.path, f"dataset {key!r:.100} has the impossible chunk shape {chunks}.", tensor=key)
+            corrupt(self.path, f"dataset {key!r:.100} has the impossible chunk shape {chunks}.", tensor=key)
         return Chunked(self.path, key, chunks, describe_filters(plist))
-
-
-def describe_filters(plist: Any) -> str:
-    """The filter pipeline of a dataset, in the order it is applied on writing, e.g. ``"shuffle+gzip(4)"``."""
-    words = []
-    for i in range(plist.get_nfilters()):
-        code, _, values, name = plist.get_filter(i)
-        word = _FILTERS.get(code) or _PLUGINS.get(code) or name.decode("utf-8", "replace") or str(code)
-        words.append(f"{word}({values[0]})" if word == "gzip" and values else word)
-    return "+".join(words)

@@ -12,19 +12,19 @@ import numpy as np
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked, contiguous_strides
-from jasper_store.formats.hdf5.format import describe_filters, open_file
+from jasper_store.formats.hdf5.library import describe_filters, open_dataset, open_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from jasper_store.formats.base import TensorSpec
 
+    Places = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]
+
 __all__ = ["GZIP", "SHUFFLE", "ChunkIndex", "changed", "identity_of", "read_index"]
 
 GZIP, SHUFFLE, FLETCHER32 = 1, 2, 3
 _DIRECT = ((), (GZIP,), (SHUFFLE,), (SHUFFLE, GZIP))
-# 13 bytes are remembered of each chunk. More chunks than this are either tiny or a damaged header.
-_MAX_CHUNKS = 1 << 26
 # Rows that h5py reads at once where the layout has no chunks of its own.
 _BLOCK_NBYTES = 64 * 1024
 
@@ -39,8 +39,9 @@ class ChunkIndex:
         grid: number of chunks along each dimension.
         filters: filter codes in the order they were applied.
         fill: bytes of the value of chunks that were never written.
-        places: offset, stored bytes and filter mask of each chunk in C order of the grid, 0 bytes if it was never
-            written. ``None`` where the rows must be read through the library.
+        places: place in C order of the grid, ascending, offset, stored bytes and filter mask of each chunk that was
+            written, since a file of a kilobyte may claim a grid of any size. ``None`` where the library does not tell.
+        direct: whether the chunks can be read without the library.
     """
 
     identity: tuple[int, int, int, int]
@@ -48,7 +49,8 @@ class ChunkIndex:
     grid: tuple[int, ...]
     filters: tuple[int, ...]
     fill: NDArray[np.uint8]
-    places: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]] | None
+    places: Places | None
+    direct: bool
 
 
 def read_index(spec: TensorSpec) -> ChunkIndex:
@@ -62,26 +64,29 @@ def read_index(spec: TensorSpec) -> ChunkIndex:
     location = spec.location
     assert isinstance(location, Chunked)
     with open_file(spec.path) as (file, size):
-        dataset = file[location.key]
+        dataset, header = open_dataset(file, spec.path, location.key)
         plist = dataset.id.get_create_plist()
         if (
             tuple(dataset.shape) != spec.shape
             or dataset.dtype.itemsize != spec.dtype.itemsize
             or dataset.chunks != location.chunk_shape
             or describe_filters(plist) != location.filters
+            or len(header.fill) not in {0, spec.dtype.itemsize}
         ):
             raise changed(spec)
         chunk = dataset.chunks or (max(1, _BLOCK_NBYTES // max(1, spec.row_nbytes)), *spec.shape[1:])
         grid = tuple(-(-n // c) for n, c in zip(spec.shape, chunk, strict=True))
         filters = tuple(plist.get_filter(i)[0] for i in range(plist.get_nfilters()))
-        places = None
+        places, direct = None, False
         if plist.get_layout() == h5py.h5d.CHUNKED and hasattr(dataset.id, "chunk_iter"):
             # Checked even where the library will read them: it trusts what it is told, and crashes if that is wrong.
             where, found = _chunks(dataset, size, grid, filters)
-            if filters in _DIRECT and math.prod(grid) <= _MAX_CHUNKS and hasattr(os, "preadv"):
-                places = _places(where, found, grid)
-        fill = np.asarray(dataset.fillvalue).reshape(1).view(np.uint8)
-        return ChunkIndex(identity_of(os.fstat(file.id.get_vfd_handle())), chunk, grid, filters, fill, places)
+            places = _places(where, found, grid)
+            direct = filters in _DIRECT and hasattr(os, "preadv")
+        # Not dataset.fillvalue: the library copies a damaged one beyond its memory.
+        fill = np.frombuffer(header.fill or bytes(spec.dtype.itemsize), dtype=np.uint8)
+        identity = identity_of(os.fstat(file.id.get_vfd_handle()))
+        return ChunkIndex(identity, chunk, grid, filters, fill, places, direct)
 
 
 def _chunks(
@@ -94,20 +99,27 @@ def _chunks(
     """
     numbers = array("q")
     add = numbers.extend
+    stored = 0
 
-    def remember(info: Any) -> None:
+    def remember(info: Any) -> bool | None:
+        nonlocal stored
         offset, mask, at, size = info
         add(offset)
         add((at, size, mask))
+        stored += size
+        # An index that leads to one chunk again and again would be walked for ever. True ends the walk, None does not.
+        return stored > file_size or None
 
     # Asking for one chunk's place takes the library time in proportion to their number; all at once is linear.
     dataset.id.chunk_iter(remember)
+    if stored > file_size:
+        raise ValueError(f"its chunks have over {stored} bytes, the file has {file_size} (truncated?)")
     table = np.frombuffer(numbers, dtype=np.int64).reshape(-1, dataset.ndim + 3)
     where = table[:, : dataset.ndim] // np.array(dataset.chunks)
     found = table[:, dataset.ndim :]
     at, sizes, masks = found.T
     inside = (where >= 0).all(axis=1) & (where < np.array(grid)).all(axis=1)
-    inside &= (at > 0) & (sizes > 0) & (at <= file_size - sizes)
+    inside &= (at > 0) & (sizes > 0) & (at <= file_size - sizes) & (sizes < 2**32)
     if not inside.all():
         at_fault = table[np.flatnonzero(~inside)[0]].tolist()
         raise ValueError(f"the chunk {at_fault} lies outside of the dataset, or the file of {file_size} (truncated?)")
@@ -126,14 +138,13 @@ def _chunks(
     return where, found
 
 
-def _places(
-    where: NDArray[np.int64], found: NDArray[np.int64], grid: tuple[int, ...]
-) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.uint8]]:
-    n = math.prod(grid)
-    offsets, sizes, masks = np.zeros(n, np.int64), np.zeros(n, np.uint32), np.zeros(n, np.uint8)
+def _places(where: NDArray[np.int64], found: NDArray[np.int64], grid: tuple[int, ...]) -> Places:
     flat = where @ np.array(contiguous_strides(grid))
-    offsets[flat], sizes[flat], masks[flat] = found[:, 0], found[:, 1], found[:, 2] & 0xFF
-    return offsets, sizes, masks
+    order = np.argsort(flat)
+    flat, found = flat[order], found[order]
+    if (flat[1:] == flat[:-1]).any():
+        raise ValueError("two of its chunks have one place")
+    return flat, found[:, 0].copy(), found[:, 1].astype(np.uint32), found[:, 2].astype(np.uint8)
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from array import array
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
@@ -19,7 +20,7 @@ from jasper_store.formats.base import Extent, Inline, TensorSpec, contiguous_str
 from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt import ragged as pt_ragged, unpickle as pt_pickle
-from jasper_store.formats.pt.unpickle import PickleError, PtTensor
+from jasper_store.formats.pt.unpickle import PickleError, PtTensor, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -31,6 +32,11 @@ __all__ = ["PtFormat"]
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+# A pickle may name one row, list or storage many times. So the values that are made of it are counted, and these many
+# for each byte of the file are made; a row that is saved once and used often needs some, every other file under one.
+_VALUES_PER_BYTE = 16
+_VALUES_AT_LEAST = 1 << 18
+_MAX_NAME = 4096
 
 
 class PtFormat:
@@ -83,7 +89,10 @@ def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tenso
 
 def _key(path: Path, key: object) -> str:
     if not isinstance(key, str):
-        _corrupt(path, f"a dictionary of tensors needs texts as keys, found {key!r:.60}.")
+        _corrupt(path, f"a dictionary of tensors needs texts as keys, found {describe(key)}.")
+    # The name is repeated in what is made of each tensor.
+    if len(key) > _MAX_NAME:
+        _corrupt(path, f"a name of a tensor may have at most {_MAX_NAME} characters, found {len(key)}.")
     return key
 
 
@@ -116,8 +125,7 @@ class _Archive:
         self.path = path
         self.file = file
         self.size = size
-        # Values that rows may hold in all; every value that is not a repetition takes at least two bytes.
-        self.budget = 64 * size
+        self.budget = max(_VALUES_PER_BYTE * size, _VALUES_AT_LEAST)
         magic = read_at(file, 0, 4)
         if magic != b"PK\x03\x04":
             if magic[:1] == b"\x80":
@@ -134,10 +142,12 @@ class _Archive:
         if len(pickles) != 1:
             _corrupt(path, f"exactly one record */data.pkl was expected, found {len(pickles)}.")
         self.prefix = pickles[0].removesuffix("data.pkl")
-        names = self.zip.NameToInfo
+        if len(self.prefix) > _MAX_NAME:
+            _corrupt(path, f"its records' names begin with {len(self.prefix)} characters that are the same.")
+        names, code = self.zip.NameToInfo, self.prefix + "code/"
         if len(names) != len(self.zip.infolist()):
             _corrupt(path, "two records have the same name.")
-        if self.prefix + "constants.pkl" in names or any(n.startswith(self.prefix + "code/") for n in names):
+        if self.prefix + "constants.pkl" in names or any(n.startswith(code) for n in names):
             _corrupt(path, "it is a TorchScript archive, which holds a program and not tensors.")
         self._check_byte_order()
 
@@ -202,30 +212,51 @@ class _Archive:
 
     def _list(self, name: str, rows: list[Any]) -> list[TensorSpec]:
         if rows and all(type(row) in (int, float, bool) for row in rows):
+            self._spend(name, len(rows))
             return [self._inline(name, _as_tensor(self.path, name, rows))]
-        parts = [self._row(name, i, row) for i, row in enumerate(rows)]
-        offsets = torch.tensor([0, *(len(part) for part in parts)], dtype=torch.int64).cumsum(0)
-        return self.ragged(name, torch.cat([torch.empty(0, dtype=torch.int64), *parts]), offsets)
+        values, lengths = array("q"), array("q")
+        for i, row in enumerate(rows):
+            before = len(values)
+            self._add_row(name, i, row, values)
+            lengths.append(len(values) - before)
+        offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
+        torch.cumsum(_int64(lengths), 0, out=offsets[1:])
+        return self.ragged(name, _int64(values), offsets)
 
-    def _row(self, name: str, i: int, row: object) -> torch.Tensor:
-        """One row of a ragged tensor as int64."""
-        if isinstance(row, list | tuple) and all(type(v) is int for v in row):
-            # A pickle may name one list many times: the rows together must not outgrow what a file explains.
-            self.budget -= len(row)
-            if self.budget >= 0:
-                return _as_tensor(self.path, name, list(row)) if row else torch.empty(0, dtype=torch.int64)
-        if isinstance(row, PtTensor) and len(row.shape) == 1 and row.dtype in _INTEGERS:
-            location = self._tensor(f"{name}[{i}]", row).location
-            if isinstance(location, Inline):
-                return location.values.to(torch.int64)
-            step, n = row.strides[0], row.shape[0]
-            self.budget -= n
-            if self.budget >= 0 and isinstance(location, Extent):
-                raw = bytearray(read_at(self.file, location.offset, ((n - 1) * step + 1) * row.dtype.itemsize))
-                return torch.frombuffer(raw, dtype=row.dtype).as_strided((n,), (step,)).to(torch.int64)
+    def _spend(self, name: str, n: int) -> None:
+        self.budget -= n
+        if self.budget < 0:
+            _corrupt(
+                self.path,
+                f"the pickle repeats rows until there are more values than its {self.size} bytes explain, at {name!r:.100}.",
+                tensor=name,
+            )
+
+    def _add_row(self, name: str, i: int, row: object, values: array[int]) -> None:
+        """Append one row of a ragged tensor."""
+        if isinstance(row, list | tuple):
+            self._spend(name, len(row))
+            if all(type(v) is int for v in row):
+                try:
+                    values.extend(row)
+                except OverflowError as exc:
+                    _corrupt(
+                        self.path, f"row {i} of {name!r:.100} holds an int of over 64 bits.", cause=exc, tensor=name
+                    )
+                return
+        elif isinstance(row, PtTensor) and len(row.shape) == 1 and row.dtype in _INTEGERS:
+            location = self._tensor(name, row).location
+            n = row.shape[0]
+            if isinstance(location, Extent):
+                span = (n - 1) * row.strides[0] + 1
+                self._spend(name, max(n, span))
+                raw = bytearray(read_at(self.file, location.offset, span * row.dtype.itemsize))
+                read = torch.frombuffer(raw, dtype=row.dtype).as_strided((n,), (row.strides[0],))
+                values.frombytes(read.to(torch.int64).numpy().tobytes())
+            return
         _corrupt(
             self.path,
-            f"row {i} of {name!r:.100} should be a list of ints or a 1-D tensor of ints, found {row!r:.80}.",
+            f"row {i} of {name!r:.100} should be a list of ints or a 1-D tensor of ints, found {describe(row)}.",
             tensor=name,
         )
 
@@ -259,6 +290,11 @@ class _Archive:
         plain = all(n == 1 or s == e for n, s, e in zip(shape, value.strides, contiguous_strides(shape), strict=True))
         offset = self._extent(info) + value.offset * itemsize
         return TensorSpec(name, value.dtype, shape, Extent(self.path, offset, None if plain else value.strides))
+
+
+def _int64(values: array[int]) -> torch.Tensor:
+    """A view of the values; ``torch.frombuffer`` refuses to view none."""
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
 
 
 def _as_tensor(path: Path, name: str, values: list[Any]) -> torch.Tensor:

@@ -29,6 +29,9 @@ _ROW_HEAD: Final = 6
 """Bytes of a list's instruction and of its number's."""
 _WINDOW: Final = 512 << 10
 """Bytes that are read side by side: numpy's temporaries take some ten times as much."""
+_STEP_COST: Final = 256
+"""Values that could be read one by one in the time of numpy's calls for one step of all rows."""
+_MIN_STEPS: Final = 64
 _PADDING: Final = 8
 """Zeros behind a window, so that the longest instruction can be looked at from its last byte."""
 
@@ -72,15 +75,20 @@ def _scan(data: bytes) -> tuple[array[int], array[int]] | None:
     at = _put(data, 3)
     marked = False
     waiting = 0  # rows that were made, and not yet appended to the outer list
-    next_try = 0
+    next_try = 0  # where rows are read side by side again
+    skipped = _WINDOW
     while True:
         op = data[at]
-        if marked and len(lengths) >= next_try and data[at : at + 2] == _NUMBERED:
-            at, missed, *found = _side_by_side(data, at)
+        if marked and at >= next_try and data[at : at + 2] == _NUMBERED:
+            start = at
+            at, *found = _side_by_side(data, at)
             for numbers, more in zip((values, lengths), found, strict=True):
                 numbers.frombytes(more.tobytes())
-            # What was guessed in vain is not guessed again and again.
-            next_try = len(lengths) + missed
+            # A look costs the whole window. One that found little is not followed by another before the window's end,
+            # and one in a file where many found little only after twice as much.
+            if at - start < min(_WINDOW, len(data) - start) // 8:
+                next_try = start + skipped
+                skipped *= 2
         if op == _LIST:
             before = len(values)
             at = _row(data, _put(data, at + 1), values)
@@ -133,7 +141,7 @@ def _row(data: bytes, at: int, values: array[int]) -> int:
         waiting += 1
 
 
-def _side_by_side(data: bytes, at: int) -> tuple[int, int, _Ints, _Ints]:
+def _side_by_side(data: bytes, at: int) -> tuple[int, _Ints, _Ints]:
     """Read numbered rows, all at once, inside an outer list's mark.
 
     Args:
@@ -141,8 +149,7 @@ def _side_by_side(data: bytes, at: int) -> tuple[int, int, _Ints, _Ints]:
         at: where a row begins that is numbered.
 
     Returns:
-        Where the first row begins that was not read, how many behind it were guessed in vain, and the values and
-        the lengths of the rows before it.
+        Where the first row begins that was not read, and the values and the lengths of the rows before it.
     """
     size = min(_WINDOW, len(data) - at)
     window: _Bytes = np.zeros(size + _PADDING, dtype=np.uint8)
@@ -156,7 +163,7 @@ def _side_by_side(data: bytes, at: int) -> tuple[int, int, _Ints, _Ints]:
     proved = count if joined.all() else int(joined.argmin())
     kept = rows < proved
     lengths = np.bincount(rows[kept], minlength=proved)[:proved].astype(np.int64)
-    return at + int(starts[proved]), count - proved, values[kept], lengths
+    return at + int(starts[proved]), values[kept], lengths
 
 
 def _numbered(window: _Bytes) -> _Ints:
@@ -178,7 +185,11 @@ def _read_rows(window: _Bytes, starts: _Ints) -> tuple[_Ints, _Ints, _Ints]:
     at += marked
     reading = np.arange(len(starts))
     rows, values = [], []
-    while len(reading):
+    # Rows of a sound pickle do not overlap, so together they have fewer values than the window has bytes. And a step
+    # costs as much as many values: a few long rows are read faster one by one.
+    budget, steps = len(window), max(_MIN_STEPS, len(window) // _STEP_COST)
+    while len(reading) and budget > 0 and steps > 0:
+        budget, steps = budget - len(reading), steps - 1
         ops = window[at[reading]]
         widths = _WIDTHS[ops]
         reading, widths, ops = reading[widths > 0], widths[widths > 0], ops[widths > 0]
@@ -193,10 +204,12 @@ def _read_rows(window: _Bytes, starts: _Ints) -> tuple[_Ints, _Ints, _Ints]:
         # One that has no mark is appended by itself, and is the only one.
         reading = reading[marked[reading] & (at[reading] < len(window) - _PADDING)]
     nothing = np.empty(0, dtype=np.int64)
+    unread = np.zeros(len(starts), dtype=bool)
+    unread[reading] = True
     each = np.concatenate([nothing, *rows])
     counts = np.bincount(each, minlength=len(starts))
     ended = np.where(marked, window[at] == _APPENDS, (counts == 0) | (window[at] == _APPEND))
-    at = np.where(ended, at + (marked | (counts > 0)), 0)
+    at = np.where(ended & ~unread, at + (marked | (counts > 0)), 0)
     order = np.argsort(each, kind="stable")
     return each[order], np.concatenate([nothing, *values])[order], at
 

@@ -3,7 +3,15 @@
 A pickle is a program for a small stack machine. This one knows the few instructions that ``torch.save`` needs
 for tensors, numbers, texts, lists, tuples and dictionaries, and the few functions that rebuild a tensor, which
 here return a :class:`PtTensor`, a plain record. Any other instruction or name ends it with
-:class:`PickleError`; so does a stream that tries to use more memory than its own size explains.
+:class:`PickleError`.
+
+A pickle can also build what is harmful by its shape alone. Three rules keep time and memory in proportion to its bytes:
+
+- Values are nested at most ``_MAX_DEPTH`` deep, since C hashes, compares and frees nested values by recursion.
+- A list or dictionary that was recalled from the memo is not filled any more. So no value contains itself, and the
+  depth of a value never changes once another one holds it.
+- A value that is shared is never walked through its holders: functions are compared by identity, keys are texts, and
+  arguments and sizes are few. A tuple that holds the one below it twice has 2**depth leaves.
 
 Source: https://docs.python.org/3/library/pickletools.html for the instructions,
 https://pytorch.org/docs/stable/notes/serialization.html for what torch writes.
@@ -17,10 +25,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from jasper_store.formats.files import MAX_DIMENSIONS
 
-__all__ = ["PickleError", "PtStorage", "PtTensor", "load"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["PickleError", "PtStorage", "PtTensor", "describe", "load"]
+
+# A dictionary of lists of rows of tensors, with their arguments, is six deep.
+_MAX_DEPTH = 32
+_MAX_ARGUMENTS = 8
+_MAX_KEY = 255
 
 
 class PickleError(Exception):
@@ -51,6 +66,15 @@ class PtTensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+def describe(value: object) -> str:
+    """A few words for a message. ``repr`` would write out a shared value as often as it is held."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.80}" if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
 
 
 _STORAGES: dict[str, torch.dtype | None] = {
@@ -86,8 +110,9 @@ class _StorageType:
 
 
 def _ints(value: object) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(type(v) is int for v in value):
-        raise PickleError("a tensor's sizes and strides must be tuples of ints")
+    # One tuple can be the sizes of many tensors, so it must be short before it is looked through.
+    if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS or not all(type(v) is int for v in value):
+        raise PickleError(f"a tensor's sizes and strides must be tuples of at most {MAX_DIMENSIONS} ints")
     return value
 
 
@@ -144,7 +169,9 @@ def _find(module: str, name: str) -> object:
         return _StorageType(None)
     if module == "torch" and name in _DTYPES:
         return _DTYPES[name]
-    raise PickleError(f"it asks for {module}.{name}, which is neither a tensor, a number, a text, a list nor a dict")
+    raise PickleError(
+        f"it asks for {module:.80}.{name:.80}, which is neither a tensor, a number, a text, a list nor a dict"
+    )
 
 
 def _storage(pid: object) -> PtStorage:
@@ -155,6 +182,8 @@ def _storage(pid: object) -> PtStorage:
         raise PickleError("a storage reference of an unknown kind")
     if type(numel) is not int or numel < 0:
         raise PickleError("a storage of negative or unknown size")
+    if len(key) > _MAX_KEY:
+        raise PickleError(f"a storage whose name has {len(key)} characters")
     itemsize = 1 if storage_type.dtype is None else storage_type.dtype.itemsize
     return PtStorage(key, numel * itemsize, storage_type.dtype)
 
@@ -170,6 +199,11 @@ class _Machine:
         self.at = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        # Of values that hold lists, tuples or dictionaries: how deep they are, and the values themselves, so that no
+        # other value gets the same id.
+        self.depths: dict[int, int] = {}
+        self.deep: list[Any] = []
+        self.recalled: dict[int, Any] = {}
 
     def read(self, n: int) -> bytes:
         start, self.at = self.at, self.at + n
@@ -200,7 +234,28 @@ class _Machine:
     def top(self, kind: type) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
             raise PickleError(f"it fills something that is not a {kind.__name__}")
+        if id(self.stack[-1]) in self.recalled:
+            raise PickleError(f"it fills a {kind.__name__} that it has used already")
         return self.stack[-1]
+
+    def hold(self, holder: Any, items: Iterable[Any]) -> None:
+        """Note how deep a list, tuple or dictionary is that holds these items from now on."""
+        depth = 0
+        for item in items:
+            if type(item) in _CONTAINERS:
+                depth = max(depth, self.depths.get(id(item), 1))
+        if not depth:
+            return
+        if depth >= _MAX_DEPTH:
+            raise PickleError(f"its values are nested over {_MAX_DEPTH} deep")
+        if id(holder) not in self.depths:
+            self.deep.append(holder)
+        self.depths[id(holder)] = max(self.depths.get(id(holder), 0), depth + 1)
+
+    def make_tuple(self, items: Iterable[Any]) -> tuple[Any, ...]:
+        made = tuple(items)
+        self.hold(made, made)
+        return made
 
     def put(self, key: int) -> None:
         if not self.stack:
@@ -210,21 +265,29 @@ class _Machine:
     def get(self, key: int) -> Any:
         if key not in self.memo:
             raise PickleError("it recalls something that it never remembered")
-        return self.memo[key]
+        value = self.memo[key]
+        if type(value) in _FILLED:
+            self.recalled[id(value)] = value
+        return value
 
     def reduce(self) -> Any:
         args, function = self.pop(), self.pop()
-        if function not in _CALLABLES or not isinstance(args, tuple):
+        # By identity: a set would hash what the stream put there.
+        if not any(function is known for known in _FUNCTIONS.values()) or not isinstance(args, tuple):
             raise PickleError("it calls something that is not known to be safe")
+        if len(args) > _MAX_ARGUMENTS:
+            raise PickleError(f"it calls a function with {len(args)} arguments")
         return function(*args)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
         if len(items) % 2:
             raise PickleError("a dictionary with a key that has no value")
+        self.hold(target, items[1::2])
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int | float | bool | None):
-                raise PickleError("a dictionary's keys must be texts or numbers")
+            # The hashes of texts cannot be foreseen, those of numbers can, and many keys of one hash take for ever.
+            if type(key) is not str:
+                raise PickleError(f"a dictionary of tensors needs texts as keys, found {describe(key)}")
             target[key] = value
 
     def global_(self) -> object:
@@ -248,7 +311,8 @@ class _Machine:
             instruction(self)
 
 
-_CALLABLES = frozenset(_FUNCTIONS.values())
+_FILLED = frozenset({list, dict})
+_CONTAINERS = _FILLED | {tuple}
 
 
 def _push(make: Callable[[_Machine], object]) -> Callable[[_Machine], None]:
@@ -261,7 +325,7 @@ def _push(make: Callable[[_Machine], object]) -> Callable[[_Machine], None]:
 def _tuple(n: int) -> Callable[[_Machine], None]:
     def instruction(machine: _Machine) -> None:
         items = [machine.pop() for _ in range(n)]
-        machine.stack.append(tuple(reversed(items)))
+        machine.stack.append(machine.make_tuple(reversed(items)))
 
     return instruction
 
@@ -306,7 +370,7 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
     b"\x85": _tuple(1),
     b"\x86": _tuple(2),
     b"\x87": _tuple(3),
-    b"t": _push(lambda m: tuple(m.pop_to_mark())),
+    b"t": _push(lambda m: m.make_tuple(m.pop_to_mark())),
     b"a": lambda m: _append(m, [m.pop()]),
     b"e": lambda m: _append(m, m.pop_to_mark()),
     b"s": lambda m: m.set_items([m.pop(), m.pop()][::-1]),
@@ -325,7 +389,9 @@ _INSTRUCTIONS: dict[bytes, Callable[[_Machine], None]] = {
 
 
 def _append(machine: _Machine, items: list[Any]) -> None:
-    machine.top(list).extend(items)
+    target = machine.top(list)
+    machine.hold(target, items)
+    target.extend(items)
 
 
 def load(data: bytes) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
@@ -70,6 +70,22 @@ def _require_tensors(declaration: Declaration, tensors: Mapping[str, _Described]
     raise UnknownNameError(f"no tensor{'s' if several else ''} {said}; {near}", tensor=next(iter(missing)))
 
 
+class _Named(NamedTuple):
+    """What names rows.
+
+    Attributes:
+        rows: the reference.
+        lead: sizes of the rows that one sample names.
+        ragged: whether their number differs from sample to sample.
+        depth: lookups that have to be done before the rows are known.
+    """
+
+    rows: RowRef
+    lead: tuple[int, ...]
+    ragged: bool
+    depth: int
+
+
 class _Builder:
     def __init__(self, declaration: Declaration, tensors: Mapping[str, _Described], split: str | None) -> None:
         self._declaration, self._tensors, self._split = declaration, tensors, split
@@ -84,7 +100,12 @@ class _Builder:
         declaration = self._declaration
         if self._split is not None:
             self._field = f"split {self._split}"
-            self._row = RowRef(self._lookup(Lookup(declaration.splits[self._split], POSITION)))
+            number = self._lookup(Lookup(declaration.splits[self._split], POSITION))
+            node = self._nodes[number]
+            if node.dtype not in _INTEGERS or node.shape or node.ragged:
+                shown = f"{_word(node.dtype)} [{', '.join(map(str, (node.n_rows, *node.shape)))}]"
+                raise self._error(f"{node.tensor} should list rows, integers [samples], found {shown}")
+            self._row = RowRef(number)
         outputs = [self._output(name) for name in declaration.served]
         return SampleGraph(
             nodes=tuple(self._nodes),
@@ -115,7 +136,11 @@ class _Builder:
 
     def _lookup(self, lookup: Lookup) -> int:
         """The node of a lookup."""
-        rows, lead, ragged, depth = self._rows(lookup.rows)
+        return self._lookup_at(lookup, self._rows(lookup.rows))
+
+    def _lookup_at(self, lookup: Lookup, found: _Named) -> int:
+        """The node of a lookup whose rows were found."""
+        rows, lead, ragged, depth = found
         spec = self._tensors.get(lookup.tensor)
         if spec is None and f"{lookup.tensor}.values" in self._tensors:
             return self._ragged(lookup, rows, lead, ragged=ragged, depth=depth)
@@ -170,24 +195,23 @@ class _Builder:
         node = Node(choice.tensors, rows, None, (), shape[1:], dtype, shape[0], depth, choice=True)
         return self._add(node, choice.tensors[0])
 
-    def _rows(self, rows: Rows) -> tuple[RowRef, tuple[int, ...], bool, int]:
-        """What names rows: the reference, the sizes for one sample, whether they are ragged, the depth of who uses it."""
+    def _rows(self, rows: Rows) -> _Named:
+        """What names rows."""
         if isinstance(rows, str):
             if rows == POSITION:
-                return BY_POSITION, (), False, 0
+                return _Named(BY_POSITION, (), ragged=False, depth=0)
             if rows == ROW:
-                return self._row, (), False, 0 if self._row == BY_POSITION else 1
+                return _Named(self._row, (), ragged=False, depth=0 if self._row == BY_POSITION else 1)
             rows = self._declaration.rows_of(rows)
             assert isinstance(rows, Lookup)
         column: int | None = None
         spec = self._tensors.get(rows.tensor)
         narrow = spec is not None and len(spec.shape) == 2 and spec.shape[1] * spec.dtype.itemsize <= _LINE
-        if rows.column is not None and spec is not None and narrow:
-            inner = self._rows(rows.rows)
-            if inner[1] == () and not inner[2]:
-                column = self._column(rows, spec.shape)
-                rows = Lookup(rows.tensor, rows.rows)
-        number = self._lookup(rows)
+        inner = self._rows(rows.rows)
+        if rows.column is not None and spec is not None and narrow and inner.lead == () and not inner.ragged:
+            column = self._column(rows, spec.shape)
+            rows = Lookup(rows.tensor, rows.rows)
+        number = self._lookup_at(rows, inner)
         node = self._nodes[number]
         if node.dtype not in _INTEGERS:
             raise self._error(f"{node.tensor} holds {_word(node.dtype)} values, and rows are named by integers")
@@ -196,7 +220,7 @@ class _Builder:
             raise self._error(
                 f"{node.tensor} holds rows of shape {list(node.row_shape)}, and a ragged row is named by one number"
             )
-        return RowRef(number, column), lead, node.ragged, node.depth + 1
+        return _Named(RowRef(number, column), lead, node.ragged, node.depth + 1)
 
     # --- parts ------------------------------------------------------------------------------------------------
 

@@ -426,11 +426,20 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
 
 def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> torch.Tensor:
     """Positions as an int64 tensor."""
-    if type(indices) is torch.Tensor and indices.dtype is torch.int64:
+    if type(indices) is torch.Tensor and indices.dtype is torch.int64 and indices.ndim == 1:
         return indices
-    if isinstance(indices, PrefetchedIndices):
-        indices = indices.view(np.ndarray)
-    elif isinstance(indices, list):
+    if type(indices) is list:
+        array = np.array(indices)
+        if array.dtype == np.int64 and array.ndim == 1:
+            return torch.from_numpy(array)
+    if not isinstance(indices, torch.Tensor):
         # PyTorch's samplers give lists of ints; by way of an array they cost a third.
-        return torch.from_numpy(np.array(indices, dtype=np.int64))
-    return torch.as_tensor(indices, dtype=torch.int64)
+        array = np.asarray(indices)
+        indices = torch.from_numpy(
+            np.ascontiguousarray(array if array.size else array.astype(np.int64)).view(np.ndarray)
+        )
+    if indices.ndim != 1 or indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise IndexError(
+            f"samples are named by a 1-D list or tensor of whole numbers, got {indices.dtype} {list(indices.shape)}"
+        )
+    return indices.to(torch.int64)

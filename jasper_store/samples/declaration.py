@@ -31,6 +31,7 @@ Probabilities: TypeAlias = "Sequence[float] | Callable[[int], Sequence[float]]"
 """Of each variant of a choice, or a function of the epoch that returns them."""
 
 _EVEN: Final = 1e-6
+_DEEPEST: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,17 @@ class Choice:
     typical: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        given: Any = self.tensors
+        if isinstance(given, str) or not all(isinstance(name, str) for name in given):
+            raise DeclarationError(f"a choice needs a list of names of tensors, found {given!r:.80}")
         object.__setattr__(self, "tensors", tuple(self.tensors))
         if not self.tensors:
             raise DeclarationError("a choice needs at least one tensor to choose from, found none")
+        if not isinstance(self.rows, str):
+            raise DeclarationError(f"the rows of a choice are named by a text such as 'row', found {self.rows!r:.80}")
         self.at(0)
+        if self.typical is not None:
+            self._checked(self.typical, "planned for")
 
     def at(self, epoch: int) -> tuple[float, ...]:
         """Probabilities of the variants in an epoch.
@@ -85,12 +93,19 @@ class Choice:
             DeclarationError: there are too many or too few, or they do not add up to 1.
         """
         found = self.probabilities(epoch) if callable(self.probabilities) else self.probabilities
-        values = tuple(float(value) for value in found)
+        return self._checked(found, f"in epoch {epoch}")
+
+    def _checked(self, found: Sequence[float], when: str) -> tuple[float, ...]:
         wanted = len(self.tensors) + 1
-        if len(values) != wanted or min(values) < 0 or abs(sum(values) - 1) > _EVEN:
+        try:
+            values = tuple(float(value) for value in found)
+        except (TypeError, ValueError):
+            values = ()
+        # NaN is in no range, so what is asked is whether they are right, not whether they are wrong.
+        if not (len(values) == wanted and all(value >= 0 for value in values) and abs(sum(values) - 1) <= _EVEN):
             raise DeclarationError(
                 f"a choice among {wanted - 1} tensors needs {wanted} probabilities that add up to 1 (the first is that of"
-                f" zeros), found {list(values)} in epoch {epoch}"
+                f" zeros), found {found!r:.120} {when}"
             )
         return values
 
@@ -242,11 +257,13 @@ class Declaration:
 
     def _follow(self, name: str) -> None:
         """Refuse names that do not exist, and circles."""
-        path = [name]
+        path, depth = [name], 0
         while True:
             rows = self.rows_of(path[-1])
             while isinstance(rows, Lookup):
-                rows = rows.rows
+                rows, depth = rows.rows, depth + 1
+            if depth > _DEEPEST:
+                raise DeclarationError(f"field {name!r} needs {depth} lookups one after the other; at most {_DEEPEST}")
             if rows in {POSITION, ROW}:
                 return
             inner = self.fields.get(rows)
@@ -295,9 +312,14 @@ def everything(specs: Sequence[TensorSpec]) -> Declaration:
             f"which tensors belong together? Their numbers of rows are {found}. Declare the fields, as in"
             ' Dataset(path, {"emb": "embeddings[i]"})'
         )
-    return Declaration.parse(
-        {_plain(name): Field(Lookup(name, POSITION)) for name, count in rows.items() if count == common[0][0]}
-    )
+    fields: dict[str, FieldLike] = {}
+    for name in (name for name, count in rows.items() if count == common[0][0]):
+        if _plain(name) in fields:
+            raise DeclarationError(
+                f"{name!r} and another tensor would both be the field {_plain(name)!r}; declare the fields"
+            )
+        fields[_plain(name)] = Field(Lookup(name, POSITION))
+    return Declaration.parse(fields)
 
 
 def _plain(name: str) -> str:

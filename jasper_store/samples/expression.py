@@ -30,6 +30,8 @@ POSITION = "i"
 ROW = "row"
 """The row of a sample: the value of the split's index tensor at its position; the position itself without a split."""
 
+_LAST_COLUMN = 2**31 - 1
+_LONGEST = 10_000
 _FORM = "a field is NAME[rows] or NAME[rows, column], where rows is i, row, another field or another lookup"
 
 
@@ -80,6 +82,8 @@ def parse_rows(text: str, field: str) -> Rows:
     """
     if not isinstance(text, str):
         raise DeclarationError(f"field {field!r}: expected a text such as 'embeddings[i]', found {text!r:.80}")
+    if len(text) > _LONGEST:
+        raise DeclarationError(f"field {field!r}: an expression has at most {_LONGEST} characters, found {len(text)}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as exc:
@@ -126,11 +130,13 @@ class _Parser:
         return Lookup(self._name(node.value), self.rows(parts[0]), column)
 
     def _name(self, node: ast.expr) -> str:
+        dotted: list[str] = []
+        while isinstance(node, ast.Attribute):
+            dotted.append(node.attr)
+            node = node.value
         if isinstance(node, ast.Name):
-            return node.id
-        if isinstance(node, ast.Attribute):
-            return f"{self._name(node.value)}.{node.attr}"
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return ".".join([node.id, *reversed(dotted)])
+        if not dotted and isinstance(node, ast.Constant) and isinstance(node.value, str):
             return node.value
         raise self._refuse(node, "expected the name of a tensor before '['")
 
@@ -139,6 +145,8 @@ class _Parser:
             (-1, node.operand) if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else (1, node)
         )
         if isinstance(inner, ast.Constant) and isinstance(inner.value, int) and not isinstance(inner.value, bool):
+            if inner.value > _LAST_COLUMN:
+                raise self._refuse(node, f"a column is at most {_LAST_COLUMN}")
             return sign * inner.value
         raise self._refuse(node, "a column is a whole number")
 

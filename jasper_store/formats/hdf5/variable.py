@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jasper_store.formats.hdf5.deflate import inflate
-
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -60,6 +58,8 @@ def _lengths(raw: RawFile, dataset: Any) -> Iterator[NDArray[np.uint32]]:
         data = raw.read_absolute(at, size, what)
         applied = [code for i, code in enumerate(filters) if not mask >> i & 1]
         if _GZIP in applied:
+            from jasper_store.formats.hdf5.deflate import inflate
+
             data = inflate(data, nbytes)
         if len(data) != nbytes:
             raw.corrupt(f"{what} should have {nbytes} bytes a chunk, found {len(data)}")

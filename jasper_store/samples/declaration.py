@@ -99,7 +99,7 @@ class Choice:
         wanted = len(self.tensors) + 1
         try:
             values = tuple(float(value) for value in found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             values = ()
         # NaN is in no range, so what is asked is whether they are right, not whether they are wrong.
         if not (len(values) == wanted and all(value >= 0 for value in values) and abs(sum(values) - 1) <= _EVEN):

@@ -61,7 +61,7 @@ def save(directory: Path, **tensors: np.ndarray) -> Path:
         ("ünï[f(i)]", 4, "expected i, row"),
         ("emb", 0, "'emb' alone names no tensor"),
         ("", 0, "invalid syntax"),
-        (f"emb[i, {2**40}]", 7, "a column is at most"),
+        (f"emb[i, {2**64}]", 7, "at most 63 bits"),
     ],
 )
 def test_the_caret_stands_under_what_is_wrong(text: str, caret: int, why: str) -> None:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import keyword
+import unicodedata
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from jasper_store.errors import DeclarationError
 
@@ -30,6 +32,9 @@ POSITION = "i"
 ROW = "row"
 """The row of a sample: the value of the split's index tensor at its position; the position itself without a split."""
 
+_MAX_LENGTH: Final = 10_000
+"""Characters of an expression; Python's parser needs time and stack for more."""
+_MAX_COLUMN: Final = 1 << 63
 _FORM = "a field is NAME[rows] or NAME[rows, column], where rows is i, row, another field or another lookup"
 
 
@@ -48,7 +53,7 @@ class Lookup:
     column: int | None = None
 
     def __str__(self) -> str:
-        name = self.tensor if self.tensor.replace(".", "_").isidentifier() else repr(self.tensor)
+        name = self.tensor if all(map(_is_plain, self.tensor.split("."))) else repr(self.tensor)
         column = "" if self.column is None else f", {self.column}"
         return f"{name}[{self.rows}{column}]"
 
@@ -68,7 +73,7 @@ def parse_field(text: str, field: str) -> Lookup:
     """
     found = parse_rows(text, field)
     if isinstance(found, str):
-        raise _error(text, field, 0, f"{found!r} alone names no tensor; {_FORM}")
+        raise _error(text.strip(), field, 0, f"{found!r} alone names no tensor; {_FORM}")
     return found
 
 
@@ -80,13 +85,20 @@ def parse_rows(text: str, field: str) -> Rows:
     """
     if not isinstance(text, str):
         raise DeclarationError(f"field {field!r}: expected a text such as 'embeddings[i]', found {text!r:.80}")
+    # On one line, so that a column of the text is a column of the message.
+    text = text.translate({ord("\n"): " ", ord("\r"): " "}).strip()
+    if len(text) > _MAX_LENGTH:
+        raise _error(
+            text, field, _MAX_LENGTH, f"it has {len(text)} characters, expected at most {_MAX_LENGTH}; {_FORM}"
+        )
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        return _Parser(text, field).rows(ast.parse(text, mode="eval").body)
     except SyntaxError as exc:
         raise _error(text, field, (exc.offset or 1) - 1, f"{exc.msg}; {_FORM}") from None
+    except DeclarationError:
+        raise
     except (ValueError, RecursionError, MemoryError) as exc:
-        raise _error(text, field, 0, f"it cannot be parsed ({exc}); {_FORM}") from None
-    return _Parser(text.strip(), field).rows(tree)
+        raise _error(text, field, 0, f"it cannot be parsed ({exc or 'it is nested too deeply'}); {_FORM}") from None
 
 
 def lookups(rows: Rows) -> Iterator[Lookup]:
@@ -94,6 +106,11 @@ def lookups(rows: Rows) -> Iterator[Lookup]:
     while isinstance(rows, Lookup):
         yield rows
         rows = rows.rows
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a part of a name may stand without quotes; Python reads some letters as others."""
+    return word.isidentifier() and not keyword.iskeyword(word) and unicodedata.normalize("NFKC", word) == word
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -138,9 +155,11 @@ class _Parser:
         sign, inner = (
             (-1, node.operand) if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else (1, node)
         )
-        if isinstance(inner, ast.Constant) and isinstance(inner.value, int) and not isinstance(inner.value, bool):
-            return sign * inner.value
-        raise self._refuse(node, "a column is a whole number")
+        if not isinstance(inner, ast.Constant) or type(inner.value) is not int:
+            raise self._refuse(node, "a column is a whole number")
+        if inner.value >= _MAX_COLUMN:
+            raise self._refuse(node, "a column is a whole number of at most 63 bits")
+        return sign * inner.value
 
     def _refuse(self, node: ast.expr, why: str) -> DeclarationError:
         # ast counts bytes of UTF-8.
@@ -149,7 +168,7 @@ class _Parser:
 
 
 def _error(text: str, field: str, offset: int, why: str) -> DeclarationError:
-    shown = text.strip()
-    start = max(0, min(offset, len(shown)) - 60)
-    line = shown[start : start + 110].replace("\n", " ")
+    offset = max(0, min(offset, len(text)))
+    start = max(0, offset - 60)
+    line = "".join(letter if letter.isprintable() else "?" for letter in text[start : start + 110])
     return DeclarationError(f"field {field!r} cannot be understood: {why}\n    {line}\n    {' ' * (offset - start)}^")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
 import torch
 import xxhash
@@ -232,6 +232,9 @@ def build_graph(declaration: Declaration, tensors: Mapping[str, _Described], spl
     return _Builder(declaration, tensors, split).build()
 
 
+_Named: TypeAlias = "tuple[RowRef, tuple[int, ...], bool, int]"
+
+
 class _Builder:
     def __init__(self, declaration: Declaration, tensors: Mapping[str, _Described], split: str | None) -> None:
         self._declaration, self._tensors, self._split = declaration, tensors, split
@@ -275,9 +278,9 @@ class _Builder:
 
     # --- lookups ----------------------------------------------------------------------------------------------
 
-    def _lookup(self, lookup: Lookup) -> int:
-        """The node of a lookup."""
-        rows, lead, ragged, depth = self._rows(lookup.rows)
+    def _lookup(self, lookup: Lookup, inner: _Named | None = None) -> int:
+        """The node of a lookup; ``inner`` is what names its rows, where that is known."""
+        rows, lead, ragged, depth = self._rows(lookup.rows) if inner is None else inner
         spec = self._tensors.get(lookup.tensor)
         if spec is None and f"{lookup.tensor}.values" in self._tensors:
             return self._ragged(lookup, rows, lead, ragged=ragged, depth=depth)
@@ -334,7 +337,7 @@ class _Builder:
         node = Node(choice.tensors, rows, None, (), shape[1:], dtype, shape[0], depth, choice=True)
         return self._add(node, choice.tensors[0])
 
-    def _rows(self, rows: Rows) -> tuple[RowRef, tuple[int, ...], bool, int]:
+    def _rows(self, rows: Rows) -> _Named:
         """What names rows: the reference, the sizes for one sample, whether they are ragged, the depth of who uses it."""
         if isinstance(rows, str):
             if rows == POSITION:
@@ -344,6 +347,7 @@ class _Builder:
             rows = self._declaration.rows_of(rows)
             assert isinstance(rows, Lookup)
         column: int | None = None
+        inner: _Named | None = None
         spec = self._tensors.get(rows.tensor)
         narrow = spec is not None and len(spec.shape) == 2 and spec.shape[1] * spec.dtype.itemsize <= _LINE
         if rows.column is not None and spec is not None and narrow:
@@ -351,7 +355,8 @@ class _Builder:
             if inner[1] == () and not inner[2]:
                 column = self._column(rows, spec.shape)
                 rows = Lookup(rows.tensor, rows.rows)
-        number = self._lookup(rows)
+        # Compiled once: twice at each level would be a time that doubles with each.
+        number = self._lookup(rows, inner)
         node = self._nodes[number]
         if node.dtype not in _INTEGERS:
             raise self._error(f"{node.tensor} holds {_word(node.dtype)} values, and rows are named by integers")

@@ -31,6 +31,8 @@ Probabilities: TypeAlias = "Sequence[float] | Callable[[int], Sequence[float]]"
 """Of each variant of a choice, or a function of the epoch that returns them."""
 
 _EVEN: Final = 1e-6
+_MAX_DEPTH: Final = 64
+"""Lookups inside one another; each is a level that is read before the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,11 +231,13 @@ class Declaration:
 
     def _follow(self, name: str) -> None:
         """Refuse names that do not exist, and circles."""
-        path = [name]
+        path, depth = [name], 0
         while True:
             rows = self.rows_of(path[-1])
             while isinstance(rows, Lookup):
-                rows = rows.rows
+                rows, depth = rows.rows, depth + 1
+            if depth > _MAX_DEPTH:
+                raise DeclarationError(f"field {name!r}: expected at most {_MAX_DEPTH} lookups inside one another")
             if rows in {POSITION, ROW}:
                 return
             inner = self.fields.get(rows)

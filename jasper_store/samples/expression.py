@@ -98,7 +98,8 @@ def parse_rows(text: str, field: str) -> Rows:
     except DeclarationError:
         raise
     except (ValueError, RecursionError, MemoryError) as exc:
-        raise _error(text, field, 0, f"it cannot be parsed ({exc or 'it is nested too deeply'}); {_FORM}") from None
+        why = str(exc) or "it is nested too deeply"
+        raise _error(text, field, 0, f"it cannot be parsed ({why}); {_FORM}") from None
 
 
 def lookups(rows: Rows) -> Iterator[Lookup]:

@@ -249,7 +249,14 @@ class _Builder:
         declaration = self._declaration
         if self._split is not None:
             self._field = f"split {self._split}"
-            self._row = RowRef(self._lookup(Lookup(declaration.splits[self._split], POSITION)))
+            number = self._lookup(Lookup(declaration.splits[self._split], POSITION))
+            listed = self._nodes[number]
+            if listed.dtype not in _INTEGERS or listed.row_shape or listed.ragged:
+                raise self._error(
+                    f"{listed.tensor} should list rows as integers [samples], found"
+                    f" {_word(listed.dtype)} {'rows of different lengths' if listed.ragged else [listed.n_rows, *listed.row_shape]}"
+                )
+            self._row = RowRef(number)
         outputs = [self._output(name) for name in declaration.served]
         return SampleGraph(
             nodes=tuple(self._nodes),

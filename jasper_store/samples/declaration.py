@@ -75,10 +75,14 @@ class Choice:
     typical: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.tensors, str):
+            raise DeclarationError(f"a choice takes a list of tensors, found the text {self.tensors!r}")
         object.__setattr__(self, "tensors", tuple(self.tensors))
         if not self.tensors:
             raise DeclarationError("a choice needs at least one tensor to choose from, found none")
         self.at(0)
+        if self.typical is not None:
+            object.__setattr__(self, "typical", self._checked(self.typical, "as typical"))
 
     def at(self, epoch: int) -> tuple[float, ...]:
         """Probabilities of the variants in an epoch.
@@ -87,14 +91,22 @@ class Choice:
             DeclarationError: there are too many or too few, or they do not add up to 1.
         """
         found = self.probabilities(epoch) if callable(self.probabilities) else self.probabilities
-        values = tuple(float(value) for value in found)
-        wanted = len(self.tensors) + 1
-        if len(values) != wanted or min(values) < 0 or abs(sum(values) - 1) > _EVEN:
-            raise DeclarationError(
-                f"a choice among {wanted - 1} tensors needs {wanted} probabilities that add up to 1 (the first is that of"
-                f" zeros), found {list(values)} in epoch {epoch}"
-            )
-        return values
+        return self._checked(found, f"in epoch {epoch}")
+
+    def _checked(self, found: Sequence[float], when: str) -> tuple[float, ...]:
+        wanted, shown = len(self.tensors) + 1, f"{found!r:.120}"
+        try:
+            values = tuple(float(value) for value in found)
+            shown = f"{list(values)!r:.120}"
+        except (TypeError, ValueError, OverflowError):
+            values = ()
+        # A NaN is in no order, so what is asked is whether all is well.
+        if len(values) == wanted and all(value >= 0 for value in values) and abs(sum(values) - 1) <= _EVEN:
+            return values
+        raise DeclarationError(
+            f"a choice among {wanted - 1} tensors needs {wanted} probabilities that add up to 1 (the first is that of"
+            f" zeros), found {shown} {when}"
+        )
 
     @property
     def planned(self) -> tuple[float, ...]:

@@ -282,7 +282,7 @@ def everything(specs: Sequence[TensorSpec]) -> Declaration:
     """The declaration of tensors about which nothing is said: each of the common number of rows is a field.
 
     Raises:
-        DeclarationError: no number of rows is more common than the others.
+        DeclarationError: no number of rows is more common than the others, or two tensors would have one name.
     """
     rows: dict[str, int] = {}
     for spec in specs:
@@ -298,9 +298,16 @@ def everything(specs: Sequence[TensorSpec]) -> Declaration:
             f"which tensors belong together? Their numbers of rows are {found}. Declare the fields, as in"
             ' Dataset(path, {"emb": "embeddings[i]"})'
         )
-    return Declaration.parse(
-        {_plain(name): Field(Lookup(name, POSITION)) for name, count in rows.items() if count == common[0][0]}
-    )
+    fields: dict[str, Field] = {}
+    for name in (name for name, count in rows.items() if count == common[0][0]):
+        field_name, lookup = _plain(name), Lookup(name, POSITION)
+        other = fields.setdefault(field_name, Field(lookup)).lookup.tensor
+        if other != name:
+            raise DeclarationError(
+                f"{other!r} and {name!r} would both be the field {field_name!r}. Declare the fields, as in"
+                f' Dataset(path, {{"{field_name}": {str(lookup)!r}}})'
+            )
+    return Declaration.parse(fields)
 
 
 def _plain(name: str) -> str:

@@ -64,7 +64,8 @@ class Batch(Sequence[Sample]):
         """One sample as a dictionary of views, or a slice of the batch."""
         if isinstance(index, slice):
             if self.ragged:
-                return collated(self[number] for number in range(self._size)[index])
+                numbers = range(self._size)[index]
+                return collated(self[number] for number in numbers) if numbers else self._none()
             return Batch({key: value[index] for key, value in self.tensors.items()}, len(range(self._size)[index]))
         if not -self._size <= index < self._size:
             raise IndexError(f"sample {index} is out of range for a batch of {self._size}")
@@ -72,6 +73,11 @@ class Batch(Sequence[Sample]):
         if not self.ragged:
             return Sample([(key, value[index]) for key, value in self.tensors.items()])
         return self._ragged_sample(range(self._size)[index])
+
+    def _none(self) -> Batch:
+        """A batch of no samples, with the keys of this one."""
+        offsets = {f"{name}.offsets" for name in self.ragged}
+        return Batch({key: value[: key in offsets] for key, value in self.tensors.items()}, 0, self.ragged)
 
     def _ragged_sample(self, index: int) -> Sample:
         found: dict[str, torch.Tensor] = {}

@@ -195,7 +195,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             take it; ``torch.nested.nested_tensor_from_jagged`` makes a nested tensor of both.
 
         Raises:
-            IndexError: a position outside [0, len(self)).
+            IndexError: a position outside [0, len(self)), or positions of more than one dimension.
+            TypeError: positions that are no whole numbers.
             ClosedError: the dataset was closed.
         """
         return self.gather(indices, _PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
@@ -448,8 +449,18 @@ def _positions(indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> 
         indices = indices.view(np.ndarray)
     elif isinstance(indices, list):
         # PyTorch's samplers give lists of ints; by way of an array they cost a third.
-        return torch.from_numpy(np.array(indices, dtype=np.int64))
-    return torch.as_tensor(indices, dtype=torch.int64)
+        array = np.array(indices)
+        if array.dtype == np.int64 and array.ndim == 1:
+            return torch.from_numpy(array)
+        indices = array
+    found = torch.as_tensor(indices)
+    if found.dtype is torch.int64 and found.ndim == 1:
+        return found
+    if found.numel() and (found.dtype.is_floating_point or found.dtype is torch.bool):
+        raise TypeError(f"positions are whole numbers, found {str(found.dtype).removeprefix('torch.')}")
+    if found.ndim != 1:
+        raise IndexError(f"positions are a list or a tensor of one dimension, found shape {list(found.shape)}")
+    return found.to(torch.int64)
 
 
 def _placement(plan: Plan, samples: int) -> str:

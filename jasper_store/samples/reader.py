@@ -150,7 +150,7 @@ class SampleReader:
                 assert indices.variants is not None
                 found[out.key] = indices.variants
             elif staged is not None and out.node in staged:
-                found[out.key] = staged[out.node]
+                found[out.key] = staged[out.node].to(out.dtype)
             elif node.choice:
                 assert draw is not None
                 request = self._choice_request(node, indices, draw)
@@ -327,7 +327,9 @@ class _Steps:
         node = self._graph.nodes[number]
         if number in staged:
             rows = staged[number]
-            self.add(Step(node.tensor, rows.memory, IndexRef(self._found[number]), rows.dtype))
+            if widening(rows.dtype, dtype) is None:
+                return False
+            self.add(Step(node.tensor, rows.memory, IndexRef(self._found[number]), dtype))
             return True
         if node.choice:
             stack = self._reader.store.stacked(node.tensors)

@@ -213,3 +213,21 @@ def test_an_iterator_that_is_alive_at_the_interpreters_end_says_nothing(tmp_path
     assert done.stdout.split() == [str(order == "block"), "True"]
     assert "Exception ignored" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_integers_that_are_served_as_int64_are_so_where_they_are_staged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    data = build_pt_dataset(tmp_path / "data", n_pairs=100, dim=16)
+    ids = torch.load(data / "pair_cluster_id.pt")
+    torch.save(ids.to(torch.int32), data / "pair_cluster_id.pt")
+    mapped = {"pair_cluster_id", "pair_relevance"}
+    monkeypatch.setattr(assignment, "_choose", lambda items, must, _: must | {i.name for i in items} - mapped)
+    if not together:
+        monkeypatch.setattr(WindowPrefetcher, "batch", lambda *_: None)
+    loader = create_loader(data, "train", 3, order="block", memory_limit=100_000, drop_last=False)
+    assert "cluster_id, relevance: read past the page cache" in loader.explain()
+    found = list(loader)
+    assert {batch["cluster_id"].dtype for batch in found} == {torch.int64}
+    assert same(found, list(plain_loader(data, 3)))

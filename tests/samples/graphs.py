@@ -1,174 +1,362 @@
-"""Random graphs over random tensors, and what numpy makes of them."""
+"""Random sample graphs over random tensors, and what numpy says that they serve.
+
+Owes nothing to the code under test: expressions are made from a tree of its own, files are written by the formats' own
+libraries, and values are compared by their bits, so that a NaN or a bfloat16 is as good as any number.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
-from jasper_store.samples.draw import draw_variants
+from tests.jasper.expected import draw
+from tests.store.samples import WRITERS
 
-DTYPES = ("uint8", "int8", "int16", "int32", "int64", "bool", "float16", "bfloat16", "float32", "float64")
-INDEX_DTYPES = ("uint8", "int8", "int16", "int32", "int64")
+DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+FORMATS = ("npy", "safetensors", "pt", "hdf5", "gzip")
+SIZES = (1, 2, 3, 5, 7)
+SEED, EPOCH = 3, 4
+
+Ragged = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Look:
+    """``tensor[rows]`` or ``tensor[rows, column]``; rows are ``i``, ``row``, a field, or another look."""
+
+    tensor: str
+    rows: Look | str
+    column: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.rows}{'' if self.column is None else f', {self.column}'}]"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A choice: tensors, rows, probabilities."""
+
+    tensors: tuple[str, ...]
+    rows: Look | str
+    probabilities: tuple[float, ...]
 
 
 @dataclass
-class Case:
-    """Tensors, the declaration of a sample, and the same as functions of rows.
+class Graph:
+    """A dataset and what its samples read.
 
     Attributes:
-        tensors: by stored name; a ragged one is a list of arrays.
-        fields: expressions by field.
-        oracle: function of (positions, rows) by field; of a ragged field a list of arrays.
-        splits: as declared.
-        length: samples.
+        tensors: by name; a list of rows is a ragged tensor.
+        fields: by name: a :class:`Look`, a :class:`Pick`, or the name of the pick whose variant is served.
+        length: of the samples.
+        split: name of the tensor that lists the split's rows, or ``None``.
     """
 
-    tensors: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
-    oracle: dict[str, Any] = field(default_factory=dict)
-    splits: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor | Ragged] = field(default_factory=dict)
+    fields: dict[str, Look | Pick | str] = field(default_factory=dict)
     length: int = 0
+    split: str | None = None
+
+    def __repr__(self) -> str:
+        known = {
+            name: f"ragged {[len(row) for row in value]}"
+            if isinstance(value, list)
+            else f"{value.dtype} {list(value.shape)}"
+            for name, value in self.tensors.items()
+        }
+        fields = {name: value if isinstance(value, Pick) else str(value) for name, value in self.fields.items()}
+        return f"Graph({known}, {fields}, length={self.length}, split={self.split})"
+
+    def write(self, directory: Path, format: str) -> Path:  # noqa: A002 - the word that users pass
+        """Write the tensors by the format's own library."""
+        directory.mkdir(parents=True)
+        flat: dict[str, torch.Tensor] = {}
+        for name, value in self.tensors.items():
+            if isinstance(value, torch.Tensor):
+                flat[name] = value
+            elif format == "pt":
+                torch.save([row.tolist() for row in value], directory / f"{name}.pt")
+            else:
+                lengths = torch.tensor([0, *map(len, value)])
+                flat |= {f"{name}.values": torch.cat(value), f"{name}.offsets": lengths.cumsum(0)}
+        WRITERS[format](directory, flat)
+        return directory
 
 
-def values(random: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random values of a dtype, every bit pattern that is a number of it."""
-    if dtype == "bool":
-        return torch.from_numpy(random.integers(0, 2, shape).astype(bool))
-    made = torch.from_numpy(random.normal(0, 40, shape)) if shape else torch.tensor(3.0)
-    return made.to(getattr(torch, dtype))
+# --- what numpy says ----------------------------------------------------------------------------------------------
 
 
-def numpy_of(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor as an array with equal bits; numpy has no bfloat16."""
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-class Maker:
-    """Draws a case. ``rng`` decides everything, so a case is its seed."""
-
-    def __init__(self, seed: int, *, ragged: bool, choice: bool, split: bool) -> None:
-        self.random = np.random.default_rng(seed)
-        self.case = Case()
-        self.count = 0
-        n = int(self.random.integers(1, 60))
-        self.rows = n
-        if split:
-            self.case.length = int(self.random.integers(1, 40))
-            self.case.splits = {"train": "listed"}
-            self.case.tensors["listed"] = torch.from_numpy(self.random.integers(0, n, self.case.length))
-            self.root = "row"
-        else:
-            self.case.length = n
-            self.root = str(self.random.choice(["i", "row"]))
-        for number in range(int(self.random.integers(1, 5))):
-            self.plain(f"f{number}")
-        if ragged:
-            self.ragged()
-        if choice:
-            self.choice()
-
-    def name(self) -> str:
-        self.count += 1
-        return f"t{self.count}"
-
-    def tensor(self, rows: int, *, columns: bool = False) -> str:
-        """A tensor to serve."""
-        name, dims = self.name(), int(self.random.integers(0, 3))
-        shape = [rows, *(int(self.random.integers(1, 6)) for _ in range(max(dims, columns)))]
-        self.case.tensors[name] = values(self.random, str(self.random.choice(DTYPES)), tuple(shape))
-        return name
-
-    def index(self, rows: int, bound: int, shape: tuple[int, ...]) -> str:
-        name, dtype = self.name(), str(self.random.choice(INDEX_DTYPES if bound < 100 else INDEX_DTYPES[2:]))
-        found = self.random.integers(0, bound, (rows, *shape))
-        self.case.tensors[name] = torch.from_numpy(found.astype(dtype))
-        return name
-
-    def path(self, depth: int) -> tuple[str, Any, int]:
-        """Rows: an expression, a function of root rows, and the rows of what it indexes."""
-        if depth == 0:
-            return self.root, lambda root: root, self.rows
-        inner, follow, rows = self.path(depth - 1)
-        bound = int(self.random.integers(1, 50))
-        kind = int(self.random.integers(0, 4))
-        if kind == 0:
-            name = self.index(rows, bound, ())
-            table = self.case.tensors[name].numpy().astype(np.int64)
-            return f"{name}[{inner}]", lambda root: table[follow(root)], bound
-        width = int(self.random.integers(1, 4)) if kind < 3 else int(self.random.integers(9, 20))
-        name = self.index(rows, bound, (width,))
-        table = self.case.tensors[name].numpy().astype(np.int64)
-        if kind == 1:
-            return f"{name}[{inner}]", lambda root: table[follow(root)], bound
-        column = int(self.random.integers(-width, width))
-        return f"{name}[{inner}, {column}]", lambda root: table[follow(root)][..., column], bound
-
-    def plain(self, key: str) -> None:
-        expression, follow, rows = self.path(int(self.random.integers(0, 4)))
-        with_column = bool(self.random.integers(0, 3) == 0)
-        name = self.tensor(rows, columns=with_column)
-        table = self.case.tensors[name]
-        if self.random.integers(0, 3) == 0 and expression != self.root:
-            self.case.fields[f"_{key}"] = expression
-            expression = f"_{key}"
-        array = numpy_of(table)
-        if with_column:
-            column = int(self.random.integers(-table.shape[1], table.shape[1]))
-            self.case.fields[key] = f"{name}[{expression}, {column}]"
-            self.case.oracle[key] = lambda _, root: array[:, column][follow(root)]
-        else:
-            self.case.fields[key] = f"{name}[{expression}]"
-            self.case.oracle[key] = lambda _, root: array[follow(root)]
-
-    def ragged(self) -> None:
-        bound = int(self.random.integers(1, 50))
-        lists = [self.random.integers(0, bound, int(self.random.integers(0, 5))) for _ in range(self.rows)]
-        self.case.tensors["bag"] = lists
-        target = self.tensor(bound)
-        array = numpy_of(self.case.tensors[target])
-        self.case.fields |= {"bag_rows": f"bag[{self.root}]", "bag_values": f"{target}[bag[{self.root}]]"}
-        self.case.oracle["bag_rows"] = lambda _, root: [lists[row] for row in root]
-        self.case.oracle["bag_values"] = lambda _, root: [array[lists[row]] for row in root]
-
-    def choice(self) -> None:
-        from jasper_store.samples.declaration import Choice, Variant
-
-        first = self.tensor(self.rows)
-        second = self.name()
-        self.case.tensors[second] = values(
-            self.random,
-            str(self.case.tensors[first].dtype).removeprefix("torch."),
-            tuple(self.case.tensors[first].shape),
-        )
-        probabilities = (0.3, 0.3, 0.4)
-        self.case.fields |= {"chosen": Choice((first, second), probabilities, self.root), "which": Variant("chosen")}
-        tables = [numpy_of(self.case.tensors[name]) for name in (first, second)]
-
-        def which(root: np.ndarray) -> np.ndarray:
-            return draw_variants(torch.from_numpy(root), 42, 0, probabilities).numpy()
-
-        def chosen(_: Any, root: np.ndarray) -> np.ndarray:
-            out = np.zeros((len(root), *tables[0].shape[1:]), tables[0].dtype)
-            for position, (row, variant) in enumerate(zip(root, which(root), strict=True)):
-                if variant:
-                    out[position] = tables[variant - 1][row]
-            return out
-
-        self.case.oracle |= {"chosen": chosen, "which": lambda _, root: which(root)}
-
-
-def expected(case: Case, positions: np.ndarray) -> dict[str, np.ndarray]:
-    """The batch at positions, as numpy makes it; ragged fields as values and offsets."""
-    root = case.tensors["listed"].numpy()[positions] if case.splits else positions
-    found: dict[str, np.ndarray] = {}
-    for key, look_up in case.oracle.items():
-        got = look_up(positions, root)
-        if isinstance(got, list):
-            found[f"{key}.offsets"] = np.concatenate([[0], np.cumsum([len(row) for row in got], dtype=np.int64)])
-            found[f"{key}.values"] = np.concatenate(got) if got else np.zeros(0)
-        else:
-            found[key] = got
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    """The values as integers of their width."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize]
+    found: np.ndarray = tensor.contiguous().view(width).numpy()
     return found
+
+
+class Expected:
+    """Batches of a graph, worked out sample by sample."""
+
+    def __init__(self, graph: Graph, seed: int = SEED, epoch: int = EPOCH) -> None:
+        self.graph, self.seed, self.epoch = graph, seed, epoch
+        self._arrays: dict[str, Any] = {
+            name: [bits(row) for row in value] if isinstance(value, list) else bits(value)
+            for name, value in graph.tensors.items()
+        }
+        # As numbers, where they name rows.
+        self._numbers: dict[str, Any] = {
+            name: [row.long().numpy() for row in value] if isinstance(value, list) else value.long().numpy()
+            for name, value in graph.tensors.items()
+            if isinstance(value, list) or value.dtype in INDEX_DTYPES
+        }
+
+    def _rows(self, rows: Look | str, position: int) -> Any:
+        if rows == "i":
+            return position
+        if rows == "row":
+            return position if self.graph.split is None else int(self._numbers[self.graph.split][position])
+        if isinstance(rows, str):
+            found = self.graph.fields[rows]
+            assert isinstance(found, Look)
+            rows = found
+        return self._read(self._numbers, rows, position)
+
+    def _read(self, arrays: Mapping[str, Any], look: Look, position: int) -> Any:
+        rows = self._rows(look.rows, position)
+        array = arrays[look.tensor]
+        if isinstance(array, list):
+            return array[int(rows)]
+        return array[rows] if look.column is None else array[:, look.column][rows]
+
+    def variant(self, pick: Pick, position: int) -> int:
+        return draw(int(self._rows(pick.rows, position)), self.seed, self.epoch, pick.probabilities)
+
+    def sample(self, name: str, position: int) -> np.ndarray:
+        """Bits of one field of one sample."""
+        found = self.graph.fields[name]
+        if isinstance(found, Look):
+            return np.asarray(self._read(self._arrays, found, position))
+        if isinstance(found, str):
+            pick = self.graph.fields[found]
+            assert isinstance(pick, Pick)
+            return np.asarray(self.variant(pick, position))
+        variant = self.variant(found, position)
+        row = self._rows(found.rows, position)
+        return np.asarray(
+            self._arrays[found.tensors[variant - 1]][row]
+            if variant
+            else np.zeros_like(self._arrays[found.tensors[0]][row])
+        )
+
+    def dtype(self, name: str) -> torch.dtype:
+        found = self.graph.fields[name]
+        if isinstance(found, str):
+            return torch.int64
+        value = self.graph.tensors[found.tensor if isinstance(found, Look) else found.tensors[0]]
+        return value.dtype if isinstance(value, torch.Tensor) else value[0].dtype
+
+    def is_ragged(self, name: str) -> bool:
+        found: Any = self.graph.fields[name]
+        while isinstance(found, Look):
+            if isinstance(self.graph.tensors[found.tensor], list):
+                return True
+            found = found.rows if isinstance(found.rows, Look) else self.graph.fields.get(found.rows)
+        return False
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Sizes of one sample, of one row where it is ragged; known without a sample."""
+        found: Any = self.graph.fields[name]
+        if isinstance(found, str):
+            return ()
+        if isinstance(found, Pick):
+            return tuple(self._arrays[found.tensors[0]].shape[1:])
+        shape: tuple[int, ...] = ()
+        while isinstance(found, Look):
+            array = self._arrays[found.tensor]
+            if isinstance(array, list):
+                return (*array[0].shape[1:], *shape)
+            shape = (*(array.shape[1:] if found.column is None else array.shape[2:]), *shape)
+            found = found.rows if isinstance(found.rows, Look) else self.graph.fields.get(found.rows)
+        return shape
+
+    def check(self, found: Mapping[str, torch.Tensor], positions: Sequence[int]) -> None:
+        """Compare a batch: keys in order, dtypes, shapes, bits."""
+        keys = []
+        for name in self.graph.fields:
+            if name.startswith("_"):
+                continue
+            samples = [self.sample(name, position) for position in positions]
+            shape = self.row_shape(name)
+            if self.is_ragged(name):
+                keys += [f"{name}.values", f"{name}.offsets"]
+                values, offsets = found[f"{name}.values"], found[f"{name}.offsets"]
+                ends = np.cumsum([0, *map(len, samples)])
+                assert offsets.dtype == torch.int64, name
+                assert offsets.tolist() == ends.tolist(), name
+                wanted = np.concatenate([*samples, np.empty((0, *shape), bits(values).dtype)])
+                size = int(ends[-1])
+            else:
+                keys.append(name)
+                values, size = found[name], len(positions)
+                wanted = np.stack(samples) if samples else np.empty((0, *shape), bits(values).dtype)
+            assert values.dtype == self.dtype(name), name
+            assert tuple(values.shape) == (size, *shape), name
+            assert np.array_equal(bits(values), wanted), name
+        assert list(found) == keys
+
+
+# --- random graphs --------------------------------------------------------------------------------------------------
+
+
+class _Maker:
+    def __init__(self, pick: st.DrawFn, *, ragged: bool, choice: bool) -> None:
+        self.draw, self.ragged, self.choice = pick, ragged, choice
+        self.graph = Graph()
+        self.random = torch.Generator().manual_seed(pick(st.integers(0, 2**20)))
+        self.base = pick(st.integers(1, 24))  # samples without a split
+        self.roots: dict[str, int] = {"i": self.base, "row": self.base}
+        self.indices: list[tuple[str, int]] = []  # fields that may name rows, and of how many
+        self.index_of: dict[str, int] = {}
+
+    def flip(self) -> bool:
+        return self.draw(st.booleans())
+
+    def of(self, values: Sequence[Any]) -> Any:
+        return values[self.draw(st.integers(0, len(values) - 1))]
+
+    def add(self, values: torch.Tensor | Ragged) -> str:
+        name = f"t{len(self.graph.tensors)}"
+        self.graph.tensors[name] = values
+        return name
+
+    def numbers(self, shape: tuple[int, ...], below: int) -> torch.Tensor:
+        dtypes = [dtype for dtype in INDEX_DTYPES if torch.iinfo(dtype).max >= below - 1]
+        return torch.randint(below, shape, generator=self.random).to(self.of(dtypes))
+
+    def values(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if dtype == torch.bool:
+            return torch.randint(2, shape, generator=self.random).bool()
+        raw = torch.randint(256, (*shape[:-1], shape[-1] * dtype.itemsize), generator=self.random)
+        return raw.to(torch.uint8).view(dtype)
+
+    def shape(self, most: int) -> tuple[int, ...]:
+        return tuple(self.of(SIZES) for _ in range(self.draw(st.integers(0, most))))
+
+    def row_lengths(self, rows: int, below: int) -> Ragged:
+        lengths = torch.randint(4, (rows,), generator=self.random).tolist()
+        return [torch.randint(below, (length,), generator=self.random) for length in lengths]
+
+    def make(self, n_fields: int) -> Graph:
+        if self.flip():
+            length = self.draw(st.integers(1, 24))
+            self.graph.split = self.add(self.numbers((length,), self.base))
+            self.roots["i"] = length
+        self.graph.length = self.roots["i"]
+        for number in range(n_fields):
+            self.field(number)
+        if self.choice:
+            self.pick()
+        if not any(not name.startswith("_") for name in self.graph.fields):
+            self.leaf("plain", "i", self.roots["i"])
+        if not self.rooted():
+            self.leaf("rooted", "i", self.roots["i"])
+        return self.graph
+
+    def rooted(self) -> bool:
+        """Whether the length is known: without a split, by any served field; with one, always."""
+        return self.graph.split is not None or any(not name.startswith("_") for name in self.graph.fields)
+
+    def rows(self, depth: int, *, single: bool) -> tuple[Look | str, int, bool]:
+        """An expression of rows, of how many they are rows, and whether they are ragged."""
+        known = [(name, below) for name, below in self.indices if not (single and self.many(name))]
+        if depth == 0 or (known and self.flip()):
+            names = [*self.roots, *(name for name, _ in known)]
+            name = self.of(names)
+            ragged = name not in self.roots and Expected(self.graph).is_ragged(name)
+            return name, {**self.roots, **dict(known)}[name], ragged
+        inner, count, ragged = self.rows(depth - 1, single=single)
+        below = self.draw(st.integers(1, 30))
+        kind = self.of(["flat", "column", "rows", "deep", "ragged"])
+        if kind == "ragged" and self.ragged and not single and not self.wide(inner) and not ragged:
+            return Look(self.add(self.row_lengths(count, below)), inner), below, True
+        if kind == "column":
+            width = self.of(SIZES)
+            return Look(self.add(self.numbers((count, width), below)), inner, self.column(width)), below, ragged
+        if kind == "rows" and not single and not ragged:
+            return Look(self.add(self.numbers((count, self.of(SIZES)), below)), inner), below, False
+        if kind == "deep" and not single and not ragged:
+            width, more = self.of(SIZES), self.of(SIZES)
+            return Look(self.add(self.numbers((count, width, more), below)), inner, self.column(width)), below, False
+        return Look(self.add(self.numbers((count,), below)), inner), below, ragged
+
+    def column(self, width: int) -> int:
+        return self.draw(st.integers(-width, width - 1))
+
+    def wide(self, rows: Look | str) -> bool:
+        """Whether an expression names several rows of each sample."""
+        if isinstance(rows, str):
+            return rows not in self.roots and self.many(rows)
+        graph = Graph(self.graph.tensors, {**self.graph.fields, "_": rows}, split=self.graph.split)
+        return bool(Expected(graph).row_shape("_"))
+
+    def many(self, name: str) -> bool:
+        expected = Expected(self.graph)
+        return bool(expected.row_shape(name)) or expected.is_ragged(name)
+
+    def field(self, number: int) -> None:
+        hidden = "_" if self.draw(st.integers(0, 3)) == 0 else ""
+        rows, count, ragged = self.rows(self.draw(st.integers(0, 3)), single=False)
+        if hidden or self.draw(st.integers(0, 2)) == 0:  # an index, served or not
+            name, below = f"{hidden}index{number}", self.draw(st.integers(1, 30))
+            if self.ragged and not ragged and not self.wide(rows) and self.flip():
+                self.graph.fields[name] = Look(self.add(self.row_lengths(count, below)), rows)
+            else:
+                self.graph.fields[name] = Look(self.add(self.numbers((count,), below)), rows)
+            self.indices.append((name, below))
+        else:
+            self.leaf(f"field{number}", rows, count)
+
+    def leaf(self, name: str, rows: Look | str, count: int) -> None:
+        shape = self.shape(3)
+        column = self.column(shape[0]) if shape and self.flip() else None
+        tensor = self.add(self.values((count, *shape), self.of(DTYPES)))
+        self.graph.fields[name] = Look(tensor, rows, column)
+
+    def pick(self) -> None:
+        rows, count, _ = self.rows(self.draw(st.integers(0, 2)), single=True)
+        shape, dtype = self.shape(2), self.of(DTYPES)
+        tensors = tuple(self.add(self.values((count, *shape), dtype)) for _ in range(self.draw(st.integers(1, 3))))
+        shares = [self.draw(st.integers(0, 4)) for _ in range(len(tensors) + 1)]
+        shares[-1] += not sum(shares)
+        name = self.of(["choice", "_choice"])
+        self.graph.fields[name] = Pick(tensors, rows, tuple(share / sum(shares) for share in shares))
+        if name.startswith("_") or self.flip():
+            self.graph.fields["variant"] = name
+
+
+@st.composite
+def graphs(draw: st.DrawFn, *, ragged: bool | None = None, choice: bool | None = None) -> Graph:
+    """A random graph of some fields."""
+    maker = _Maker(
+        draw,
+        ragged=draw(st.booleans()) if ragged is None else ragged,
+        choice=draw(st.booleans()) if choice is None else choice,
+    )
+    return maker.make(draw(st.integers(1, 5)))

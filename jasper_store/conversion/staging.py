@@ -1,4 +1,4 @@
-"""A dataset's directory while it is written: hidden beside its target, whose name it takes in the end."""
+"""The hidden directory that a dataset is written into; publishing renames it to the target."""
 
 from __future__ import annotations
 

@@ -334,7 +334,7 @@ class _EpochIterator:
             watch.began = perf_counter()
         try:
             if getattr(self._batches, "ready", False):
-                # Reading the clocks of Meter takes longer than to hand over a batch that is there.
+                # Meter's clocks cost more than returning a batch that was gathered already.
                 began = perf_counter()
                 batch = next(self._batches)
                 watch.wait.add_quick(perf_counter() - began)

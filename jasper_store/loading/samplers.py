@@ -225,7 +225,7 @@ class Draws:
         self._first = 0
 
     def take(self, count: int) -> torch.Tensor:
-        """The next ``count`` indices, fewer at the end, none after it; a view that nobody else writes to."""
+        """The next ``count`` indices, fewer at the end, none after it; a view that is not written to elsewhere."""
         stop = min(self.done + count, self.total)
         if stop > self._first + len(self._drawn):
             # A whole number of batches, so that none lies across two draws.

@@ -11,10 +11,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
+import xxhash
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
     import torch
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "FormatName",
     "Inline",
     "Location",
+    "Parts",
     "Schema",
     "SupportsRagged",
     "TensorSpec",
@@ -80,7 +84,41 @@ class Inline:
     values: torch.Tensor
 
 
-Location: TypeAlias = Extent | Chunked | Inline
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """Rows of one tensor that lie in several places, one part after another; each part is one run of whole rows in C order.
+
+    Made by :func:`jasper_store.formats.parts.join`, which checks what the parts have to have in common. Parts without
+    rows are left out. A tensor in one place is an :class:`Extent`, never one part.
+
+    Attributes:
+        files: the files, each once, in the order in which their first rows come.
+        file_of: of each part, the number of its file in ``files``, int64 [parts].
+        offsets: of each part, the byte offset of its first row in its file, int64 [parts].
+        starts: first row of each part, and in the end the number of rows, int64 [parts + 1]; ascending from 0.
+    """
+
+    files: tuple[Path, ...]
+    file_of: np.ndarray
+    offsets: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def path(self) -> Path:
+        """The file of the first part."""
+        return self.files[0]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __repr__(self) -> str:
+        # What stands here goes into the digest of a store: all of it, and in few bytes.
+        facts = xxhash.xxh3_64_hexdigest(b"".join(a.tobytes() for a in (self.file_of, self.offsets, self.starts)))
+        names = xxhash.xxh3_64_hexdigest("\0".join(map(str, self.files)).encode())
+        return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
+
+
+Location: TypeAlias = Extent | Chunked | Inline | Parts
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -112,8 +150,13 @@ class TensorSpec:
 
     @property
     def path(self) -> Path:
-        """The file that holds the values."""
+        """The file that holds the values; of several, the first."""
         return self.location.path
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that hold the values."""
+        return self.location.files if isinstance(self.location, Parts) else (self.location.path,)
 
     @property
     def n_rows(self) -> int:
@@ -132,7 +175,7 @@ class TensorSpec:
 
     @property
     def contiguous(self) -> bool:
-        """Whether the values are one run of bytes in C order, so that row i is at offset + i * row_nbytes."""
+        """Whether the values are one run of bytes in C order, so that row i is at offset + i * row_nbytes; not of parts."""
         if not isinstance(self.location, Extent):
             return False
         strides = self.location.strides

@@ -1,0 +1,77 @@
+"""One tensor out of several: the parts that files hold, joined row by row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jasper_store.errors import CorruptFileError
+from jasper_store.formats.base import Extent, Parts, TensorSpec
+from jasper_store.formats.files import dtype_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["join"]
+
+
+def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
+    """The tensor that has the rows of all these tensors, one after another.
+
+    Args:
+        name: name of the whole.
+        specs: at least one; each an extent, or parts already.
+
+    Returns:
+        A spec whose location is :class:`~jasper_store.formats.base.Parts`, or an ``Extent`` if only one has rows.
+
+    Raises:
+        CorruptFileError: a part has another dtype or row shape than the first, is a scalar, or its rows are no runs of
+            bytes in its file (compressed, in Fortran order, a list); the message names its file.
+    """
+    first = specs[0]
+    for spec in specs:
+        _check(name, first, spec)
+    rows = sum(spec.n_rows for spec in specs)
+    shape = (rows, *first.shape[1:])
+    filled = [spec for spec in specs if spec.n_rows] or [first]
+    if len(filled) == 1:
+        return TensorSpec(name, first.dtype, shape, filled[0].location)
+    numbers: dict[Path, int] = {}
+    file_of: list[np.ndarray] = []
+    offsets: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    for spec in filled:
+        place = spec.location
+        if isinstance(place, Parts):
+            own = np.array([numbers.setdefault(path, len(numbers)) for path in place.files], np.int64)
+            file_of.append(own[place.file_of])
+            offsets.append(place.offsets)
+            counts.append(np.diff(place.starts))
+        else:
+            assert isinstance(place, Extent)
+            file_of.append(np.array([numbers.setdefault(place.path, len(numbers))], np.int64))
+            offsets.append(np.array([place.offset], np.int64))
+            counts.append(np.array([spec.n_rows], np.int64))
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])
+    return TensorSpec(
+        name, first.dtype, shape, Parts(tuple(numbers), np.concatenate(file_of), np.concatenate(offsets), starts)
+    )
+
+
+def _check(name: str, first: TensorSpec, spec: TensorSpec) -> None:
+    if not spec.shape:
+        found = "a scalar, which has no rows"
+    elif (spec.dtype, spec.shape[1:]) != (first.dtype, first.shape[1:]):
+        found = f"{dtype_name(spec.dtype)} rows of shape {list(spec.shape[1:])}"
+    elif not isinstance(spec.location, Parts) and not spec.contiguous and spec.n_rows:
+        found = "rows that are no runs of bytes in the file (compressed, in Fortran order, or a list); convert it"
+    else:
+        return
+    msg = (
+        f"{spec.path}: expected a part of {name!r}, {dtype_name(first.dtype)} rows of shape {list(first.shape[1:])} as "
+        f"in {first.path.name}, found {found}"
+    )
+    raise CorruptFileError(msg, path=spec.path, tensor=name)

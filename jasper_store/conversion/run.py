@@ -35,6 +35,7 @@ from jasper_store.files.atomic import (
 )
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.numbered import INDEX_SUFFIX
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest
 from jasper_store.store.manifest_file import read
 
@@ -222,7 +223,11 @@ class Run:
         found = [
             path
             for path in sorted(self.src.glob("*.json"))
-            if path.name != MANIFEST_NAME and path.name[0] != "." and path.is_file()
+            # An index of shards says where tensors lay, not where they will.
+            if path.name != MANIFEST_NAME
+            and path.name[0] != "."
+            and not path.name.endswith(INDEX_SUFFIX)
+            and path.is_file()
         ]
         wanted = []
         for path in found:

@@ -63,7 +63,7 @@ class PartedTensor(PagedTensor):
         if bad >= 0:
             raise refused(rows, self.n_rows, self.name)
         if kernel() is None:
-            return self._gather_by_parts(rows, out)
+            return self._gather_by_parts(source.dtype, rows, out)
         got = super()._gather(source, addresses, out)
         del held  # until now the maps had to stay
         return got
@@ -81,17 +81,16 @@ class PartedTensor(PagedTensor):
         jobs.run()
         return got if out is None or got is out else out.copy_(got)
 
-    def _gather_by_parts(self, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Without the kernel: part by part."""
-        if out is None:
-            out = empty_rows((len(rows), *self.row_shape), self.dtype, len(rows) * self.row_nbytes)
+    def _gather_by_parts(self, dtype: torch.dtype, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Without the kernel: part by part, in a dtype that torch can gather."""
+        found = empty_rows((len(rows), *self.row_shape), dtype, len(rows) * self._row_nbytes)
         parts = torch.from_numpy(np.asarray(self._maps.table.parts_of(rows.numpy())))
         for part in set(parts.tolist()):
             places = (parts == part).nonzero().view(-1)
             first, last = self._rows_of(part)
-            values = self._slice(part, first, last)
-            out[places] = values[rows[places] - first].to(self.dtype)
-        return out
+            found[places] = self._slice(part, first, last).view(dtype)[rows[places] - first]
+        found = self._restore(found)
+        return found if out is None else out.copy_(found)
 
     def _prefetch_ahead(self, prefetcher: RowPrefetcher, rows: torch.Tensor) -> None:
         inside = (rows >= 0) & (rows < self.n_rows)

@@ -28,7 +28,7 @@ def library() -> Any:
     number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
     found.jasper_gather.argtypes = [address, number, ctypes.c_uint]
     found.jasper_gather.restype = signed
-    found.jasper_locate_rows.argtypes = [address, address, signed, address, signed, number, address]
+    found.jasper_locate_rows.argtypes = [address, signed, address, signed, number, address]
     found.jasper_locate_rows.restype = signed
     found.jasper_parts_of_rows.argtypes = [address, address, signed, number, address]
     found.jasper_parts_of_rows.restype = None

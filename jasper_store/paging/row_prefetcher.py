@@ -46,6 +46,7 @@ class RowPrefetcher:
         row_stride: bytes from one row to the next.
         row_nbytes: bytes of a row.
         n_rows: number of rows.
+        locate: addresses of rows that are in range, int64 [n]; by default they follow from ``address`` and ``row_stride``.
         advise: tells the kernel how the whole tensor will be accessed; by default, of the range that its rows span.
     """
 
@@ -56,6 +57,7 @@ class RowPrefetcher:
         row_nbytes: int,
         n_rows: int,
         *,
+        locate: Callable[[np.ndarray], np.ndarray] | None = None,
         advise: Callable[[Access], object] | None = None,
     ) -> None:
         self._address, self._row_stride, self._row_nbytes, self._n_rows = address, row_stride, row_nbytes, n_rows
@@ -66,6 +68,7 @@ class RowPrefetcher:
         self._gather_thread = 0  # thread of the last gather since the last prefetch_ahead(); 0: none
         self._unrecorded_rows = 0
         self._advice: Access = "normal"
+        self._locate = locate
         self._advise = advise or self._advise_span
         self.advise("random")
 
@@ -108,6 +111,8 @@ class RowPrefetcher:
         inside = (wanted >= 0) & (wanted < self._n_rows)
         if not inside.all():
             wanted = wanted[inside]
+        if self._locate is not None:
+            return madvise.row_ranges(0, 1, self._row_nbytes, self._locate(wanted))
         return madvise.row_ranges(self._address, self._row_stride, self._row_nbytes, wanted)
 
     def before_gather(self, rows: torch.Tensor) -> None:

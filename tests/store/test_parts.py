@@ -9,7 +9,7 @@ import os
 import pickle
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 import numpy as np
@@ -223,7 +223,7 @@ def _in_child(source: Any, queue: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(made: Callable[[str, int], Path], method: str) -> None:
+def test_other_processes(made: Callable[[str, int], Path], method: Literal["fork", "spawn"]) -> None:
     with open_store(made("safetensors", 7), use_mmap=True) as store:
         store["embs"].take([0])
         context = get_context(method)

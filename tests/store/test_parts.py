@@ -226,7 +226,7 @@ def _in_child(source: Any, queue: Any) -> None:
 def test_other_processes(made: Callable[[str, int], Path], method: Literal["fork", "spawn"]) -> None:
     with open_store(made("safetensors", 7), use_mmap=True) as store:
         store["embs"].take([0])
-        context = get_context(method)
+        context: Any = get_context(method)
         queue = context.Queue()
         child = context.Process(target=_in_child, args=(store, queue))
         child.start()

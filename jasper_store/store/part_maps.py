@@ -35,10 +35,10 @@ class _State:
 
     def __init__(self, table: PartTable) -> None:
         self.placed = PlacedParts(table, np.full(table.n_parts, UNMAPPED, np.int64))
-        self.placed.keep = self  # its addresses are valid as long as the maps are
         self.complete = False
         self.maps: dict[int, LooseMap] = {}
         self.all: list[LooseMap] = []  # a file that two threads map at the same time is here twice
+        self.placed.keep = self.all  # its addresses are valid as long as the maps are
 
 
 class PartMaps:

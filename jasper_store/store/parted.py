@@ -54,7 +54,11 @@ class PartedTensor(PagedTensor):
         self._placed: tuple[object, Source | None] = (None, None)
         large = spec.nbytes > SMALL_TENSOR
         self._prefetch_whole = not large
-        self._prefetcher = RowPrefetcher(0, 1, spec.row_nbytes, _ANYWHERE, advise=self._maps.advise) if large else None
+        self._prefetcher = (
+            RowPrefetcher(0, 1, spec.row_nbytes, spec.n_rows, locate=self._locate, advise=self._maps.advise)
+            if large
+            else None
+        )
 
     # ---- rows
 

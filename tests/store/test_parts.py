@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import json
 import os
 import pickle
+import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +27,7 @@ from jasper_store.formats.parts import join, parts_of
 from jasper_store.native import parts as native_parts
 from jasper_store.native.parts import UNMAPPED, PartTable, PlacedParts
 from jasper_store.paging import residency
+from jasper_store.paging.residency import mapped_cached_bytes
 from jasper_store.store import part_maps, parted
 from jasper_store.store.direct_rows import direct_readers_for
 from jasper_store.store.opening import open_store, plan_store
@@ -260,6 +263,35 @@ def test_residency_warmup_and_drop(made: Callable[[str, int], Path]) -> None:
         assert before <= tensor.nbytes
         assert {entry.name for entry in report.tensors} == set(whole())
         assert report.after == report.nbytes
+
+
+def test_prefetched_rows_are_read_before_they_are_taken(made: Callable[[str, int], Path]) -> None:
+    os.sync()
+    with open_store(made("npy", 7), use_mmap=True) as store:
+        tensor = store["embs"]
+        rows = torch.arange(0, N, 97)
+        for path in tensor.spec.paths:
+            residency.drop_cache(path, 0, path.stat().st_size)
+        if tensor.residency() > tensor.nbytes // 2:
+            pytest.skip("the page cache of this file system cannot be dropped")
+        tensor.prefetch(rows)
+        held = parted.PartedTensor._locate(tensor, rows.numpy())  # type: ignore[arg-type]
+        deadline = time.monotonic() + 20
+        while not all(mapped_cached_bytes(int(address) // 4096 * 4096, 4096) for address in held):
+            assert time.monotonic() < deadline, "prefetched pages are not in the page cache"
+            time.sleep(0.01)
+
+
+def test_closing_releases_the_maps(made: Callable[[str, int], Path]) -> None:
+    directory = made("npy", 7)
+    gc.disable()  # without the help of the collector
+    try:
+        with open_store(directory, use_mmap=True) as store:
+            store["embs"].take([0, N - 1])
+            assert str(directory) in Path("/proc/self/maps").read_text()
+        assert str(directory) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 def test_plan_counts_parts(made: Callable[[str, int], Path]) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from jasper_store.formats.base import Parts
-from jasper_store.native.gather import Jobs, Source, kernel
+from jasper_store.native import gather
+from jasper_store.native.gather import Jobs, Source
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.paging.mapping import mappable, view
 from jasper_store.paging.row_prefetcher import RowPrefetcher
@@ -80,7 +81,7 @@ class PartedTensor(PagedTensor):
             where, bad, held = self._maps.locate(rows)
             if bad >= 0:
                 raise refused(rows, self.n_rows, self.name)
-            if kernel() is None:
+            if gather.kernel() is None:
                 self._copy_by_parts(rows, target)
                 return
             source = self._memory
@@ -93,7 +94,7 @@ class PartedTensor(PagedTensor):
     def _all_mapped(self) -> tuple[Source | None, object]:
         """What the kernel gathers from if all parts are mapped, and what keeps it valid."""
         placed = self._maps.placed()
-        if placed is None or kernel() is None:
+        if placed is None or gather.kernel() is None:
             return None, None
         known, source = self._placed
         if known is not placed:

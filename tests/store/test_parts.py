@@ -24,7 +24,7 @@ import jasper_store as js
 from jasper_store.errors import ClosedError, CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Extent, Parts, TensorSpec
 from jasper_store.formats.parts import join, parts_of
-from jasper_store.native import parts as native_parts
+from jasper_store.native import gather, parts as native_parts
 from jasper_store.native.parts import UNMAPPED, PartTable, PlacedParts
 from jasper_store.paging import residency
 from jasper_store.paging.residency import mapped_cached_bytes
@@ -171,7 +171,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_without_the_kernel(made: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parted, "kernel", lambda: None)
+    monkeypatch.setattr(gather, "kernel", lambda: None)
     monkeypatch.setattr(native_parts, "library", lambda: None)
     test_as_one(made, "npy", 7, "mapped")
 

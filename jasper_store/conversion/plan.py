@@ -19,7 +19,7 @@ from jasper_store.errors import (
 from jasper_store.files.fingerprint import FileIdentity
 from jasper_store.formats.base import SupportsRagged
 from jasper_store.formats.files import check_name
-from jasper_store.formats.registry import AUTO_ORDER, base_name, locate
+from jasper_store.formats.registry import AUTO_ORDER, READ_ONLY, base_name, locate
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -142,14 +142,14 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
         return Sources(found.format, found.specs, found.warnings)
     candidates: list[Sources] = []
     refused: list[JasperStoreError] = []
-    for name in AUTO_ORDER:
+    for name in (*AUTO_ORDER, *READ_ONLY):
         if name == fmt.name:
             continue
         try:
             found = locate(src, name, schema)
         except DatasetNotFoundError:
             continue
-        except CorruptFileError as exc:
+        except (CorruptFileError, IncompatibleOptionsError) as exc:
             refused.append(exc)
         else:
             candidates.append(Sources(name, found.specs, found.warnings))

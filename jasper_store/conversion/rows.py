@@ -16,8 +16,9 @@ import torch
 
 from jasper_store.conversion.writeback import WINDOW_NBYTES, drop_pages
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Chunked, Extent, Inline, Parts, TensorSpec
+from jasper_store.formats.base import Chunked, Extent, Inline, Parts, Streamed, TensorSpec
 from jasper_store.formats.parts import parts_of
+from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import mapping
 from jasper_store.store.tensors import block_rows
 
@@ -69,6 +70,8 @@ def open_rows(spec: TensorSpec, *, drop: bool = False) -> BlockReader:
         return _ChunkedRows(spec, drop=drop)
     if isinstance(location, Parts):
         return _PartRows(spec, drop=drop)
+    if isinstance(location, Streamed):
+        return _StreamedRows(spec)
     if spec.contiguous and spec.row_nbytes > 16 * BLOCK_NBYTES and mapping.mappable(location.offset, spec.dtype):
         return _HugeRows(spec, location)
     return _ExtentRows(spec, location, drop=drop)
@@ -175,6 +178,22 @@ class _ChunkedRows:
         self._reader.close()
         if self._file is not None:
             self._file.close()
+
+
+class _StreamedRows:
+    """Values that can only be read in order, which is how blocks are asked for."""
+
+    needs_buffer = True
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._stream = ByteStream(spec)
+
+    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the next rows are these
+        self._stream.fill(out)
+        return out
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _ExtentRows:

@@ -29,14 +29,18 @@ __all__ = [
     "Inline",
     "Location",
     "Parts",
+    "ReadFormat",
     "Schema",
+    "Skipped",
+    "Streamed",
     "SupportsKeys",
     "SupportsRagged",
+    "SupportsSkipped",
     "TensorSpec",
     "contiguous_strides",
 ]
 
-FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt"]
+FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt", "arrow", "faiss", "bin", "npz", "pickle", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,29 @@ class Parts:
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
-Location: TypeAlias = Extent | Chunked | Inline | Parts
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Values that can only be read from the first to the last: a deflated member of a ``.npz``, a Parquet column.
+
+    They are converted in bounded memory, or loaded whole; :class:`jasper_store.formats.streams.ByteStream` reads them.
+
+    Attributes:
+        files: the files, in the order of their rows.
+        kind: what reads them, ``"npz"`` or ``"parquet"``.
+        key: member or column, as it is called in each file.
+    """
+
+    files: tuple[Path, ...]
+    kind: Literal["npz", "parquet"]
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """The file of the first rows."""
+        return self.files[0]
+
+
+Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -157,7 +183,7 @@ class TensorSpec:
     @property
     def paths(self) -> tuple[Path, ...]:
         """All files that hold the values."""
-        return self.location.files if isinstance(self.location, Parts) else (self.location.path,)
+        return self.location.files if isinstance(self.location, Parts | Streamed) else (self.location.path,)
 
     @property
     def n_rows(self) -> int:
@@ -184,6 +210,21 @@ class TensorSpec:
             return True
         expected = contiguous_strides(self.shape)
         return all(s == e for s, e, n in zip(strides, expected, self.shape, strict=True) if n > 1) or 0 in self.shape
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something in a file that is no tensor, or none that can be read, and that is passed over.
+
+    Attributes:
+        name: what the file calls it.
+        path: the file.
+        reason: what it is, and what to do to have it, for people.
+    """
+
+    name: str
+    path: Path
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,8 +290,8 @@ class FileWriter(Protocol):
         """Release every handle without finishing; safe to call at any time, also twice."""
 
 
-class Format(Protocol):
-    """One file format. Stateless; every method may be called concurrently.
+class ReadFormat(Protocol):
+    """One file format that is read. Stateless; every method may be called concurrently.
 
     Attributes:
         name: the name users pass, e.g. ``"safetensors"``.
@@ -271,6 +312,10 @@ class Format(Protocol):
             DatasetNotFoundError: there is no such file.
         """
 
+
+class Format(ReadFormat, Protocol):
+    """One file format that is read and written."""
+
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
         """Create ``path`` (it must not exist) and return a writer for it.
 
@@ -285,6 +330,14 @@ class SupportsKeys(Protocol):
 
     def locate_keys(self, path: Path) -> list[TensorSpec]:
         """As :meth:`Format.locate`, with the names that the file has."""
+
+
+@runtime_checkable
+class SupportsSkipped(Protocol):
+    """A format whose files may hold more than tensors."""
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
+        """What :meth:`ReadFormat.locate` passes over in one file; errors as there."""
 
 
 @runtime_checkable

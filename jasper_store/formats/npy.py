@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypedDict, cast
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
 
-__all__ = ["NpyFormat"]
+__all__ = ["MAX_PREFIX", "NpyFormat", "dtype_of", "parse_header", "strides_of"]
 
 _MAGIC = b"\x93NUMPY"
 _VERSIONS = {b"\x01\x00": (2, "latin1"), b"\x02\x00": (4, "latin1"), b"\x03\x00": (4, "utf-8")}
 # numpy itself refuses to parse longer headers: the literal parser was not made for hostile text.
 _MAX_HEADER = 10_000
+MAX_PREFIX = 12 + _MAX_HEADER
+"""The most bytes that stand before the values."""
 
 _DTYPES = {
     "|b1": torch.bool,
@@ -51,6 +53,12 @@ _DESCRIPTIONS = {dtype: f"'{text}'" for text, dtype in _DTYPES.items()}
 _DESCRIPTIONS[torch.bfloat16] = "[('bfloat16', '<u2')]"
 
 
+class _Header(TypedDict):
+    descr: object
+    fortran_order: bool
+    shape: tuple[object, ...]
+
+
 class NpyFormat:
     """Reads and writes one array per file; Fortran order becomes strides, bfloat16 a structured dtype."""
 
@@ -62,10 +70,7 @@ class NpyFormat:
         """See :meth:`jasper_store.formats.base.Format.locate`. The array is named by its file."""
         name = stem_of(path, self.suffixes)
         header, data_start, size = _read_header(path)
-        dtype = _dtype(path, header["descr"])
-        fortran, claimed = header["fortran_order"], header["shape"]
-        if not isinstance(fortran, bool) or not isinstance(claimed, tuple):
-            _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
+        dtype, claimed = dtype_of(path, header["descr"]), header["shape"]
         shape, nbytes = check_shape(claimed, dtype.itemsize, path=path, tensor=name)
         if data_start + nbytes != size:
             _corrupt(
@@ -73,8 +78,7 @@ class NpyFormat:
                 f"{dtype_name(dtype)} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
                 "(was it truncated or appended to?).",
             )
-        strides = contiguous_strides(shape[::-1])[::-1] if fortran and len(shape) > 1 else None
-        return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides))]
+        return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides_of(header, shape)))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
@@ -89,10 +93,19 @@ def _corrupt(path: Path, what: str, *, cause: BaseException | None = None) -> No
     raise CorruptFileError(msg, path=path) from cause
 
 
-def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
-    """The header's dictionary, the offset of the data and the size of the file."""
+def _read_header(path: Path) -> tuple[_Header, int, int]:
+    """The header, the offset of the data and the size of the file."""
     with open_for_reading(path) as (file, size):
-        raw = read_at(file, 0, 12 + _MAX_HEADER)
+        raw = read_at(file, 0, MAX_PREFIX)
+    return *parse_header(path, raw, size), size
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[_Header, int]:
+    """The header that begins with ``raw``, of ``size`` bytes in all; and where the values begin.
+
+    Raises:
+        CorruptFileError: it is not that of a ``.npy`` file.
+    """
     if not raw.startswith(_MAGIC):
         _corrupt(path, f"it must begin with {_MAGIC!r}, found {raw[:6]!r}.")
     version = raw[6:8]
@@ -109,11 +122,22 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
         _corrupt(path, f"its header is not a Python literal: {type(exc).__name__}: {exc!s:.100}.", cause=exc)
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
         _corrupt(path, f"its header must hold descr, fortran_order and shape, found {shown(header, 200)}.")
-    return header, start, size
+    if not isinstance(header["fortran_order"], bool) or not isinstance(header["shape"], tuple):
+        _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
+    return cast("_Header", header), start
 
 
-def _dtype(path: Path, description: object) -> torch.dtype:
-    """Torch dtype of a ``descr`` entry."""
+def strides_of(header: _Header, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of an array in Fortran order; ``None`` in C order."""
+    return contiguous_strides(shape[::-1])[::-1] if header["fortran_order"] and len(shape) > 1 else None
+
+
+def dtype_of(path: Path, description: object) -> torch.dtype:
+    """Torch dtype of a ``descr`` entry.
+
+    Raises:
+        CorruptFileError: torch has none, or it is big-endian.
+    """
     # '<V2' is what numpy.save writes for the bfloat16 of the ml_dtypes package.
     if description in ("<V2", "|V2", [("bfloat16", "<u2")]):
         return torch.bfloat16

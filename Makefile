@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-min test-integrations lint format types layers check bench docs screenshot wheel clean
+.PHONY: help install demo test test-slow test-min test-integrations lint format types layers prose check bench docs screenshot wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,7 +66,10 @@ types: $(STAMP) ## mypy, strict
 layers: $(STAMP) ## imports run downwards only (import-linter)
 	@$(BIN)/lint-imports
 
-check: lint types layers ## lint, types and layers
+prose: $(STAMP) ## phrases that the documents and docstrings do not use (tools/prose.txt)
+	@$(BIN)/python -m tools.prose
+
+check: lint types layers prose ## lint, types, layers and prose
 
 bench: $(STAMP) ## measure on this machine: JSON first, plots after
 	@$(PIP) --no-build-isolation --editable '.[bench]'

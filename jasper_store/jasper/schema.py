@@ -1,6 +1,6 @@
 """The tensors of a JASPER dataset: names, shapes, HDF5 paths, and what a sample reads of them.
 
-This table and the modules beside it are the only places that know a JASPER name; the engine is handed
+This table and the modules beside it are the only places that know a JASPER name; the engine receives
 :data:`SCHEMA` and :func:`declaration_for`, and sees nothing but names.
 """
 

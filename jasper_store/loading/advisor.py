@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Meter", "Stopwatch", "WorkerClock", "advise"]
 
 _BATCHES, _WALL, _CPU, _FAULTS = range(4)
-#: A loader that takes less than this share of an epoch is not what the epoch waits for.
+#: A loader that takes less than this share of an epoch's time is not the bottleneck.
 _NEGLIGIBLE: Final = 0.05
 
 
@@ -110,7 +110,7 @@ class Stopwatch:
         prefetch: asking for rows ahead; part of ``wait`` without workers.
         transfer: starting copies to a device (``to_device``).
         began: clock when the first batch was asked for.
-        ended: clock when the last one was handed over.
+        ended: clock when the last one was returned.
     """
 
     wait: Meter = field(default_factory=Meter)
@@ -148,7 +148,7 @@ def _costs(watch: Stopwatch, gathers: Meter, workers: int) -> _Costs:
     gather = (gathers.wall - prefetched.wall) / done
     blocked = gather - (gathers.cpu - prefetched.cpu) / done
     pages = max(blocked, 0.0) if gathers.faults else 0.0
-    # A worker that is never idle spends on handing over whatever it does not spend on gathering.
+    # A worker that is never idle sends batches for all of the time that it does not gather.
     busy = workers * interval - gather
     hand_over = max(busy, 0.0) if workers and wait > _NEGLIGIBLE * interval else 0.0
     return _Costs(

@@ -1,4 +1,4 @@
-"""What of a block order's windows is due, as a pass moves through them."""
+"""Which rows and blocks of a block order are due, as a pass moves through its windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Windows"]
 
 
 class Windows:
-    """What of a block order's windows is due to be read or dropped, for the positions that one rank takes."""
+    """Says which rows of a block order one rank has to read next, and which blocks it can drop."""
 
     def __init__(self, order: BlockOrder, first: int, ranks: int) -> None:
         self.order, self.first, self.ranks = order, first, ranks

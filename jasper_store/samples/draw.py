@@ -79,7 +79,7 @@ class VariantSampler:
 
     def variants(self, rows: torch.Tensor) -> torch.Tensor:
         """Variant of each row [B], int64, on the device of ``rows``."""
-        # Tables pay for those who ask often; the first call is not made to wait for them.
+        # Tables pay off for repeated calls; the first call does not wait for them to be made.
         if self._tables is None:
             return self._of(rows)
         return gather_many([GatherRequest(self._tables[0], rows, torch.int64)])[0]

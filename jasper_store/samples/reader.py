@@ -28,10 +28,10 @@ __all__ = ["BatchIndices", "Ragged", "SampleReader", "StagedRows"]
 
 
 class Ragged(NamedTuple):
-    """Rows of which each sample has another number.
+    """Rows whose number differs from sample to sample.
 
     Attributes:
-        values: of all samples, one after the other, [total, ...].
+        values: of all samples, concatenated, [total, ...].
         offsets: where each sample begins, int64 [B + 1].
     """
 
@@ -86,7 +86,7 @@ class SampleReader:
         self.store = store
         self._levels = _levels(graph)
         served = dict.fromkeys(out.node for out in graph.outputs if not out.variant)
-        #: Nodes that are read last: served, and no rows of others.
+        #: Nodes that are read last: they are served and index nothing.
         self.last_nodes = [number for number in served if number not in set(graph.index_nodes)]
         self._columns: dict[tuple[str, int], tuple[Source, Source]] = {}
 
@@ -211,7 +211,7 @@ class SampleReader:
         return GatherRequest(tensor, rows, dtype)
 
     def _index(self, node: Node, got: torch.Tensor, positions: torch.Tensor, values: Mapping[int, _Values]) -> _Values:
-        """What a node's values are to those that take rows from it."""
+        """A node's values in the form in which they index other nodes."""
         if node.span:
             return _span(node, got)
         got = _narrowed(got, node)

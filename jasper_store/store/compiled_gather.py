@@ -1,4 +1,4 @@
-"""A fixed sequence of gathers over tensors in memory, each by rows that the one before it found: one call a batch.
+"""A fixed sequence of gathers in memory, each step's output indexing the next; one native call per batch.
 
 Where the rows of one tensor stand in another, every step would need a few calls of torch or numpy before the next one
 can begin, and at 256 rows these cost as much as the gathers. A chain is laid out once: what changes from batch to
@@ -53,7 +53,7 @@ class Step:
         source: where from; one with numbers.
         rows: what names the rows; of an earlier step, which must be one that is not a result.
         dtype: what the values are made: int64 for steps that name rows.
-        result: whether the values are handed out; else they only name rows.
+        result: whether the values are returned; else they only name rows.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Rows of mapped tensors read ahead past the page cache, into memory of their own.
+"""Rows of mapped tensors read ahead past the page cache, into separate buffers.
 
 A block order names the rows of a window beforehand, and they lie in runs. Through the page cache such a run costs far
-more processor time than disk time: each page is allocated, announced, mapped by a fault and let go again, 5 us a page
+more processor time than disk time: each page is allocated, prefetched, mapped by a fault and evicted, 5 us a page
 where two cores also gather. Here runs are read directly (O_DIRECT), many at a time, without the interpreter; the rows
 that are wanted are gathered out of them, and the rest is forgotten: memory for the rows alone.
 """
@@ -36,8 +36,8 @@ def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[Dire
     """Staging for tensors of one row shape and dtype, of which some are mapped and the others in memory.
 
     Returns:
-        ``count`` of them; none where nothing is mapped, rows are no runs of bytes as they are handed
-        out, the kernel was not built, or the file system does not read directly.
+        ``count`` of them; none where nothing is mapped, rows are no runs of bytes in the dtype that
+        is served, the kernel was not built, or the file system does not read directly.
     """
     kinds = {(tensor.dtype, tensor.row_shape) for tensor in tensors}
     if kernel() is None or not hasattr(os, "O_DIRECT") or len(kinds) != 1:
@@ -123,10 +123,10 @@ class DirectRowReader:
             raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
 
     def close(self) -> None:
-        """Let go of the files, when what was begun is over; may be called twice."""
+        """Close the files once the pending read is done. May be called twice."""
         self._open.close()
 
-    # Of the class: at the interpreter's end this module's names are gone.
+    # A class attribute, because this module's names are gone when the interpreter ends.
     _ending = staticmethod(sys.is_finalizing)
 
     def __del__(self) -> None:

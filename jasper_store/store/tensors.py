@@ -10,7 +10,7 @@
 ========================  ===========================  ==========================  ======================
 
 A view of a map is private: writing to it changes neither the file nor what other processes see. A view of a
-resident tensor is that tensor: write to a copy. Three kinds of mapped data have no view to give and hand out
+resident tensor is that tensor: write to a copy. Three kinds of mapped data have no view to give and return
 copies instead: data that lies unaligned in its file, data narrowed to another dtype on the way, and maps of a
 system that refuses writable ones.
 
@@ -61,7 +61,7 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
     Attributes:
         name: its name in the store.
         shape: sizes; ``torch.Size([])`` for a scalar, which counts as one row.
-        dtype: torch dtype of the rows that are handed out.
+        dtype: torch dtype of the rows that are returned.
         placement: ``"mmap"``, ``"ram"``, ``"chunked"`` or a device such as ``"cuda:0"``.
         path: the file that it was found in.
         spec: what the file's header says.
@@ -90,17 +90,17 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one row as it is handed out."""
+        """Bytes of one row as it is returned."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows as they are handed out."""
+        """Bytes of all rows as they are returned."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
-        """Where the rows that are handed out live."""
+        """Where the rows that are returned live."""
         return torch.device("cpu")
 
     def __len__(self) -> int:

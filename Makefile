@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard jasper_store/native/*.[ch])
+$(STAMP): pyproject.toml constraints.txt hatch_build.py hatch_readme.py $(wildcard jasper_store/native/*.[ch])
 	@echo "Setting up $(VENV) (once; about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) hatchling editables
@@ -53,8 +53,8 @@ test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning
 	@$(BIN)/python -m pytest --slow tests/integrations $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
-	@$(BIN)/ruff check $(SOURCES) hatch_build.py
-	@$(BIN)/ruff format --check $(SOURCES) hatch_build.py
+	@$(BIN)/ruff check $(SOURCES) hatch_build.py hatch_readme.py
+	@$(BIN)/ruff format --check $(SOURCES) hatch_build.py hatch_readme.py
 
 format: $(STAMP) ## let ruff format, and fix what it can
 	@$(BIN)/ruff format $(SOURCES)

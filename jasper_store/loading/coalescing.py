@@ -76,7 +76,7 @@ class CoalescingIterator:
         self._at_once = at_once
         self._pin = pin
         self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not served yet
-        self._parts: deque[Batch] = deque()  # what was gathered for them
+        self._parts: deque[Batch] = deque()  # parts that were gathered for them
         self._made_for: object = None
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,8 +1,8 @@
 """Tensors that are gathered together, concatenated, so that one gather selects from any of them.
 
 A batch that takes each row from one of several tensors (a steering variant per sample) would need a gather per
-tensor, and rows put together again afterwards. Where the tensors are preloaded anyway, they are read into one
-buffer: row r of the k-th tensor is row ``rows of those before it + r`` of the stack, and one gather does it all.
+tensor, and then a merge of the rows. If the tensors are preloaded anyway, they are read into one buffer instead: row
+r of the k-th tensor is row ``rows of those before it + r`` of the buffer, and one gather selects all rows.
 A last row of zeros stands for "none of them".
 """
 

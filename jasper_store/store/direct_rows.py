@@ -2,8 +2,8 @@
 
 A block order names the rows of a window beforehand, and they lie in runs. Through the page cache such a run costs far
 more processor time than disk time: each page is allocated, prefetched, mapped by a fault and evicted, 5 us a page
-where two cores also gather. Here runs are read directly (O_DIRECT), many at a time, without the interpreter; the rows
-that are wanted are gathered out of them, and the rest is forgotten: memory for the rows alone.
+where two cores also gather. Here runs are read directly (O_DIRECT), many at a time, without the interpreter. Only the
+rows that are needed are copied out of them, so memory holds these rows alone.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DirectRowReader:
     For one thread at a time.
 
     Args:
-        tensors: whose rows; see :func:`direct_readers_for`. Those in memory need not be read.
+        tensors: the tensors; see :func:`direct_readers_for`. Those in memory need not be read.
 
     Attributes:
         anywhere: memory as a source: rows are named by their address.
@@ -95,7 +95,7 @@ class DirectRowReader:
             self._open = undo.pop_all()
 
     def begin(self, which: np.ndarray, rows: np.ndarray) -> None:
-        """Begin to have rows in memory; :meth:`finish` it before the next.
+        """Begin to read rows into memory; call :meth:`finish` before the next.
 
         Args:
             which: tensor number of each, [n]; -1 is a row of zeros.
@@ -106,7 +106,7 @@ class DirectRowReader:
         self._reader.begin(which, rows, self._zeros.data_ptr(), self._memory.data_ptr())
 
     def finish(self) -> tuple[np.ndarray, torch.Tensor]:
-        """Wait for what was begun.
+        """Wait for the rows of :meth:`begin`.
 
         Returns:
             The address of each row, int64 [n], and the memory that has to be kept as long as it is used.

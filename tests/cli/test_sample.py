@@ -57,7 +57,7 @@ def test_a_copy_that_fails_leaves_nothing(run: Run, tmp_path: Path, monkeypatch:
         copied.append(target)
         copy(source, target)
 
-    monkeypatch.setattr(sample.shutil, "copyfile", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
     result = run("sample", tmp_path / "data")
     assert result.exit_code == 6
     assert "no room" in result.stderr

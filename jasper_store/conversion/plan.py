@@ -53,7 +53,7 @@ class FileTask:
     """One file to be written.
 
     Attributes:
-        target: its name in the end.
+        target: its final name.
         specs: the tensors that go into it, in the source.
         ragged: base name of the ragged tensor that this file is (``.pt``), else ``None``.
         kept: tensors of the file that is replaced which go into the new one as they are.
@@ -84,7 +84,7 @@ class SourceFacts:
         self._identities = {path: _identity(path) for path in paths}
 
     def add(self, paths: Iterable[Path]) -> None:
-        """Remember more files as they are now."""
+        """Add files, as they are now."""
         self._identities.update({path: _identity(path) for path in paths})
 
     def check(self, paths: Iterable[Path]) -> None:

@@ -134,7 +134,7 @@ def _fill(
             out = buffer[: math.prod(shape)].view(shape) if reader.needs_buffer else buffer
             filled.put((buffer, reader.read(start, stop, out)))
         filled.put(None)
-    except BaseException as exc:  # noqa: BLE001 - handed over to the thread that asked, which raises it
+    except BaseException as exc:  # noqa: BLE001 - passed to the thread that asked, which raises it
         filled.put(exc)
 
 

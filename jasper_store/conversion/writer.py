@@ -47,7 +47,7 @@ _CONFIG: Final = "config.json"
 
 @dataclass
 class _Part:
-    """One tensor being appended to, in a file of its own."""
+    """One tensor being appended to, in its own file."""
 
     path: Path
     writer: FileWriter

@@ -1,7 +1,7 @@
 """What every format has in common: where the bytes of a tensor lie, and how rows are written.
 
 A format only says *where the bytes lie*. Reading a file means parsing its header once into
-:class:`TensorSpec` values; no data is read. Mapping, preloading, announcing and warming are done by the
+:class:`TensorSpec` values; no data is read. Mapping, preloading, prefetching and warming are done by the
 layers above, alike for every format, from the spec alone.
 """
 
@@ -240,7 +240,7 @@ class Schema:
         hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
-        stacks: tensors that a batch gathers together, each row from one of them; see ``store/stack.py``.
+        stacks: tensors that a batch gathers together, each row from one of them; see ``store/concat_buffer.py``.
     """
 
     required: frozenset[str] = frozenset()
@@ -297,7 +297,7 @@ class ReadFormat(Protocol):
         name: the name users pass, e.g. ``"safetensors"``.
         suffixes: file name endings, lower case with the dot, the first being the one that is written.
         one_file: name of the single file that a dataset of this format lies in, or ``None`` if each tensor
-            has a file of its own.
+            has its own file.
     """
 
     name: FormatName
@@ -342,7 +342,7 @@ class SupportsSkipped(Protocol):
 
 @runtime_checkable
 class SupportsRagged(Protocol):
-    """A format with a form of its own for ragged tensors, beside a file of values and a file of offsets."""
+    """A format that has its own form for ragged tensors, beside a file of values and a file of offsets."""
 
     def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
         """Create ``path`` holding one ragged tensor, with memory bounded by one block.

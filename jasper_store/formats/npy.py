@@ -49,7 +49,7 @@ _DTYPES = {
     "<c16": torch.complex128,
 }
 _DESCRIPTIONS = {dtype: f"'{text}'" for text, dtype in _DTYPES.items()}
-# numpy has no bfloat16. A field of that name keeps the bits and says what they are to whoever reads the file.
+# numpy has no bfloat16. A field of that name keeps the bits and says what they are to any reader of the file.
 _DESCRIPTIONS[torch.bfloat16] = "[('bfloat16', '<u2')]"
 
 

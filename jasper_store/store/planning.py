@@ -66,7 +66,7 @@ def plan_for(
 
 
 def target_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is handed out in when a store is opened with ``dtype``.
+    """The dtype that a tensor is served in when a store is opened with ``dtype``.
 
     Rows that are single numbers (scores, distances) keep theirs: narrowing them saves next to nothing.
     """

@@ -155,7 +155,7 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as they are handed out."""
+        """Bytes of all tensors as they are served."""
         return self.plan.nbytes
 
     @property
@@ -293,7 +293,7 @@ class TensorStore(Mapping[str, StoredTensor]):
     def close(self) -> None:
         """Release maps, handles and memory. May be called twice.
 
-        What ``take`` handed out is owned and stays; views stay valid and hold what they show.
+        What ``take`` returned is owned and stays; views stay valid and hold what they show.
         """
         self._closed = True
         self.generation += 1

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jasper_store.bench.disk import DiskRate
-from jasper_store.bench.run import BenchReport, bench as measure
 from jasper_store.cli.console import print_json, progress, results, table
 from jasper_store.cli.options import Directory, FormatOption, Json
-from jasper_store.memory.budget import format_bytes
+from jasper_store.memory.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from jasper_store.bench.disk import DiskRate
+    from jasper_store.bench.run import BenchReport
 
 __all__ = ["bench"]
 
@@ -42,6 +44,8 @@ def bench(
       jasper-store bench data/
       jasper-store bench data/ --no-cold --seconds 5 --batch-size 256 --json
     """
+    from jasper_store.bench.run import bench as measure
+
     with progress() as bars:
         task = bars.add_task("measuring", total=None)
         report = measure(

@@ -8,12 +8,9 @@ from typing import Annotated
 import typer
 
 from jasper_store.cli.console import print_json, progress, results
-from jasper_store.cli.errors import FINDINGS
+from jasper_store.cli.exit_codes import ExitCode
 from jasper_store.cli.options import FormatOption, Json
-from jasper_store.errors import ConversionError
-from jasper_store.files.atomic import write_bytes
-from jasper_store.report.gather import make_report
-from jasper_store.report.page.document import page
+from jasper_store.cli.outputs import require_file
 
 __all__ = ["report"]
 
@@ -42,8 +39,12 @@ def report(
       jasper-store report data/
       jasper-store report data/ --out report.html --no-verify
     """
+    from jasper_store.files.atomic import write_bytes
+    from jasper_store.report.gather import make_report
+    from jasper_store.report.page.document import page
+
     if not json:
-        _require_writable(out)
+        require_file(out)
     with progress() as bars:
         task = bars.add_task("looking", total=None)
         found = make_report(
@@ -58,12 +59,4 @@ def report(
         write_bytes(out, page(found).encode("utf-8", "replace"))
         results().print(f"{out}: open it in a browser", markup=False, soft_wrap=True)
     if not found.ok:
-        raise typer.Exit(FINDINGS)
-
-
-def _require_writable(out: Path) -> None:
-    """Say so before minutes of reading, not after."""
-    if out.is_dir():
-        raise ConversionError(f"{out} is a directory; pass the name of a file with --out", path=out)
-    if not out.absolute().parent.is_dir():
-        raise ConversionError(f"{out}: there is no directory {out.absolute().parent}; make it first", path=out)
+        raise typer.Exit(ExitCode.DATA)

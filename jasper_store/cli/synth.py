@@ -12,12 +12,12 @@ import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.counts import parse_count
 from jasper_store.cli.options import Json, Seed
-from jasper_store.jasper.synth import SynthOptions, synthesize
-from jasper_store.memory.budget import format_bytes
+from jasper_store.memory.sizes import format_bytes
 
 __all__ = ["synth"]
 
-_DEFAULTS = SynthOptions(pairs=1000)
+_DIM, _N_NEG, _CLUSTERS, _SEED = 384, 5, 64, 0
+"""Defaults of ``SynthOptions``, which is not imported before the command runs; a test compares them."""
 
 
 def synth(
@@ -25,13 +25,13 @@ def synth(
     pairs: Annotated[
         int, typer.Option(parser=parse_count, metavar="COUNT", help="Pairs of question and source, e.g. 200k or 10M.")
     ],
-    dim: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Embedding dimension.")] = _DEFAULTS.dim,
-    n_neg: Annotated[int, typer.Option("--n-neg", min=1, help="Hard negatives per pair.")] = _DEFAULTS.n_neg,
-    clusters: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Clusters.")] = _DEFAULTS.clusters,
+    dim: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Embedding dimension.")] = _DIM,
+    n_neg: Annotated[int, typer.Option("--n-neg", min=1, help="Hard negatives per pair.")] = _N_NEG,
+    clusters: Annotated[int, typer.Option(parser=parse_count, metavar="COUNT", help="Clusters.")] = _CLUSTERS,
     to: Annotated[
         str, typer.Option("--format", "--to", metavar="FORMAT", help="safetensors, npy, hdf5 or pt.")
     ] = "safetensors",
-    seed: Seed = _DEFAULTS.seed,
+    seed: Seed = _SEED,
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there.")] = False,
     json: Json = False,
@@ -45,6 +45,8 @@ def synth(
       jasper-store synth data/ --pairs 200k
       jasper-store synth big/ --pairs 10M --dim 384 --n-neg 5 --clusters 1k --format hdf5
     """
+    from jasper_store.jasper.synth import SynthOptions, synthesize
+
     options = SynthOptions(pairs=pairs, dim=dim, n_neg=n_neg, clusters=clusters, seed=seed)
     began = time.perf_counter()
     with progress() as bars:

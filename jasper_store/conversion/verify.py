@@ -18,7 +18,8 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Chunked, Schema
 from jasper_store.formats.files import dtype_name
-from jasper_store.formats.registry import format_for
+from jasper_store.formats.flat import stem_of
+from jasper_store.formats.registry import base_name, format_for
 from jasper_store.memory import budget
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import read
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.base import Format, TensorSpec
 
 __all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
 
@@ -232,11 +233,21 @@ class _Check:
                 warnings.simplefilter("always", JasperStoreWarning)
                 specs = fmt.locate(file, self.schema)
         except JasperStoreError as exc:
-            self._add("error", file.name, "header", str(exc))
+            if self._is_wanted(file, fmt):
+                self._add("error", file.name, "header", str(exc))
+            else:
+                self._add("warning", file.name, "header", f"{file.name} is not part of the dataset: {exc}")
             return None
         for warning in caught:
             self._add("warning", file.name, "header", str(warning.message))
         return specs
+
+    def _is_wanted(self, file: Path, fmt: Format) -> bool:
+        """Whether a file that cannot be read is missed: opening skips, by the same rule, what no name asks for."""
+        known = self.schema.required | self.schema.optional
+        if not self.schema.required or file.name in self.manifest.files or fmt.one_file == file.name:
+            return True
+        return base_name(stem_of(file, fmt.suffixes)) in known
 
     def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
         size = file.stat().st_size

@@ -170,6 +170,11 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     # --- trust ------------------------------------------------------------------------------------------------
 
+    @property
+    def digest(self) -> str:
+        """A short text that changes whenever one of the files does, or where a tensor lies in it."""
+        return self._reopen_spec.digest
+
     def is_verified(self, check: str) -> bool:
         """Whether the manifest says that these very files passed a check before."""
         return self.manifest is not None and self.manifest.is_verified(self.specs, check)

@@ -285,6 +285,12 @@ def test_a_view_of_samples_reads_headers_only(declared: Path, monkeypatch: pytes
     assert shapes == {field.name: list(field.shape) for field in view.fields if field.name != "tokens"}
 
 
+def test_a_memory_limit(run_json: Callable[..., Any], data: Path) -> None:
+    found = run_json("report", data, "--no-verify", "--memory-limit", "10KiB")
+    assert {tensor["placement"] for tensor in found["tensors"]} == {"ram", "mmap"}
+    assert "10.00 KiB" in found["budget"]
+
+
 def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -313,6 +313,24 @@ def test_a_histogram_counts_what_is_finite() -> None:
     assert histogram(torch.tensor([]), 0).rows == 0
 
 
+def test_a_histogram_of_equal_values_invents_no_range(made: Callable[..., str], data: Path) -> None:
+    found = histogram(torch.full((7,), 1.0), 7)
+    assert (found.smallest, found.largest) == (1.0, 1.0)
+    torch.save(torch.ones_like(torch.load(data / "pair_relevance.pt", weights_only=True)), data / "pair_relevance.pt")
+    page = made(data, "--no-verify")
+    text = _Page(page).text
+    assert "all are 1.000" in text
+    for invented in ("0.500 to 1.500", "from 0.500", "1.000 to 1.025", "0.975 to"):
+        assert invented not in page
+    assert "1.000: 50" in page  # the bar says its value
+
+
+def test_no_finite_value_is_no_range(made: Callable[..., str], data: Path) -> None:
+    nothing = torch.full_like(torch.load(data / "pair_relevance.pt", weights_only=True), float("nan"))
+    torch.save(nothing, data / "pair_relevance.pt")
+    assert "None of 50 pairs has a finite value." in _Page(made(data, "--no-verify")).text
+
+
 def test_large_tensors_are_sampled_in_runs(data: Path) -> None:
     with js.open(data) as store:
         tensor = store["pair_relevance"]

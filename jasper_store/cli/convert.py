@@ -30,6 +30,10 @@ def convert(
     to: Annotated[
         str, typer.Option("--to", "--format", metavar="FORMAT", help="safetensors, npy, hdf5 or pt.")
     ] = "safetensors",
+    source_format: Annotated[
+        str,
+        typer.Option("--from", metavar="FORMAT", help="Format to read, where the source has several or none shows."),
+    ] = "auto",
     compression: Annotated[
         str | None, typer.Option(help="HDF5 only: gzip or lzf; blosc, zstd or lz4 with the hdf5plugin extra.")
     ] = None,
@@ -53,6 +57,7 @@ def convert(
             src,
             dst,
             format=to,
+            source_format=source_format,
             compression=compression,
             dtype=dtype,
             overwrite=overwrite,

@@ -61,11 +61,19 @@ def _message(error: BaseException, known: Container[str] | None) -> str:
 
 def _briefly(text: str, known: Container[str] | None) -> str:
     """What does not fit, and the remedy in this program's words; the whole table is for Python, and for --debug."""
-    remedies = (
-        "leave out --preload (or pass --mmap), so that what does not fit is mapped; convert with --dtype bfloat16; or "
-        "raise the bound, if it is yours (--memory-limit). jasper-store plan shows the tensors and the bounds"
-    )
-    return f"{in_flags(text.splitlines()[0], known)} To go on: {remedies}."
+    said = in_flags(text.splitlines()[0], known)
+    remedies = []
+    # Only what this command would take: --mmap and --device exclude each other.
+    if "--device" in said:
+        remedies.append("leave out --device, so that the data stays in host memory")
+    elif "--preload" in said:
+        remedies.append("leave out --preload, so that what does not fit is mapped")
+    else:
+        remedies.append("convert what cannot be mapped (jasper-store convert)")
+    remedies.append("convert float32 data with jasper-store convert --dtype bfloat16")
+    if known is None or "--memory-limit" in known:
+        remedies.append("raise the bound, if it is yours (--memory-limit)")
+    return f"{said} To go on: {'; or '.join(remedies)}. jasper-store plan shows the tensors and the bounds."
 
 
 @contextmanager

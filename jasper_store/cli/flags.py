@@ -57,6 +57,8 @@ def in_flags(message: str, known: Container[str] | None = None) -> str:
             return f"{said} in Python"
         return found
 
+    if known is not None and "--from" in known:  # there --format is that of the target
+        message = message.replace("or pass format=", "or pass --from")
     said = _CALL.sub(lambda match: f"jasper-store {_COMMANDS[match['name']]}", message)
     return _OPTION.sub(flag, said)
 

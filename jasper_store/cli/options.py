@@ -10,7 +10,21 @@ import typer
 from jasper_store.cli.sizes import parse_size
 from jasper_store.errors import IncompatibleOptionsError
 
-__all__ = ["Device", "Directory", "FormatOption", "Json", "MemoryLimit", "Mmap", "Preload", "Seed", "use_mmap"]
+__all__ = [
+    "TRAIN_BATCH",
+    "Device",
+    "Directory",
+    "FormatOption",
+    "Json",
+    "MemoryLimit",
+    "Mmap",
+    "Preload",
+    "Seed",
+    "use_mmap",
+]
+
+TRAIN_BATCH = 32
+"""Samples per step of ``train``, unless asked for otherwise."""
 
 Directory: TypeAlias = Annotated[
     Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensor files, or one file.")

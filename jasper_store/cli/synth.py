@@ -11,7 +11,7 @@ import typer
 import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.counts import parse_count
-from jasper_store.cli.options import Json, Seed
+from jasper_store.cli.options import TRAIN_BATCH, Json, Seed
 from jasper_store.memory.sizes import format_bytes
 
 __all__ = ["synth"]
@@ -78,7 +78,14 @@ def synth(
     results().print(
         f"{made}: {pairs:,} pairs of {dim} dimensions in {clusters:,} clusters, {n_neg} negatives each, "
         f"{format_bytes(nbytes)} as {to}, in {seconds:.1f} s\n"
-        f"Next: jasper-store report {made}, jasper-store bench {made}, jasper-store train {made}",
+        f"Next: jasper-store report {made}, jasper-store bench {made}, jasper-store train {made}{_batch_size(made)}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _batch_size(made: Path) -> str:
+    """The option that ``train`` needs where the training split is smaller than its batches."""
+    with js.open(made, use_mmap=True) as store:
+        samples = store["train_idx"].n_rows
+    return "" if samples >= TRAIN_BATCH else f" --batch-size {samples}"

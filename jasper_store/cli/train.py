@@ -12,7 +12,7 @@ import typer
 
 import jasper_store as js
 from jasper_store.cli.console import errors, print_json, progress, results
-from jasper_store.cli.options import Device, FormatOption, Json, MemoryLimit, Mmap, Preload, Seed, use_mmap
+from jasper_store.cli.options import TRAIN_BATCH, Device, FormatOption, Json, MemoryLimit, Mmap, Preload, Seed, use_mmap
 from jasper_store.cli.outputs import make_directory
 from jasper_store.errors import IncompatibleOptionsError
 
@@ -28,7 +28,7 @@ _CHECKPOINT = "checkpoint.pt"
 def train(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A JASPER dataset directory.")],
     epochs: Annotated[int, typer.Option(min=1, help="Epochs in all, resumed ones included.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = TRAIN_BATCH,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for a checkpoint after every epoch.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes; 0 loads in this one.")] = 0,
     storage_format: FormatOption = "auto",

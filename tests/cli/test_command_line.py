@@ -19,7 +19,7 @@ from rich.console import Console
 
 import jasper_store.errors as tree
 from jasper_store.cli.console import table
-from jasper_store.cli.errors import EXIT_CODES
+from jasper_store.cli.errors import EXIT_CODES, error_entry
 from jasper_store.cli.exit_codes import ERRORS, ExitCode, code_of
 from jasper_store.cli.flags import in_flags
 from tests.builders import build_pt_dataset
@@ -160,6 +160,59 @@ def test_messages_speak_of_flags(run: Run, data: Path, tmp_path: Path, arguments
     shown = run(*(word.format(tmp_path) for word in arguments)).output
     assert says in shown
     assert not PYTHON_OPTION.search(shown.replace("in Python", "")), shown
+
+
+@pytest.mark.parametrize("pairs", ["10", "400"])
+def test_what_synth_suggests_runs(run: Run, tmp_path: Path, pairs: str) -> None:
+    made = tmp_path / "made"
+    shape = ("--pairs", pairs, "--clusters", "2", "--n-neg", "2", "--dim", "4")
+    shown = run("synth", made, *shape).stdout.partition("Next: ")[2]
+    suggested = [words.split()[1:] for words in shown.split(", ")]
+    assert [words[0] for words in suggested] == ["report", "bench", "train"]
+    quick = {
+        "report": ["--out", str(tmp_path / "r.html"), "--no-verify"],
+        "bench": ["--seconds", "0.1", "--no-cold"],
+        "train": ["--epochs", "1"],
+    }
+    for words in suggested:
+        result = run(*words, *quick[words[0]])
+        assert result.exit_code == 0, result.output
+
+
+def test_the_format_of_a_file_whose_name_says_none(run: Run, refused: Callable[..., str], tmp_path: Path) -> None:
+    torch.save(torch.ones(4, 2), tmp_path / "values.bin")
+    assert "pass --from" in refused(2, "convert", tmp_path / "values.bin", tmp_path / "out")
+    assert run("convert", tmp_path / "values.bin", tmp_path / "out", "--from", "pt").exit_code == 0
+    assert "pass --format" in refused(2, "inspect", tmp_path / "values.bin")
+    assert run("inspect", tmp_path / "values.bin", "--format", "pt").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "known", "suggested", "not_suggested"),
+    [
+        (
+            "use_mmap=False asks to preload everything.",
+            {"--preload", "--memory-limit"},
+            ["--preload", "--memory-limit"],
+            [],
+        ),
+        (
+            "device='cuda' holds all.",
+            {"--device", "--preload", "--memory-limit"},
+            ["--device"],
+            ["--mmap", "--preload"],
+        ),
+        ("It does not fit.", {"--overwrite"}, ["--dtype bfloat16"], ["--preload", "--memory-limit", "--device"]),
+    ],
+)
+def test_remedies_are_options_of_the_command(
+    said: str, known: set[str], suggested: list[str], not_suggested: list[str]
+) -> None:
+    message = error_entry(tree.InsufficientMemoryError(f"{said}\nthe table"), known)["message"]
+    remedies = message.partition("To go on: ")[2]
+    assert all(words in remedies for words in suggested)
+    assert not any(words in remedies for words in not_suggested)
+    assert "the table" not in message
 
 
 @pytest.mark.parametrize("command", ["plan", "train"])

@@ -370,6 +370,13 @@ def test_config_values_survive(directory: Path) -> None:
         assert ds.config == config
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loader_takes_the_dtype_that_messages_recommend(directory: Path, dtype: torch.dtype) -> None:
+    batch = next(iter(create_loader(directory, "train", 4, dtype=dtype)))
+    assert batch["negative_embs"].dtype is dtype
+    assert batch["relevance"].dtype is torch.float32  # one dimension
+
+
 @pytest.mark.parametrize("epoch", [-1, 1.0, True, "3"])
 def test_one_rule_for_epochs(directory: Path, ds: JASPERSteeringDataset, epoch: Any) -> None:
     calls = (

@@ -28,18 +28,21 @@ class _Row:
 
     @property
     def lies(self) -> str:
-        from jasper_store.formats.base import Chunked, Extent
+        from jasper_store.formats.base import Chunked, Extent, Parts
 
         location = self.spec.location
         if isinstance(location, Extent):
             return f"{location.path.name} at {location.offset}"
+        if isinstance(location, Parts):
+            files = f"{len(location.files):,} files from " if len(location.files) > 1 else ""
+            return f"{len(location):,} parts in {files}{location.path.name}"
         if isinstance(location, Chunked):
             chunks = f"chunks {list(location.chunk_shape)}" if location.chunk_shape else "external"
             return f"{location.path.name}:{location.key}, {chunks} {location.filters}".rstrip()
         return f"{location.path.name}, with its header"
 
     def to_dict(self) -> dict[str, Any]:
-        from jasper_store.formats.base import Extent
+        from jasper_store.formats.base import Extent, Parts
 
         return {
             "name": self.spec.name,
@@ -48,7 +51,8 @@ class _Row:
             "nbytes": self.spec.nbytes,
             "file": str(self.spec.path),
             "lies": self.lies,
-            "mappable": isinstance(self.spec.location, Extent),
+            "files": [str(path) for path in self.spec.paths],
+            "mappable": isinstance(self.spec.location, (Extent, Parts)),
             "resident_nbytes": self.resident,
         }
 
@@ -66,9 +70,10 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
     from jasper_store.cli.known import manifest_says, samples_of
     from jasper_store.formats.registry import locate
     from jasper_store.jasper.recognise import known_at
+    from jasper_store.store.tensors import resident_nbytes
 
     located = locate(path, storage_format, known_at(path).schema)
-    rows = [_Row(spec, _resident(spec)) for spec in located.specs]
+    rows = [_Row(spec, resident_nbytes(spec)) for spec in located.specs]
     facts = _facts(path)
     warnings = [*located.warnings, *manifest_says(path, located)]
     samples, problem = samples_of(path, located.specs)
@@ -97,17 +102,6 @@ def _dtype(spec: TensorSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _resident(spec: TensorSpec) -> int | None:
-    """Bytes in the page cache; ``None`` where there is no extent to ask about, or the system cannot say."""
-    from jasper_store.formats.base import Extent
-    from jasper_store.paging.residency import cached_bytes
-
-    location = spec.location
-    if not isinstance(location, Extent) or not spec.contiguous:
-        return None
-    return cached_bytes(location.path, location.offset, spec.nbytes)
-
-
 def _facts(path: Path) -> dict[str, Any]:
     """What the dataset says of itself; nothing for a directory that is no JASPER dataset."""
     from jasper_store.jasper.config import read_config
@@ -127,7 +121,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any], warnings: list[str]) -> None:
     out = results()
-    files = len({row.spec.path for row in rows})
+    files = len({path for row in rows for path in row.spec.paths})
     size = format_bytes(sum(row.spec.nbytes for row in rows))
     cells = [
         (

@@ -6,6 +6,7 @@ layer that knows the names, whose findings go into the same report.
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 import zipfile
@@ -247,7 +248,8 @@ class _Check:
         known = self.schema.required | self.schema.optional
         if not self.schema.required or file.name in self.manifest.files or fmt.one_file == file.name:
             return True
-        return base_name(stem_of(file, fmt.suffixes)) in known
+        stem = base_name(stem_of(file, fmt.suffixes))
+        return any(stem == name or re.fullmatch(rf"{re.escape(name)}[._-]\d[\w-]*", stem) for name in known)
 
     def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
         size = file.stat().st_size

@@ -30,6 +30,7 @@ __all__ = [
     "Location",
     "Parts",
     "Schema",
+    "SupportsKeys",
     "SupportsRagged",
     "TensorSpec",
     "contiguous_strides",
@@ -276,6 +277,14 @@ class Format(Protocol):
         Raises:
             IncompatibleOptionsError: a compression that this format does not have.
         """
+
+
+@runtime_checkable
+class SupportsKeys(Protocol):
+    """A format that names a file's only tensor by its file, although the file has a name for it."""
+
+    def locate_keys(self, path: Path) -> list[TensorSpec]:
+        """As :meth:`Format.locate`, with the names that the file has."""
 
 
 @runtime_checkable

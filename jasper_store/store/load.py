@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.formats.base import Chunked, Extent, Inline
+from jasper_store.formats.base import Chunked, Extent, Inline, Parts
+from jasper_store.formats.parts import parts_of
 from jasper_store.paging import preload
 from jasper_store.store.tensors import block_rows, span_nbytes
 
@@ -54,7 +55,12 @@ def load(
         return location.values.to(dtype) if out is None else out.copy_(location.values)
     if out is None:
         out = preload.empty(spec.shape, dtype)
-    if isinstance(location, Chunked):
+    if isinstance(location, Parts):
+        start = 0
+        for part in parts_of(spec):
+            load(part, dtype, out=out[start : start + part.n_rows], drop_behind=drop_behind, on_bytes=on_bytes)
+            start += part.n_rows
+    elif isinstance(location, Chunked):
         _unpack(spec, out, on_bytes)
     elif spec.contiguous:
         preload.read_converted(

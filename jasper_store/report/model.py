@@ -49,6 +49,8 @@ class Histogram:
         median: of the values; 0 where there are none.
         rows: values that were counted.
         of: values that there are; more where a sample was looked at.
+        smallest: of the values; the edges differ where all values are alike, since a bar needs a width.
+        largest: of the values.
     """
 
     low: float
@@ -57,6 +59,8 @@ class Histogram:
     median: float
     rows: int
     of: int
+    smallest: float = 0.0
+    largest: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

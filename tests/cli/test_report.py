@@ -285,6 +285,12 @@ def test_a_view_of_samples_reads_headers_only(declared: Path, monkeypatch: pytes
     assert shapes == {field.name: list(field.shape) for field in view.fields if field.name != "tokens"}
 
 
+def test_a_memory_limit(run_json: Callable[..., Any], data: Path) -> None:
+    found = run_json("report", data, "--no-verify", "--memory-limit", "10KiB")
+    assert {tensor["placement"] for tensor in found["tensors"]} == {"ram", "mmap"}
+    assert "10.00 KiB" in found["budget"]
+
+
 def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -305,6 +311,24 @@ def test_a_histogram_counts_what_is_finite() -> None:
     assert (sum(found.counts), found.rows, found.low, found.high, found.median) == (3, 3, 0.0, 1.0, 0.5)
     assert sum(histogram(torch.full((7,), 0.25), 7).counts) == 7
     assert histogram(torch.tensor([]), 0).rows == 0
+
+
+def test_a_histogram_of_equal_values_invents_no_range(made: Callable[..., str], data: Path) -> None:
+    found = histogram(torch.full((7,), 1.0), 7)
+    assert (found.smallest, found.largest) == (1.0, 1.0)
+    torch.save(torch.ones_like(torch.load(data / "pair_relevance.pt", weights_only=True)), data / "pair_relevance.pt")
+    page = made(data, "--no-verify")
+    text = _Page(page).text
+    assert "all are 1.000" in text
+    for invented in ("0.500 to 1.500", "from 0.500", "1.000 to 1.025", "0.975 to"):
+        assert invented not in page
+    assert "1.000: 50" in page  # the bar says its value
+
+
+def test_no_finite_value_is_no_range(made: Callable[..., str], data: Path) -> None:
+    nothing = torch.full_like(torch.load(data / "pair_relevance.pt", weights_only=True), float("nan"))
+    torch.save(nothing, data / "pair_relevance.pt")
+    assert "None of 50 pairs has a finite value." in _Page(made(data, "--no-verify")).text
 
 
 def test_large_tensors_are_sampled_in_runs(data: Path) -> None:

@@ -91,7 +91,8 @@ def distribution(found: Histogram, label: str, colour: str) -> str:
             continue
         low = found.low + index * width
         left, top = frame.x(low), frame.y(count)
-        title = tag("title", f"{low:.3f} to {low + width:.3f}: {count:,}")
+        span = f"{low:.3f} to {low + width:.3f}" if found.smallest < found.largest else f"{found.smallest:.3f}"
+        title = tag("title", f"{span}: {count:,}")
         wide = max(frame.x(low + width) - left - 0.8, 0.5)
         bars.append(tag("rect", title, x=left, y=top, width=wide, height=frame.bottom - top, class_=colour))
     middle = frame.x(found.median)

@@ -23,6 +23,7 @@ from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.report.jasper import look_at_jasper
 from jasper_store.report.model import DatasetReport, TensorRow
+from jasper_store.report.parts import look_at_parts
 from jasper_store.report.sample import SampleView, look_at_samples
 from jasper_store.samples.dataset import Dataset
 from jasper_store.samples.declaration import CONFIG_KEY
@@ -111,6 +112,7 @@ def _facts(path: Path, located: Located, made: Plan) -> dict[str, Any]:
         "format": located.format,
         "files": len({path for spec in located.specs for path in spec.paths}),
         "tensors": _rows(located.specs, made),
+        "parts": look_at_parts(located.specs),
         "budget": made.budget.explain(),
         "made_at": dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": _machine(),

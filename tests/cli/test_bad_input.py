@@ -49,7 +49,7 @@ def test_nothing_but_unreadable_files(run: Run, tmp_path: Path, config: object, 
         (tmp_path / name).write_bytes(b"garbage")
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    out = {"convert": [tmp_path / "out"], "report": ["--out", tmp_path / "report.html"]}
+    out: dict[str, list[object]] = {"convert": [tmp_path / "out"], "report": ["--out", tmp_path / "report.html"]}
     result = run(command, tmp_path, *out.get(command, []))
     assert result.exit_code == 4
     assert all(name in result.output for name in ("one.npy", "two.npy", "three.safetensors"))

@@ -47,13 +47,13 @@ def _values(report: JasperPart) -> str:
                 "relevance",
                 "Relevance",
                 _counted(found.relevance),
-                charts.distribution(found.relevance, "relevance", "v3"),
+                charts.distribution(found.relevance, "relevance, 0 to 1", "v3"),
             ),
             section(
                 "distance",
                 "Distance to the centroid",
                 _counted(found.distance),
-                charts.distribution(found.distance, "cosine distance", "v2"),
+                charts.distribution(found.distance, "cosine distance, 0 to 2", "v2"),
             ),
         )
     )

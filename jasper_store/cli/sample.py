@@ -1,4 +1,4 @@
-"""``jasper-store sample``: the bundled dataset as files of the user's, to try the other commands on."""
+"""``jasper-store sample``: copies the bundled dataset, to try the other commands on."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def sample(
 
 
 def _copy(files: list[Path], path: Path, nbytes: int) -> None:
+    # Imported here because they import torch, for which --help need not wait.
     from jasper_store.conversion.staging import make_staging, publish
     from jasper_store.files.atomic import map_os_errors, require_space
 

@@ -17,6 +17,7 @@ from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.npz import NpzFormat
 from jasper_store.formats.parquet import ParquetFormat
+from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.vectors import BinFormat, FaissFormat
@@ -35,7 +36,14 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
 )
 AUTO_ORDER: tuple[FormatName, ...] = ("safetensors", "npy", "hdf5", "pt")
 READ_ONLY: Mapping[FormatName, ReadFormat] = MappingProxyType(
-    {"arrow": ArrowFormat(), "faiss": FaissFormat(), "bin": BinFormat(), "npz": NpzFormat(), "parquet": ParquetFormat()}
+    {
+        "arrow": ArrowFormat(),
+        "faiss": FaissFormat(),
+        "bin": BinFormat(),
+        "npz": NpzFormat(),
+        "pickle": PickleFormat(),
+        "parquet": ParquetFormat(),
+    }
 )
 """Formats that others write, in the order in which ``"auto"`` asks them after those of :data:`AUTO_ORDER`."""
 

@@ -77,7 +77,7 @@ def convert(
     directory, one_file = target_of(src, None if dst is None else Path(dst), fmt)
     sources = find_sources(src, directory, fmt, source_format, schema)
     specs = select(sources.specs, tensors)
-    facts = SourceFacts({spec.path for spec in specs})
+    facts = SourceFacts({path for spec in specs for path in spec.paths})
     tasks = make_tasks(specs, directory, one_file, fmt)
     moved = sum(spec.nbytes for spec in specs) * 2
     options = Options(fmt, schema, compression, wanted_dtype, drop=moved > budget.measure().nbytes // 2)

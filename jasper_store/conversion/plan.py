@@ -171,7 +171,7 @@ def _merge(candidates: list[Sources], notes: list[str], schema: Schema) -> Sourc
     def rank(sources: Sources) -> tuple[int, int]:
         names = {base_name(spec.name) for spec in sources.specs}
         wanted = names & schema.required if schema.required else names
-        return len(wanted), max((spec.path.stat().st_mtime_ns for spec in sources.specs), default=0)
+        return len(wanted), max((path.stat().st_mtime_ns for spec in sources.specs for path in spec.paths), default=0)
 
     candidates = sorted(candidates, key=rank, reverse=True)
     chosen: dict[str, list[TensorSpec]] = {}
@@ -220,7 +220,7 @@ def make_tasks(specs: Sequence[TensorSpec], directory: Path, one_file: str | Non
         tasks = _file_per_tensor(specs, directory, fmt)
     for task in tasks:
         for spec in task.specs:
-            if task.target.exists() and task.target.samefile(spec.path):
+            if task.target.exists() and any(map(task.target.samefile, spec.paths)):
                 msg = (
                     f"{task.target}: source and destination are the same file; name another directory as dst, "
                     "or another format"

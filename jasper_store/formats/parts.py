@@ -11,10 +11,10 @@ from jasper_store.formats.base import Extent, Parts, Streamed, TensorSpec
 from jasper_store.formats.files import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-__all__ = ["join"]
+__all__ = ["join", "parts_of"]
 
 
 def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
@@ -62,6 +62,17 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
     return TensorSpec(
         name, first.dtype, shape, Parts(tuple(numbers), np.concatenate(file_of), np.concatenate(offsets), starts)
     )
+
+
+def parts_of(spec: TensorSpec) -> Iterator[TensorSpec]:
+    """Each part of a tensor as a tensor of its own, made one at a time; a tensor in one place is its only part."""
+    place = spec.location
+    if not isinstance(place, Parts):
+        yield spec
+        return
+    for number, (file, offset) in enumerate(zip(place.file_of, place.offsets, strict=True)):
+        rows = int(place.starts[number + 1] - place.starts[number])
+        yield TensorSpec(spec.name, spec.dtype, (rows, *spec.shape[1:]), Extent(place.files[file], int(offset)))
 
 
 def _streams(specs: Sequence[TensorSpec]) -> Streamed:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
 from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
-from jasper_store.formats.base import Skipped, Streamed, SupportsSkipped
+from jasper_store.formats.base import Skipped, Streamed, SupportsKeys, SupportsSkipped
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.npz import NpzFormat
+from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
 from jasper_store.formats.parquet import ParquetFormat
+from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
@@ -126,16 +129,20 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
         raise DatasetNotFoundError(
             f"{path}: no such file or directory{there}; expected a dataset directory or one file.", path=path
         )
-    chosen = format_for(path) if asked is None else known[asked]
-    if chosen is None:
-        suffixes = ", ".join(suffix for f in known.values() for suffix in f.suffixes)
-        raise UnknownNameError(
-            f"{path}: its name does not say its format; expected one of {suffixes}, or pass format=."
-        )
+    chosen = _format_of(path, format)
     specs, skipped = tuple(chosen.locate(path, schema)), _skipped(chosen, path, schema)
     if not specs and skipped:
         raise DatasetNotFoundError(f"{path}: expected tensors, found {_told(skipped)}.", path=path)
     return Located(chosen.name, path, specs, skipped=skipped)
+
+
+def _format_of(path: Path, format: str) -> ReadFormat:  # noqa: A002
+    """The format asked for, or the one that a file's name says."""
+    chosen = format_for(path) if format == "auto" else readable().get(format)  # type: ignore[call-overload]
+    if chosen is None:
+        known = ", ".join(suffix for f in readable().values() for suffix in f.suffixes)
+        raise UnknownNameError(f"{path}: its name does not say its format; expected one of {known}, or pass format=.")
+    return cast("ReadFormat", chosen)
 
 
 def _skipped(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[Skipped, ...]:
@@ -168,29 +175,41 @@ class _Scan:
 
 
 def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002
-    """The tensors of several files, which may lie in several directories."""
+    """The tensors of several files, which may lie in several directories.
+
+    Files that are numbered alike, and files that hold a tensor of the same name, are parts, in the order given.
+    """
     if not paths:
         raise DatasetNotFoundError("expected at least one file, found an empty list")
     root = paths[0].parent
     while not all(path.is_relative_to(root) for path in paths):
         root = root.parent
-    found: dict[str, TensorSpec] = {}
-    for path in paths:
+    found: dict[str, list[TensorSpec]] = {}
+    for path in dict.fromkeys(paths):
         if path.is_dir():
             raise DatasetNotFoundError(
                 f"{path}: expected files, found a directory in the list; open it alone.", path=path
             )
-        # Files of several formats may be named; a suffix says more than the format of one of them.
-        for spec in locate(path, "auto" if format_for(path) else format, schema).specs:
-            if spec.name in found:
-                raise CorruptFileError(
-                    f"{path}: holds the tensor {spec.name!r}, and so does {found[spec.name].path}; leave one out.",
-                    path=path,
-                    tensor=spec.name,
-                )
-            found[spec.name] = spec
-    first = format_for(paths[0])
-    return Located("safetensors" if first is None else first.name, root, tuple(found.values()))
+    # Files of several formats may be named; a suffix says more than the format of one of them.
+    formats = {path: format_for(path) or _format_of(path, format) for path in dict.fromkeys(paths)}
+    groups, rest = group({path: stem_of(path, fmt.suffixes) for path, fmt in formats.items()}, whole=False)
+    for numbered in groups:
+        for spec in merge(numbered, [_with_stem(formats[path], path, schema) for path in numbered.files]):
+            found.setdefault(spec.name, []).append(spec)
+    for path in rest:
+        for spec in formats[path].locate(path, schema):
+            found.setdefault(spec.name, []).append(spec)
+    specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
+    skipped = tuple(one for path, fmt in formats.items() for one in _skipped(fmt, path, schema))
+    if not specs and skipped:
+        raise DatasetNotFoundError(f"{root}: expected tensors in the files, found {_told(skipped)}.", path=root)
+    return Located(formats[paths[0]].name, root, specs, skipped=skipped)
+
+
+def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
+    """A numbered file's name without suffix, and its tensors by the names that it has for them."""
+    stem = stem_of(path, fmt.suffixes)
+    return stem, fmt.locate_keys(path) if isinstance(fmt, SupportsKeys) else fmt.locate(path, schema)
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:
@@ -316,21 +335,21 @@ def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
 
 def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
     scan = _Scan()
-    for path, stem in files.items():
+    for stem, located in _units(fmt, files, schema):
         try:
-            specs = fmt.locate(path, schema)
+            specs = located()
         except (CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError) as exc:
             if isinstance(exc, IncompatibleOptionsError) and fmt.name not in READ_ONLY:
                 raise
-            if fmt.one_file == path.name:
+            if exc.path is not None and fmt.one_file == Path(exc.path).name:
                 raise
             scan.errors[base_name(stem)] = exc
             continue
         for spec in specs:
             if spec.name in scan.specs:
                 raise CorruptFileError(
-                    f"{path}: holds the tensor {spec.name!r}, and so does {scan.specs[spec.name].path}; remove one.",
-                    path=path,
+                    f"{spec.path}: holds the tensor {spec.name!r}, and so does {scan.specs[spec.name].path}; remove one.",
+                    path=spec.path,
                     tensor=spec.name,
                 )
             scan.specs[spec.name] = spec
@@ -344,13 +363,43 @@ def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
     return scan
 
 
+def _units(
+    fmt: ReadFormat, files: Mapping[Path, str], schema: Schema
+) -> Iterator[tuple[str, Callable[[], Sequence[TensorSpec]]]]:
+    """What is read as one: a name, and what locates its tensors. A file, numbered files, or what an index names."""
+    files = dict(files)
+    if fmt.name == "safetensors":
+        for index in sorted({path.parent for path in files}):
+            for path in sorted(index.glob(f"*{INDEX_SUFFIX}")):
+                named = read_index(path)
+                shards = list(dict.fromkeys(named.values()))
+                for shard in shards:
+                    files.pop(shard, None)
+                yield path.name.removesuffix(INDEX_SUFFIX), partial(_indexed, path, named, shards)
+    groups, rest = group(files)
+    for numbered in groups:
+        yield numbered.base, partial(_numbered, fmt, numbered, schema)
+    for path, stem in rest.items():
+        yield stem, partial(fmt.locate, path, schema)
+
+
+def _numbered(fmt: ReadFormat, numbered: Numbered, schema: Schema) -> list[TensorSpec]:
+    return merge(numbered, [_with_stem(fmt, path, schema) for path in numbered.files])
+
+
+def _indexed(index: Path, named: Mapping[str, Path], shards: Sequence[Path]) -> list[TensorSpec]:
+    fmt = FORMATS["safetensors"]
+    assert isinstance(fmt, SupportsKeys)
+    return pick(index, named, [spec for shard in shards for spec in fmt.locate_keys(shard)])
+
+
 def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[str]:
     """A text for each file that is older than a ``.pt`` of a tensor in it."""
     sources = {stem: path for path, stem in pt_files.items()}
     older: dict[Path, list[str]] = {}
     for spec in specs:
         source = sources.get(base_name(spec.name))
-        if source is None or source == spec.path or spec.path.suffix.lower() in FORMATS["pt"].suffixes:
+        if source is None or source in spec.paths or spec.path.suffix.lower() in FORMATS["pt"].suffixes:
             continue
         if spec.path.stat().st_mtime_ns < source.stat().st_mtime_ns and source.name not in older.setdefault(
             spec.path, []

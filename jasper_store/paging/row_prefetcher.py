@@ -14,6 +14,8 @@ from jasper_store.paging import madvise
 from jasper_store.paging.prefetch_policy import PrefetchPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import torch
 
@@ -44,9 +46,20 @@ class RowPrefetcher:
         row_stride: bytes from one row to the next.
         row_nbytes: bytes of a row.
         n_rows: number of rows.
+        locate: addresses of rows that are in range, int64 [n]; by default they follow from ``address`` and ``row_stride``.
+        advise: tells the kernel how the whole tensor will be accessed; by default, of the range that its rows span.
     """
 
-    def __init__(self, address: int, row_stride: int, row_nbytes: int, n_rows: int) -> None:
+    def __init__(
+        self,
+        address: int,
+        row_stride: int,
+        row_nbytes: int,
+        n_rows: int,
+        *,
+        locate: Callable[[np.ndarray], np.ndarray] | None = None,
+        advise: Callable[[Access], object] | None = None,
+    ) -> None:
         self._address, self._row_stride, self._row_nbytes, self._n_rows = address, row_stride, row_nbytes, n_rows
         self._own = PrefetchPolicy()
         self._ahead: PrefetchPolicy | None = None  # from the first prefetch_ahead() on
@@ -55,6 +68,8 @@ class RowPrefetcher:
         self._gather_thread = 0  # thread of the last gather since the last prefetch_ahead(); 0: none
         self._unrecorded_rows = 0
         self._advice: Access = "normal"
+        self._locate = locate
+        self._advise = advise or self._advise_span
         self.advise("random")
 
     @property
@@ -69,8 +84,11 @@ class RowPrefetcher:
         need themselves; but code that walks through a large view depends on read-ahead.
         """
         if how != self._advice:
-            madvise.advise(self._address, (self._n_rows - 1) * self._row_stride + self._row_nbytes, how)
+            self._advise(how)
             self._advice = how
+
+    def _advise_span(self, how: Access) -> None:
+        madvise.advise(self._address, (self._n_rows - 1) * self._row_stride + self._row_nbytes, how)
 
     @property
     def prefetching(self) -> bool:
@@ -93,6 +111,8 @@ class RowPrefetcher:
         inside = (wanted >= 0) & (wanted < self._n_rows)
         if not inside.all():
             wanted = wanted[inside]
+        if self._locate is not None:
+            return madvise.row_ranges(0, 1, self._row_nbytes, self._locate(wanted))
         return madvise.row_ranges(self._address, self._row_stride, self._row_nbytes, wanted)
 
     def before_gather(self, rows: torch.Tensor) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.formats.base import Chunked, Extent, Inline, Streamed
+from jasper_store.formats.base import Chunked, Extent, Inline, Parts, Streamed
+from jasper_store.formats.parts import parts_of
 from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import preload
 from jasper_store.store.tensors import block_rows, span_nbytes
@@ -56,7 +57,12 @@ def load(
         return location.values.to(dtype) if out is None else out.copy_(location.values)
     if out is None:
         out = preload.empty(spec.shape, dtype)
-    if isinstance(location, Chunked):
+    if isinstance(location, Parts):
+        start = 0
+        for part in parts_of(spec):
+            load(part, dtype, out=out[start : start + part.n_rows], drop_behind=drop_behind, on_bytes=on_bytes)
+            start += part.n_rows
+    elif isinstance(location, Chunked):
         _unpack(spec, out, on_bytes)
     elif isinstance(location, Streamed):
         _stream(spec, out, on_bytes)

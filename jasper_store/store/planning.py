@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.formats.base import Chunked, Extent, Inline
+from jasper_store.formats.base import Chunked, Extent, Inline, Parts
 from jasper_store.formats.files import dtype_name
 from jasper_store.memory.budget import device_budget, format_bytes, measure
 from jasper_store.memory.mounts import file_system
@@ -111,6 +111,9 @@ def _remarks(spec: TensorSpec, target: torch.dtype) -> list[str]:
             remarks.append(f"not aligned in its file (byte {location.offset:,})")
         if not rows_are_runs(spec):
             remarks.append("rows scattered over its file")
+    elif isinstance(location, Parts):
+        files = f" in {len(location.files)} files" if len(location.files) > 1 else ""
+        remarks.append(f"{len(location):,} parts{files}")
     elif isinstance(location, Chunked):
         chunk = _chunk_nbytes(spec)
         filters = location.filters or "no filter"

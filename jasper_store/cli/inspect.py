@@ -11,7 +11,7 @@ from rich.markup import escape
 from jasper_store.cli.console import bar, print_json, results, table
 from jasper_store.cli.known import manifest_says, samples_of
 from jasper_store.cli.options import Directory, FormatOption, Json
-from jasper_store.formats.base import Chunked, Extent, Parts, TensorSpec
+from jasper_store.formats.base import Chunked, Extent, Parts, Streamed, TensorSpec
 from jasper_store.formats.registry import Located, locate
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.recognise import is_jasper, known_at
@@ -39,6 +39,9 @@ class _Row:
         if isinstance(location, Chunked):
             chunks = f"chunks {list(location.chunk_shape)}" if location.chunk_shape else "external"
             return f"{location.path.name}:{location.key}, {chunks} {location.filters}".rstrip()
+        if isinstance(location, Streamed):
+            more = f" and {len(location.files) - 1:,} more" if len(location.files) > 1 else ""
+            return f"{location.path.name}:{location.key}{more}, compressed"
         return f"{location.path.name}, with its header"
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class _Row:
 
     @property
     def lies(self) -> str:
-        from jasper_store.formats.base import Chunked, Extent, Parts
+        from jasper_store.formats.base import Chunked, Extent, Parts, Streamed
 
         location = self.spec.location
         if isinstance(location, Extent):
@@ -39,6 +39,9 @@ class _Row:
         if isinstance(location, Chunked):
             chunks = f"chunks {list(location.chunk_shape)}" if location.chunk_shape else "external"
             return f"{location.path.name}:{location.key}, {chunks} {location.filters}".rstrip()
+        if isinstance(location, Streamed):
+            more = f" and {len(location.files) - 1:,} more" if len(location.files) > 1 else ""
+            return f"{location.path.name}:{location.key}{more}, compressed"
         return f"{location.path.name}, with its header"
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from jasper_store.formats.npz import NpzFormat
 from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
 from jasper_store.formats.parquet import ParquetFormat
 from jasper_store.formats.parts import join
+from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.vectors import BinFormat, FaissFormat
@@ -38,7 +39,14 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
 )
 AUTO_ORDER: tuple[FormatName, ...] = ("safetensors", "npy", "hdf5", "pt")
 READ_ONLY: Mapping[FormatName, ReadFormat] = MappingProxyType(
-    {"arrow": ArrowFormat(), "faiss": FaissFormat(), "bin": BinFormat(), "npz": NpzFormat(), "parquet": ParquetFormat()}
+    {
+        "arrow": ArrowFormat(),
+        "faiss": FaissFormat(),
+        "bin": BinFormat(),
+        "npz": NpzFormat(),
+        "pickle": PickleFormat(),
+        "parquet": ParquetFormat(),
+    }
 )
 """Formats that others write, in the order in which ``"auto"`` asks them after those of :data:`AUTO_ORDER`."""
 
@@ -193,7 +201,10 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
         for spec in formats[path].locate(path, schema):
             found.setdefault(spec.name, []).append(spec)
     specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
-    return Located(formats[paths[0]].name, root, specs)
+    skipped = tuple(one for path, fmt in formats.items() for one in _skipped(fmt, path, schema))
+    if not specs and skipped:
+        raise DatasetNotFoundError(f"{root}: expected tensors in the files, found {_told(skipped)}.", path=root)
+    return Located(formats[paths[0]].name, root, specs, skipped=skipped)
 
 
 def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:

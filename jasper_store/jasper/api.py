@@ -54,7 +54,8 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
     Args:
         path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, a file, or
             several files.
-        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
+        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them; or one that is only
+            read: ``"arrow"``, ``"faiss"``, ``"bin"``, ``"npz"``, ``"pickle"``, ``"parquet"``.
         use_mmap: ``None`` plans; ``True`` maps everything; ``False`` preloads everything.
         device: ``None`` for host memory, ``"cuda"``, ``"cuda:N"``, or ``"auto"``.
         memory_limit: bytes; one more upper bound on what is preloaded.

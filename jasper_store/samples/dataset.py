@@ -413,7 +413,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         return self._sharing({name: value for name, value in self.__dict__.items() if name not in _OWN})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A dataset with an epoch of its own over the same open store, wherever its tensors live.
+        """A dataset with a separate epoch over the same open store, wherever its tensors live.
 
         The tensors are never written to, so there is nothing to copy; the store closes with the last of its datasets.
         """

@@ -321,7 +321,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         return self.__deepcopy__({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A store of its own in this process, by the same plan: what is preloaded here is preloaded there, again.
+        """A separate store in this process, by the same plan: what is preloaded here is preloaded there, again.
 
         Raises:
             CorruptFileError: the files changed since this store was opened.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkabl
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunked",
+    "Encoded",
     "Extent",
     "FileWriter",
     "Format",
@@ -30,7 +31,10 @@ __all__ = [
     "Location",
     "Parts",
     "Schema",
+    "Skipped",
     "SupportsRagged",
+    "SupportsReference",
+    "SupportsSkipped",
     "TensorSpec",
     "contiguous_strides",
 ]
@@ -118,7 +122,20 @@ class Parts:
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
-Location: TypeAlias = Extent | Chunked | Inline | Parts
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A tensor that is made out of strings while they are read; only a conversion reads it, from front to end.
+
+    Attributes:
+        path: the file of the strings.
+        blocks: makes the values as 1-D blocks, in order; may be called again.
+    """
+
+    path: Path
+    blocks: Callable[[], Iterator[torch.Tensor]]
+
+
+Location: TypeAlias = Extent | Chunked | Inline | Parts | Encoded
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -183,6 +200,24 @@ class TensorSpec:
             return True
         expected = contiguous_strides(self.shape)
         return all(s == e for s, e, n in zip(strides, expected, self.shape, strict=True) if n > 1) or 0 in self.shape
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What a file holds beside its tensors, and what no tensor can be made of: strings, objects, compounds.
+
+    Attributes:
+        name: the name that it would have as a tensor.
+        path: the file.
+        reason: what was found there, in words.
+    """
+
+    name: str
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name!r:.100} is skipped: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,4 +327,31 @@ class SupportsRagged(Protocol):
 
         Raises:
             IntegrityError: offsets that do not ascend from 0, or more or fewer values than they say.
+        """
+
+
+@runtime_checkable
+class SupportsSkipped(Protocol):
+    """A format whose files may hold what is no tensor beside tensors; ``locate`` leaves it out."""
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
+        """What ``locate`` leaves out of this file.
+
+        Raises:
+            CorruptFileError, DatasetNotFoundError: as ``locate``.
+        """
+
+
+@runtime_checkable
+class SupportsReference(Protocol):
+    """A format that another library defines, whose view of a file is compared with ours."""
+
+    def compare_with_reference(self, path: Path) -> list[str]:
+        """Differences between the reference's view of a file and ours: names, dtypes and shapes.
+
+        Returns:
+            A sentence for each difference, or what the reference says of a file that it refuses; none where both agree.
+
+        Raises:
+            CorruptFileError, DatasetNotFoundError: as ``locate``.
         """

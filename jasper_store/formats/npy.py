@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats.base import Extent, TensorSpec, contiguous_strides
+from jasper_store.formats.base import Extent, Skipped, TensorSpec, contiguous_strides
 from jasper_store.formats.files import DATA_START, check_shape, dtype_name, open_for_reading, read_at, shown
 from jasper_store.formats.flat import FlatWriter, stem_of
+from jasper_store.formats.texts import BLOCK_NBYTES, Texts, encode_bytes, encode_unicode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.texts import Block
 
 __all__ = ["NpyFormat"]
 
@@ -62,19 +66,42 @@ class NpyFormat:
         """See :meth:`jasper_store.formats.base.Format.locate`. The array is named by its file."""
         name = stem_of(path, self.suffixes)
         header, data_start, size = _read_header(path)
+        if _is_text(header["descr"]):
+            return []
         dtype = _dtype(path, header["descr"])
-        fortran, claimed = header["fortran_order"], header["shape"]
-        if not isinstance(fortran, bool) or not isinstance(claimed, tuple):
-            _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
-        shape, nbytes = check_shape(claimed, dtype.itemsize, path=path, tensor=name)
-        if data_start + nbytes != size:
-            _corrupt(
-                path,
-                f"{dtype_name(dtype)} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
-                "(was it truncated or appended to?).",
-            )
+        shape, fortran = _check_sizes(path, header, dtype_name(dtype), dtype.itemsize, data_start, size)
         strides = contiguous_strides(shape[::-1])[::-1] if fortran and len(shape) > 1 else None
         return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides))]
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.base.SupportsSkipped`: an array of strings, or of Python objects."""
+        header, data_start, size = _read_header(path)
+        description = header["descr"]
+        if not _is_text(description):
+            return []
+        name = stem_of(path, self.suffixes)
+        if description == "|O":
+            reason = (
+                "it holds pickled Python objects, which are never executed; save strings with a dtype such as '<U12'"
+            )
+            return [Skipped(name, path, reason)]
+        stored = np.dtype(str(description))
+        shape, _ = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
+        return [Skipped(name, path, f"it holds strings ({stored.str}, shape {list(shape)}), not numbers")]
+
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: an array of fixed-width strings."""
+        header, data_start, size = _read_header(path)
+        description = header["descr"]
+        if not _is_text(description) or description == "|O":
+            return []
+        stored = np.dtype(str(description))
+        shape, _ = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
+        # Strings without room for a character take no bytes, so their number may be anything.
+        if len(shape) != 1 or not stored.itemsize:
+            return []
+        name, rows = stem_of(path, self.suffixes), shape[0]
+        return [Texts(name, path, rows, partial(_read_texts, path, name, stored, rows, data_start))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
@@ -112,6 +139,44 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
     return header, start, size
 
 
+def _check_sizes(
+    path: Path, header: dict[str, object], kind: str, itemsize: int, data_start: int, size: int
+) -> tuple[tuple[int, ...], bool]:
+    """Shape, and whether it is in Fortran order, after both were compared with the bytes of the file."""
+    fortran, claimed = header["fortran_order"], header["shape"]
+    if not isinstance(fortran, bool) or not isinstance(claimed, tuple):
+        _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
+    shape, nbytes = check_shape(claimed, itemsize, path=path, tensor=stem_of(path, NpyFormat.suffixes))
+    if data_start + nbytes != size:
+        _corrupt(
+            path,
+            f"{kind} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
+            "(was it truncated or appended to?).",
+        )
+    return shape, fortran
+
+
+def _is_text(description: object) -> bool:
+    """Whether ``descr`` says strings, or objects, which mostly are strings."""
+    return isinstance(description, str) and re.fullmatch(r"\|O|[<>=|][US]\d{1,9}", description) is not None
+
+
+def _read_texts(path: Path, name: str, stored: np.dtype[Any], rows: int, data_start: int) -> Iterator[Block]:
+    """The strings as UTF-8, some megabytes of the file at a time."""
+    step = max(BLOCK_NBYTES // stored.itemsize, 1)
+    with open_for_reading(path) as (file, _):
+        for first in range(0, rows, step):
+            n = min(step, rows - first)
+            raw = read_at(file, data_start + first * stored.itemsize, n * stored.itemsize)
+            if len(raw) != n * stored.itemsize:
+                _corrupt(path, "it was truncated while it was read.")
+            if stored.kind == "S":
+                yield encode_bytes(name, np.frombuffer(raw, np.uint8).reshape(n, -1), first)
+            else:
+                codes = np.frombuffer(raw, stored.byteorder.replace("=", "<") + "u4").astype(np.uint32)
+                yield encode_unicode(name, codes.reshape(n, -1), first)
+
+
 def _dtype(path: Path, description: object) -> torch.dtype:
     """Torch dtype of a ``descr`` entry."""
     # '<V2' is what numpy.save writes for the bfloat16 of the ml_dtypes package.
@@ -128,8 +193,6 @@ def _dtype(path: Path, description: object) -> torch.dtype:
         found = np.dtype(description)
     except (TypeError, ValueError, SyntaxError) as exc:
         _corrupt(path, f"it has the unknown dtype {shown(description, 100)}.", cause=exc)
-    if found.hasobject:
-        _corrupt(path, "it holds pickled Python objects, which are never executed; save numbers.")
     if found.byteorder == ">":
         _corrupt(path, f"it is big-endian ({found.str}); use array.astype(array.dtype.newbyteorder('<')).")
     if found.str not in _DTYPES:

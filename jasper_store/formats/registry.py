@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, UnknownNameError
+from jasper_store.formats.base import SupportsSkipped
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
@@ -15,13 +16,13 @@ from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import Format, FormatName, Schema, TensorSpec
+    from jasper_store.formats.base import Format, FormatName, Schema, Skipped, TensorSpec
 
-__all__ = ["AUTO_ORDER", "FORMATS", "Located", "base_name", "format_for", "locate"]
+__all__ = ["AUTO_ORDER", "FORMATS", "Located", "base_name", "format_for", "locate", "skipped_in"]
 
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {"safetensors": SafetensorsFormat(), "npy": NpyFormat(), "hdf5": Hdf5Format(), "pt": PtFormat()}
@@ -38,12 +39,14 @@ class Located:
         root: the directory or file that was looked at.
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
+        skipped: what else the files hold, that is no tensor, and of which no other file holds one.
     """
 
     format: FormatName
     root: Path
     specs: tuple[TensorSpec, ...]
     warnings: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
 
 def base_name(name: str) -> str:
@@ -56,6 +59,11 @@ def format_for(path: Path) -> Format | None:
     """The format that a file name's suffix says, or ``None``."""
     lower = path.name.lower()
     return next((f for f in FORMATS.values() if lower.endswith(f.suffixes)), None)
+
+
+def skipped_in(fmt: Format, path: Path, schema: Schema) -> list[Skipped]:
+    """What a file holds that is no tensor; errors as ``fmt.locate``."""
+    return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
 
 
 def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass
@@ -77,9 +85,14 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
     if asked is None and format != "auto":
         raise UnknownNameError(f"unknown format {format!r}; use 'auto' or one of {', '.join(map(repr, FORMATS))}.")
     if isinstance(path, tuple):
-        return _locate_files(path, format, schema)
+        return _locate_files(path, asked, schema)
     if path.is_dir():
         return _locate_directory(path, asked, schema)
+    return _require_tensors(_locate_file(path, asked, schema))
+
+
+def _locate_file(path: Path, asked: FormatName | None, schema: Schema) -> Located:
+    """The tensors of one file, maybe none beside what is skipped."""
     if not path.exists():
         there = "" if path.parent.is_dir() else f" ({path.parent} does not exist either)"
         raise DatasetNotFoundError(
@@ -89,7 +102,19 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
     if chosen is None:
         known = ", ".join(suffix for f in FORMATS.values() for suffix in f.suffixes)
         raise UnknownNameError(f"{path}: its name does not say its format; expected one of {known}, or pass format=.")
-    return Located(chosen.name, path, tuple(chosen.locate(path, schema)))
+    specs = tuple(chosen.locate(path, schema))
+    return Located(chosen.name, path, specs, skipped=tuple(skipped_in(chosen, path, schema)))
+
+
+def _require_tensors(located: Located) -> Located:
+    """Refuse files that hold nothing but what is no tensor."""
+    if located.specs or not located.skipped:
+        return located
+    found = "; ".join(f"{skip.name!r:.100} in {skip.path.name}: {skip.reason}" for skip in located.skipped[:5])
+    more = f"; and {len(located.skipped) - 5} more" if len(located.skipped) > 5 else ""
+    raise DatasetNotFoundError(
+        f"{located.root}: expected tensors, found none beside what is skipped: {found}{more}.", path=located.root
+    )
 
 
 @dataclass
@@ -98,6 +123,7 @@ class _Scan:
 
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     errors: dict[str, JasperStoreError] = field(default_factory=dict)
+    skipped: list[Skipped] = field(default_factory=list)
 
     def names(self) -> set[str]:
         """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over."""
@@ -111,7 +137,7 @@ class _Scan:
         return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
 
 
-def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002
+def _locate_files(paths: tuple[Path, ...], asked: FormatName | None, schema: Schema) -> Located:
     """The tensors of several files, which may lie in several directories."""
     if not paths:
         raise DatasetNotFoundError("expected at least one file, found an empty list")
@@ -119,13 +145,16 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
     while not all(path.is_relative_to(root) for path in paths):
         root = root.parent
     found: dict[str, TensorSpec] = {}
+    skipped: list[Skipped] = []
     for path in paths:
         if path.is_dir():
             raise DatasetNotFoundError(
                 f"{path}: expected files, found a directory in the list; open it alone.", path=path
             )
         # Files of several formats may be named; a suffix says more than the format of one of them.
-        for spec in locate(path, "auto" if format_for(path) else format, schema).specs:
+        located = _locate_file(path, None if format_for(path) else asked, schema)
+        skipped += located.skipped
+        for spec in located.specs:
             if spec.name in found:
                 raise CorruptFileError(
                     f"{path}: holds the tensor {spec.name!r}, and so does {found[spec.name].path}; leave one out.",
@@ -134,7 +163,8 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
                 )
             found[spec.name] = spec
     first = format_for(paths[0])
-    return Located("safetensors" if first is None else first.name, root, tuple(found.values()))
+    name: FormatName = "safetensors" if first is None else first.name
+    return _require_tensors(Located(name, root, tuple(found.values()), (), _not_kept(skipped, found.values())))
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:
@@ -148,14 +178,23 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
             # The rest need not be opened (and h5py not be imported) once one format is known to be complete.
             if schema.required and known <= scans[name].names():
                 break
+    skipped = [skip for scan in scans.values() for skip in scan.skipped]
     if not any(scan.names() for scan in scans.values()):
-        raise DatasetNotFoundError(_nothing(root, asked), path=root)
+        raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known
     chosen = max(scans, key=lambda name: len(wanted & scans[name].names()))
     specs, notes = _gather(root, chosen, scans, wanted, schema)
-    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])))
+    if not specs:
+        raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
+    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
+
+
+def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
+    """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
+    there = {base_name(spec.name) for spec in specs}
+    return tuple(skip for skip in skipped if skip.name not in there)
 
 
 def _gather(
@@ -201,6 +240,7 @@ def _scan(fmt: Format, files: Mapping[Path, str], schema: Schema) -> _Scan:
     for path, stem in files.items():
         try:
             specs = fmt.locate(path, schema)
+            scan.skipped += skipped_in(fmt, path, schema)
         except (CorruptFileError, DatasetNotFoundError) as exc:
             if fmt.one_file == path.name:
                 raise
@@ -214,6 +254,13 @@ def _scan(fmt: Format, files: Mapping[Path, str], schema: Schema) -> _Scan:
                     tensor=spec.name,
                 )
             scan.specs[spec.name] = spec
+    for skip in scan.skipped:
+        if skip.name in schema.required and skip.name not in scan.names():
+            scan.errors[skip.name] = CorruptFileError(
+                f"{skip.path}: expected the tensor {skip.name!r:.100}, found that {skip.reason}.",
+                path=skip.path,
+                tensor=skip.name,
+            )
     for name in [name for name in scan.specs if name != base_name(name) and base_name(name) in scan.specs]:
         raise CorruptFileError(
             f"{scan.specs[name].path}: holds the ragged tensor {name!r}, and {scan.specs[base_name(name)].path} a "
@@ -243,7 +290,7 @@ def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[st
     ]
 
 
-def _nothing(root: Path, asked: FormatName | None) -> str:
+def _nothing(root: Path, asked: FormatName | None, skipped: Sequence[Skipped]) -> str:
     kinds = Counter(path.suffix.lower() or "(no suffix)" for path in root.iterdir() if path.is_file())
     there = (
         ", ".join(f"{n} {suffix}" for suffix, n in sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:8])
@@ -251,4 +298,5 @@ def _nothing(root: Path, asked: FormatName | None) -> str:
     )
     wanted = "tensors in any known format" if asked is None else f"{asked} tensors"
     known = ", ".join(s for name, f in FORMATS.items() if asked in (None, name) for s in f.suffixes)
-    return f"{root}: expected {wanted} ({known}), found {there}."
+    more = "".join(f" {skip.path.name}: {skip.name!r:.100} is no tensor, {skip.reason}." for skip in skipped[:5])
+    return f"{root}: expected {wanted} ({known}), found {there}.{more}"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import Format, FormatName, Schema, Skipped, TensorSpec
 
-__all__ = ["AUTO_ORDER", "FORMATS", "Located", "base_name", "format_for", "locate", "skipped_in"]
+__all__ = ["AUTO_ORDER", "FORMATS", "Located", "base_name", "format_for", "locate", "skipped_at", "skipped_in"]
 
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {"safetensors": SafetensorsFormat(), "npy": NpyFormat(), "hdf5": Hdf5Format(), "pt": PtFormat()}
@@ -64,6 +64,11 @@ def format_for(path: Path) -> Format | None:
 def skipped_in(fmt: Format, path: Path, schema: Schema) -> list[Skipped]:
     """What a file holds that is no tensor; errors as ``fmt.locate``."""
     return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
+
+
+def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
+    """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
+    return [skip for path in _files(directory)[name] for skip in skipped_in(FORMATS[name], path, schema)]
 
 
 def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass

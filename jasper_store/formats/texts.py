@@ -11,10 +11,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
+import xxhash
 
 from jasper_store.errors import IntegrityError
 
@@ -39,7 +41,9 @@ __all__ = [
     "encode",
     "encode_bytes",
     "encode_unicode",
+    "hash_block",
     "is_text",
+    "sort_hashes",
     "text_names",
     "text_parts",
 ]
@@ -112,10 +116,10 @@ def text_parts(specs: Iterable[TensorSpec]) -> set[str]:
 
 
 def encode(name: str, rows: Sequence[str], first: int = 0) -> Block:
-    """UTF-8 of Python strings; ``first`` is the row of the first, for messages.
+    """UTF-8 of Python strings; ``first`` is the position of the first, for messages.
 
     Raises:
-        IntegrityError: what is no string, or has half of a surrogate pair; names its row.
+        IntegrityError: what is no string, or has half of a surrogate pair; names its position.
     """
     encoded: list[bytes] = []
     try:
@@ -123,7 +127,7 @@ def encode(name: str, rows: Sequence[str], first: int = 0) -> Block:
     except (AttributeError, UnicodeEncodeError) as exc:
         row = rows[len(encoded)]
         found = f"a {type(row).__name__}" if not isinstance(row, str) else f"{row!r:.60}, which UTF-8 cannot hold"
-        msg = f"{name!r}: expected strings, found {found} at row {first + len(encoded)}; nothing of it was kept"
+        msg = f"{name!r}: expected strings, found {found} at position {first + len(encoded)}"
         raise IntegrityError(msg, tensor=name) from exc
     lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
     return np.frombuffer(b"".join(encoded), np.uint8), lengths
@@ -201,6 +205,24 @@ def _inside(rows: NDArray[Any]) -> NDArray[np.bool_]:
 def _no_text(name: str, row: int) -> IntegrityError:
     msg = f"{name!r}: row {row} is no text that UTF-8 can hold; save the strings as UTF-8"
     return IntegrityError(msg, tensor=name)
+
+
+# ---- hashes
+
+
+def hash_block(values: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """xxh3-64 of each string [n], of their bytes one after another and the bytes of each."""
+    raw, ends = memoryview(np.ascontiguousarray(values)), np.cumsum(lengths)
+    edges = pairwise([0, *ends.tolist()])
+    digest = xxhash.xxh3_64_intdigest
+    return np.fromiter((digest(raw[start:stop]) for start, stop in edges), np.uint64, len(lengths))
+
+
+def sort_hashes(blocks: Iterable[NDArray[np.uint64]]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Hashes of all rows in ascending order, and the row of each; of equal ones the lower row first."""
+    hashes = np.concatenate([np.empty(0, np.uint64), *blocks])
+    order = np.argsort(hashes, kind="stable")
+    return hashes[order], order
 
 
 # ---- what was skipped

@@ -181,13 +181,10 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
 
 def _with_texts(found: Located, schema: Schema) -> Sources:
     """Tensors, and strings beside them as tensors that keep them."""
-    kept, notes = kept_texts(found.skipped, found.format, schema)
     names = {base_name(spec.name) for spec in found.specs}
-    for spec in kept:
-        if base_name(spec.name) in names:
-            msg = f"{spec.path}: the strings would be kept as {spec.name!r}, and there is a tensor of that name; rename one"
-            raise CorruptFileError(msg, path=spec.path, tensor=spec.name)
-    return Sources(found.format, (*found.specs, *kept), (*found.warnings, *notes))
+    taken = [f"{skip}; a tensor has its name" for skip in found.skipped if skip.name in names]
+    kept, notes = kept_texts([skip for skip in found.skipped if skip.name not in names], found.format, schema)
+    return Sources(found.format, (*found.specs, *kept), (*found.warnings, *taken, *notes))
 
 
 def _only_texts(src: Path, source_format: str, schema: Schema) -> Sources | None:

@@ -17,14 +17,15 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
 from jasper_store.formats.files import dtype_name
-from jasper_store.formats.registry import base_name, format_for, skipped_in
+from jasper_store.formats.registry import format_for, skipped_in
+from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import read
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -202,11 +203,13 @@ class _Check:
     def headers(self) -> None:
         """Locate every file and compare it with its entry."""
         names: set[str] = set()
+        every: list[TensorSpec] = []
         for file in self.files:
             specs = self._locate(file)
             if specs is None:
                 continue
             names |= {spec.name for spec in specs}
+            every += specs
             entry = self.manifest.files.get(file.name)
             if entry is not None:
                 self._compare(file, entry, specs)
@@ -215,7 +218,7 @@ class _Check:
                     text = f"{file}: the manifest has no entry for it, so only its structure is checked"
                     self._add("warning", file.name, "manifest", text)
                 self._structure(file, specs)
-        self._name_skipped(names)
+        self._name_skipped(every)
         for file in self.missing:
             lost = self.manifest.files[file.name].tensors.keys() - names
             text = f"{file}: the manifest lists it, and it is not there"
@@ -224,11 +227,11 @@ class _Check:
             else:
                 self._add("warning", file.name, "missing", f"{text}; other files hold its tensors")
 
-    def _name_skipped(self, names: set[str]) -> None:
-        """Say what is no tensor, unless it was kept: then it is there as tensors of its name."""
-        kept = {base_name(name) for name in names}
+    def _name_skipped(self, specs: Sequence[TensorSpec]) -> None:
+        """Say what is no tensor, unless it was kept: then it is there as a text of its name."""
+        kept = text_names(specs)
         skipped = [skip for skip in self.skipped if skip.name not in kept]
-        if skipped and not names and not self.report.errors:
+        if skipped and not specs and not self.report.errors:
             text = (
                 f"{self.path}: expected tensors, found none beside what is skipped: {'; '.join(map(str, skipped[:5]))}"
             )

@@ -14,6 +14,7 @@ from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
+from jasper_store.formats.texts import text_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -198,8 +199,8 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
 
 def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
     """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
-    there = {base_name(spec.name) for spec in specs}
-    return tuple(skip for skip in skipped if skip.name not in there)
+    kept = text_names(specs)
+    return tuple(skip for skip in skipped if skip.name not in kept)
 
 
 def _gather(

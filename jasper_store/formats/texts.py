@@ -125,7 +125,7 @@ def encode(name: str, rows: Sequence[str], first: int = 0) -> Block:
     try:
         encoded.extend(row.encode() for row in rows)
     except (AttributeError, UnicodeEncodeError) as exc:
-        row = rows[len(encoded)]
+        row: object = rows[len(encoded)]
         found = f"a {type(row).__name__}" if not isinstance(row, str) else f"{row!r:.60}, which UTF-8 cannot hold"
         msg = f"{name!r}: expected strings, found {found} at position {first + len(encoded)}"
         raise IntegrityError(msg, tensor=name) from exc
@@ -212,7 +212,7 @@ def _no_text(name: str, row: int) -> IntegrityError:
 
 def hash_block(values: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[np.uint64]:
     """xxh3-64 of each string [n], of their bytes one after another and the bytes of each."""
-    raw, ends = memoryview(np.ascontiguousarray(values)), np.cumsum(lengths)
+    raw, ends = np.ascontiguousarray(values).data, np.cumsum(lengths)
     edges = pairwise([0, *ends.tolist()])
     digest = xxhash.xxh3_64_intdigest
     return np.fromiter((digest(raw[start:stop]) for start, stop in edges), np.uint64, len(lengths))

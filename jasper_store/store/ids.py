@@ -186,7 +186,7 @@ class Ids:
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
             raise self._damaged(f"its hashes name a row outside of [0, {len(self)})")
         begins, found = self._bounds(rows)
-        equal = found == lengths
+        equal: NDArray[np.bool_] = found == lengths
         chosen, done = np.flatnonzero(equal), 0
         for some, stored, ends in self._read(rows[chosen], begins[chosen], lengths[chosen]):
             here = chosen[done : done + len(some)]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.formats.base import Chunked, Extent, Inline
+from jasper_store.formats.base import Chunked, Encoded, Extent, Inline
 from jasper_store.paging import preload
 from jasper_store.store.tensors import block_rows, span_nbytes
 
@@ -50,6 +50,7 @@ def load(
         InsufficientMemoryError: the system refused the memory.
     """
     location = spec.location
+    assert not isinstance(location, Encoded), "only a conversion reads strings"
     if isinstance(location, Inline):
         return location.values.to(dtype) if out is None else out.copy_(location.values)
     if out is None:

@@ -13,7 +13,7 @@ from jasper_store.bench.disk import COLD, DiskRate, cached_share, make_cold, pro
 from jasper_store.bench.serving import LoaderRate, loader_rate, quietly, row_rate
 from jasper_store.bench.torch_files import torch_load_seconds
 from jasper_store.errors import DeclarationError, IncompatibleOptionsError
-from jasper_store.formats.base import Extent, TensorSpec
+from jasper_store.formats.base import Extent, Parts, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.api import open as open_dataset, plan
 from jasper_store.jasper.recognise import Known, known_at
@@ -104,7 +104,7 @@ def bench(
         storage_format: format to read.
         batch_sizes: batch sizes of the loader.
         seconds: about how long all of it may take.
-        cold: measure the disk too; for this the page cache is asked to let go of these files.
+        cold: measure the disk too; for this the files are dropped from the page cache.
         step: called with a few words as each part begins.
 
     Raises:
@@ -137,7 +137,7 @@ class _Run:
             located = locate(path, storage_format, self.known.schema)
         self.format = located.format
         self.specs: tuple[TensorSpec, ...] = located.specs
-        self.files = sorted({spec.path for spec in located.specs})
+        self.files = sorted({path for spec in located.specs for path in spec.paths})
         self.report = BenchReport(
             path, located.format, sum(spec.nbytes for spec in located.specs), cached_share(self.files)
         )
@@ -192,7 +192,7 @@ class _Run:
         share = self.seconds * _ROWS / max(2 * len(specs), 1)
         for spec in specs:
             self.step(f"rows of {spec.name}")
-            is_cold = isinstance(spec.location, Extent) and self._make_cold([spec.path], spec.name)
+            is_cold = isinstance(spec.location, (Extent, Parts)) and self._make_cold(list(spec.paths), spec.name)
             # Opened anew each time: pages that a map has touched cannot be dropped.
             with quietly(), open_dataset(self.path, format=self.format, use_mmap=True) as store:
                 tensor = store[spec.name]

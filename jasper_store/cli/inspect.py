@@ -11,14 +11,14 @@ from rich.markup import escape
 from jasper_store.cli.console import bar, print_json, results, table
 from jasper_store.cli.known import manifest_says, samples_of
 from jasper_store.cli.options import Directory, FormatOption, Json
-from jasper_store.formats.base import Chunked, Extent, TensorSpec
+from jasper_store.formats.base import Chunked, Extent, Parts, TensorSpec
 from jasper_store.formats.registry import Located, locate
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.recognise import is_jasper, known_at
 from jasper_store.memory.budget import format_bytes
-from jasper_store.paging.residency import cached_bytes
 from jasper_store.report.sample import SampleView
 from jasper_store.samples.opened import CONFIG_NAME, load_config
+from jasper_store.store.tensors import resident_nbytes
 
 __all__ = ["inspect"]
 
@@ -33,6 +33,9 @@ class _Row:
         location = self.spec.location
         if isinstance(location, Extent):
             return f"{location.path.name} at {location.offset}"
+        if isinstance(location, Parts):
+            files = f"{len(location.files):,} files from " if len(location.files) > 1 else ""
+            return f"{len(location):,} parts in {files}{location.path.name}"
         if isinstance(location, Chunked):
             chunks = f"chunks {list(location.chunk_shape)}" if location.chunk_shape else "external"
             return f"{location.path.name}:{location.key}, {chunks} {location.filters}".rstrip()
@@ -46,7 +49,8 @@ class _Row:
             "nbytes": self.spec.nbytes,
             "file": str(self.spec.path),
             "lies": self.lies,
-            "mappable": isinstance(self.spec.location, Extent),
+            "files": [str(path) for path in self.spec.paths],
+            "mappable": isinstance(self.spec.location, (Extent, Parts)),
             "resident_nbytes": self.resident,
         }
 
@@ -62,7 +66,7 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
       jasper-store inspect data/dataset.h5 --json | jq '.tensors[].name'
     """
     located = locate(path, storage_format, known_at(path).schema)
-    rows = [_Row(spec, _resident(spec)) for spec in located.specs]
+    rows = [_Row(spec, resident_nbytes(spec)) for spec in located.specs]
     facts = _facts(path)
     warnings = [*located.warnings, *manifest_says(path, located)]
     samples, problem = samples_of(path, located.specs)
@@ -93,14 +97,6 @@ def _dtype(spec: TensorSpec) -> str:
     return str(spec.dtype).removeprefix("torch.")
 
 
-def _resident(spec: TensorSpec) -> int | None:
-    """Bytes in the page cache; ``None`` where there is no extent to ask about, or the system cannot say."""
-    location = spec.location
-    if not isinstance(location, Extent) or not spec.contiguous:
-        return None
-    return cached_bytes(location.path, location.offset, spec.nbytes)
-
-
 def _facts(path: Path) -> dict[str, Any]:
     """What the dataset says of itself; nothing for a directory that is no JASPER dataset."""
     if not (path / CONFIG_NAME).is_file():
@@ -116,7 +112,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any], warnings: list[str]) -> None:
     out = results()
-    files = len({row.spec.path for row in rows})
+    files = len({path for row in rows for path in row.spec.paths})
     size = format_bytes(sum(row.spec.nbytes for row in rows))
     cells = [
         (

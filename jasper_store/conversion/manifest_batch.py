@@ -37,7 +37,7 @@ class ManifestBatch:
 
     def entry(self, task: FileTask, path: Path, checksums: Mapping[str, str], wanted: torch.dtype | None) -> FileEntry:
         """Describe a file that was written for a task, wherever it lies for now."""
-        paths = dict.fromkeys(spec.path for spec in task.specs)
+        paths = dict.fromkeys(path for spec in task.specs for path in spec.paths)
         tensors = {
             spec.name: TensorEntry(dtype_name(dtype), spec.shape, checksums[spec.name])
             for spec, dtype in task.written(wanted)

@@ -20,7 +20,16 @@ from jasper_store.errors import (
 from jasper_store.files.fingerprint import FileIdentity
 from jasper_store.formats.base import SupportsRagged
 from jasper_store.formats.files import check_name
-from jasper_store.formats.registry import AUTO_ORDER, FORMATS, base_name, format_for, locate, skipped_at, skipped_in
+from jasper_store.formats.registry import (
+    AUTO_ORDER,
+    READ_ONLY,
+    base_name,
+    format_for,
+    locate,
+    readable,
+    skipped_at,
+    skipped_in,
+)
 from jasper_store.formats.texts import PARTS, text_names
 
 if TYPE_CHECKING:
@@ -56,7 +65,7 @@ class FileTask:
     """One file to be written.
 
     Attributes:
-        target: its name in the end.
+        target: its final name.
         specs: the tensors that go into it, in the source.
         ragged: base name of the ragged tensor that this file is (``.pt``), else ``None``.
         kept: tensors of the file that is replaced which go into the new one as they are.
@@ -87,7 +96,7 @@ class SourceFacts:
         self._identities = {path: _identity(path) for path in paths}
 
     def add(self, paths: Iterable[Path]) -> None:
-        """Remember more files as they are now."""
+        """Add files, as they are now."""
         self._identities.update({path: _identity(path) for path in paths})
 
     def check(self, paths: Iterable[Path]) -> None:
@@ -152,7 +161,7 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
     refused: list[JasperStoreError] = []
     alone: list[TensorSpec] = []  # strings in a format that has no tensors here
     notes: list[str] = []
-    for name in AUTO_ORDER:
+    for name in (*AUTO_ORDER, *READ_ONLY):
         if name == fmt.name:
             continue
         try:
@@ -161,7 +170,7 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
             texts, said = kept_texts(skipped_at(src, name, schema), name, schema)
             alone.extend(texts)
             notes.extend(said)
-        except CorruptFileError as exc:
+        except (CorruptFileError, IncompatibleOptionsError) as exc:
             refused.append(exc)
         else:
             candidates.append(_with_texts(found, schema))
@@ -189,7 +198,7 @@ def _with_texts(found: Located, schema: Schema) -> Sources:
 
 def _only_texts(src: Path, source_format: str, schema: Schema) -> Sources | None:
     """One file that was named, and that holds nothing but strings; ``None`` for anything else."""
-    fmt = FORMATS[source_format] if source_format in FORMATS else format_for(src)  # type: ignore[index]
+    fmt = next((fmt for name, fmt in readable().items() if name == source_format), None) or format_for(src)
     if fmt is None or not src.is_file():
         return None
     kept, notes = kept_texts(skipped_in(fmt, src, schema), fmt.name, schema)
@@ -202,7 +211,7 @@ def _merge(candidates: list[Sources], notes: list[str], schema: Schema) -> Sourc
     def rank(sources: Sources) -> tuple[int, int]:
         names = {base_name(spec.name) for spec in sources.specs}
         wanted = names & schema.required if schema.required else names
-        return len(wanted), max((spec.path.stat().st_mtime_ns for spec in sources.specs), default=0)
+        return len(wanted), max((path.stat().st_mtime_ns for spec in sources.specs for path in spec.paths), default=0)
 
     candidates = sorted(candidates, key=rank, reverse=True)
     chosen: dict[str, list[TensorSpec]] = {}
@@ -253,7 +262,7 @@ def make_tasks(specs: Sequence[TensorSpec], directory: Path, one_file: str | Non
         tasks = _file_per_tensor(specs, directory, fmt)
     for task in tasks:
         for spec in task.specs:
-            if task.target.exists() and task.target.samefile(spec.path):
+            if task.target.exists() and any(map(task.target.samefile, spec.paths)):
                 msg = (
                     f"{task.target}: source and destination are the same file; name another directory as dst, "
                     "or another format"

@@ -16,7 +16,9 @@ import torch
 
 from jasper_store.conversion.writeback import WINDOW_NBYTES, drop_pages
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Chunked, Encoded, Extent, Inline, TensorSpec
+from jasper_store.formats.base import Chunked, Encoded, Extent, Inline, Parts, Streamed, TensorSpec
+from jasper_store.formats.parts import parts_of
+from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import mapping
 from jasper_store.store.tensors import block_rows
 
@@ -67,6 +69,10 @@ def open_rows(spec: TensorSpec, *, drop: bool = False) -> BlockReader:
         return _InlineRows(location.values)
     if isinstance(location, Chunked):
         return _ChunkedRows(spec, drop=drop)
+    if isinstance(location, Parts):
+        return _PartRows(spec, drop=drop)
+    if isinstance(location, Streamed):
+        return _StreamedRows(spec)
     if spec.contiguous and spec.row_nbytes > 16 * BLOCK_NBYTES and mapping.mappable(location.offset, spec.dtype):
         return _HugeRows(spec, location)
     return _ExtentRows(spec, location, drop=drop)
@@ -132,7 +138,7 @@ def _fill(
             out = buffer[: math.prod(shape)].view(shape) if reader.needs_buffer else buffer
             filled.put((buffer, reader.read(start, stop, out)))
         filled.put(None)
-    except BaseException as exc:  # noqa: BLE001 - handed over to the thread that asked, which raises it
+    except BaseException as exc:  # noqa: BLE001 - passed to the thread that asked, which raises it
         filled.put(exc)
 
 
@@ -176,6 +182,22 @@ class _ChunkedRows:
         self._reader.close()
         if self._file is not None:
             self._file.close()
+
+
+class _StreamedRows:
+    """Values that can only be read in order, which is how blocks are asked for."""
+
+    needs_buffer = True
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._stream = ByteStream(spec)
+
+    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the next rows are these
+        self._stream.fill(out)
+        return out
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _ExtentRows:
@@ -239,6 +261,40 @@ class _ExtentRows:
 
     def close(self) -> None:
         self._file.close()
+
+
+class _PartRows:
+    """Parts one after another; blocks come in order, so one file is open at a time."""
+
+    needs_buffer = True
+
+    def __init__(self, spec: TensorSpec, *, drop: bool) -> None:
+        self._parts = parts_of(spec)
+        self._drop = drop
+        self._start = self._stop = 0  # rows of the part that is open
+        self._reader: _ExtentRows | None = None
+
+    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        done = start
+        while done < stop:
+            while done >= self._stop:
+                self._open_next()
+            last = min(stop, self._stop)
+            assert self._reader is not None
+            self._reader.read(done - self._start, last - self._start, out[done - start : last - start])
+            done = last
+        return out
+
+    def _open_next(self) -> None:
+        self.close()
+        part = next(self._parts)
+        assert isinstance(part.location, Extent)
+        self._reader = _ExtentRows(part, part.location, drop=self._drop)
+        self._start, self._stop = self._stop, self._stop + part.n_rows
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
 
 
 class _HugeRows:

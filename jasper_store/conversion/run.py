@@ -35,6 +35,7 @@ from jasper_store.files.atomic import (
 )
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.numbered import INDEX_SUFFIX
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest
 from jasper_store.store.manifest_file import read
 
@@ -142,9 +143,10 @@ class Run:
             return False
         made_from = {(self.directory / source.path).resolve(): source.fingerprint for source in entry.made_from}
         for spec, dtype in task.written(self.options.dtype):
-            fingerprint = made_from.get(spec.path.resolve())
-            if fingerprint is None or not fingerprint.matches(spec.path):
-                return False
+            for path in spec.paths:
+                fingerprint = made_from.get(path.resolve())
+                if fingerprint is None or not fingerprint.matches(path):
+                    return False
             tensor = entry.tensors.get(spec.name)
             if tensor is None or tensor.xxh3_128 is None:
                 return False
@@ -193,7 +195,7 @@ class Run:
                 return False
             if found != sums[spec.name]:
                 return False
-        self.facts.check(spec.path for spec in task.specs)
+        self.facts.check(path for spec in task.specs for path in spec.paths)
         self._batch.add(task.target, self._batch.entry(task, task.target, sums, self.options.dtype))
         for spec in task.specs:
             self._skipped(task, spec, targets[spec.name], sums[spec.name])
@@ -221,7 +223,11 @@ class Run:
         found = [
             path
             for path in sorted(self.src.glob("*.json"))
-            if path.name != MANIFEST_NAME and path.name[0] != "." and path.is_file()
+            # An index of shards says where tensors lay, not where they will.
+            if path.name != MANIFEST_NAME
+            and path.name[0] != "."
+            and not path.name.endswith(INDEX_SUFFIX)
+            and path.is_file()
         ]
         wanted = []
         for path in found:
@@ -275,7 +281,7 @@ class Run:
     def _written(self, task: FileTask) -> Iterator[tuple[Path, FileEntry]]:
         """Write one file under a temporary name; it is removed in the end unless it was renamed."""
         temporary = temporary_name(task.target)
-        sources = [spec.path for spec in (*task.specs, *task.kept)]
+        sources = [path for spec in (*task.specs, *task.kept) for path in spec.paths]
         try:
             with map_os_errors(task.target, temporary, task.needed(self.options.dtype)):
                 self.facts.check(sources)
@@ -303,7 +309,7 @@ class Run:
             return task  # a damaged file has nothing to keep
         names = {spec.name for spec in task.specs}
         rest = tuple(spec for spec in old if spec.name not in names)
-        self.facts.add(spec.path for spec in rest)
+        self.facts.add(path for spec in rest for path in spec.paths)
         self._total += sum(spec.nbytes for spec in rest)
         return replace(task, kept=rest)
 

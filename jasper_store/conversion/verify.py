@@ -17,7 +17,7 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
 from jasper_store.formats.files import dtype_name
-from jasper_store.formats.registry import format_for, skipped_in
+from jasper_store.formats.registry import FORMATS, format_for, skipped_in
 from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
@@ -168,7 +168,7 @@ class _Check:
         self.root = path if path.is_dir() else path.parent
         self.manifest = self._read_manifest()
         if path.is_dir():
-            self.files = [file for file in sorted(path.iterdir()) if _is_data(file)]
+            self.files = _data_files(path)
             listed = [self.root / name for name in self.manifest.files]
         else:
             self.files = listed = [path]
@@ -323,8 +323,15 @@ class _Check:
             self._add("fact", None, "records", f"the CRCs of {len(self.archives)} .pt files were compared")
 
 
-def _is_data(file: Path) -> bool:
-    return file.name[0] not in "._" and format_for(file) is not None and not file.is_dir()
+def _data_files(root: Path) -> list[Path]:
+    """Files of a directory that hold its tensors; what is only read counts where nothing else is."""
+    known = [
+        (path, fmt)
+        for path in sorted(root.iterdir())
+        if path.name[0] not in "._" and not path.is_dir() and (fmt := format_for(path)) is not None
+    ]
+    written = [path for path, fmt in known if fmt.name in FORMATS]
+    return written or [path for path, _ in known]
 
 
 def _verify_values(job: _Job, advance: Callable[[str, int], None], *, drop: bool) -> Finding | None:

@@ -17,7 +17,7 @@ from jasper_store.conversion.coerce import are_strings, as_block, as_json, flatt
 from jasper_store.conversion.plan import FileTask, make_tasks
 from jasper_store.conversion.staging import make_staging, publish
 from jasper_store.conversion.transfer import Options, require_reference, write_file
-from jasper_store.errors import ClosedError, ConversionError, IntegrityError, UnknownNameError
+from jasper_store.errors import ClosedError, ConversionError, IntegrityError
 from jasper_store.files.atomic import (
     map_os_errors,
     remove,
@@ -28,7 +28,7 @@ from jasper_store.files.atomic import (
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.formats.base import Schema
 from jasper_store.formats.files import check_name, dtype_name
-from jasper_store.formats.registry import FORMATS, base_name, locate
+from jasper_store.formats.registry import FORMATS, base_name, locate, writable
 from jasper_store.formats.texts import encode, hash_block, sort_hashes
 from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import write as write_manifest
@@ -49,7 +49,7 @@ _CONFIG: Final = "config.json"
 
 @dataclass
 class _Part:
-    """One tensor being appended to, in a file of its own."""
+    """One tensor being appended to, in its own file."""
 
     path: Path
     writer: FileWriter
@@ -104,11 +104,7 @@ class DirectoryWriter:
         overwrite: bool = False,
         check: Callable[[Sequence[TensorSpec]], None] | None = None,
     ) -> None:
-        chosen = next((name for name in FORMATS if name == format), None)
-        if chosen is None:
-            msg = f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}"
-            raise UnknownNameError(msg)
-        self._fmt: Format = FORMATS[chosen]
+        self._fmt: Format = writable(format)
         self._options = Options(self._fmt, Schema() if schema is None else schema, compression)
         self._config = None if config is None else as_json(config)
         # A link to a directory is followed: the dataset behind it is what gets replaced, not the link.

@@ -1,7 +1,7 @@
 """What every format has in common: where the bytes of a tensor lie, and how rows are written.
 
 A format only says *where the bytes lie*. Reading a file means parsing its header once into
-:class:`TensorSpec` values; no data is read. Mapping, preloading, announcing and warming are done by the
+:class:`TensorSpec` values; no data is read. Mapping, preloading, prefetching and warming are done by the
 layers above, alike for every format, from the spec alone.
 """
 
@@ -30,8 +30,11 @@ __all__ = [
     "Inline",
     "Location",
     "Parts",
+    "ReadFormat",
     "Schema",
     "Skipped",
+    "Streamed",
+    "SupportsKeys",
     "SupportsRagged",
     "SupportsReference",
     "SupportsSkipped",
@@ -39,7 +42,7 @@ __all__ = [
     "contiguous_strides",
 ]
 
-FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt"]
+FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt", "arrow", "faiss", "bin", "npz", "pickle", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,28 @@ class Parts:
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Values that can only be read from the first to the last: a deflated member of a ``.npz``, a Parquet column.
+
+    They are converted in bounded memory, or loaded whole; :class:`jasper_store.formats.streams.ByteStream` reads them.
+
+    Attributes:
+        files: the files, in the order of their rows.
+        kind: what reads them, ``"npz"`` or ``"parquet"``.
+        key: member or column, as it is called in each file.
+    """
+
+    files: tuple[Path, ...]
+    kind: Literal["npz", "parquet"]
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """The file of the first rows."""
+        return self.files[0]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """A tensor that is made out of strings while they are read; only a conversion reads it, from front to end.
@@ -135,7 +160,7 @@ class Encoded:
     blocks: Callable[[], Iterator[torch.Tensor]]
 
 
-Location: TypeAlias = Extent | Chunked | Inline | Parts | Encoded
+Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed | Encoded
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -173,7 +198,7 @@ class TensorSpec:
     @property
     def paths(self) -> tuple[Path, ...]:
         """All files that hold the values."""
-        return self.location.files if isinstance(self.location, Parts) else (self.location.path,)
+        return self.location.files if isinstance(self.location, Parts | Streamed) else (self.location.path,)
 
     @property
     def n_rows(self) -> int:
@@ -204,12 +229,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Skipped:
-    """What a file holds beside its tensors, and what no tensor can be made of: strings, objects, compounds.
+    """Something in a file that is no tensor, or none that can be read, and that is passed over.
 
     Attributes:
-        name: the name that it would have as a tensor.
+        name: what the file calls it.
         path: the file.
-        reason: what was found there, in words.
+        reason: what it is, and what to do to have it, for people.
     """
 
     name: str
@@ -233,7 +258,7 @@ class Schema:
         hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
-        stacks: tensors that a batch gathers together, each row from one of them; see ``store/stack.py``.
+        stacks: tensors that a batch gathers together, each row from one of them; see ``store/concat_buffer.py``.
     """
 
     required: frozenset[str] = frozenset()
@@ -283,14 +308,14 @@ class FileWriter(Protocol):
         """Release every handle without finishing; safe to call at any time, also twice."""
 
 
-class Format(Protocol):
-    """One file format. Stateless; every method may be called concurrently.
+class ReadFormat(Protocol):
+    """One file format that is read. Stateless; every method may be called concurrently.
 
     Attributes:
         name: the name users pass, e.g. ``"safetensors"``.
         suffixes: file name endings, lower case with the dot, the first being the one that is written.
         one_file: name of the single file that a dataset of this format lies in, or ``None`` if each tensor
-            has a file of its own.
+            has its own file.
     """
 
     name: FormatName
@@ -305,6 +330,10 @@ class Format(Protocol):
             DatasetNotFoundError: there is no such file.
         """
 
+
+class Format(ReadFormat, Protocol):
+    """One file format that is read and written."""
+
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
         """Create ``path`` (it must not exist) and return a writer for it.
 
@@ -314,8 +343,24 @@ class Format(Protocol):
 
 
 @runtime_checkable
+class SupportsKeys(Protocol):
+    """A format that names a file's only tensor by its file, although the file has a name for it."""
+
+    def locate_keys(self, path: Path) -> list[TensorSpec]:
+        """As :meth:`Format.locate`, with the names that the file has."""
+
+
+@runtime_checkable
+class SupportsSkipped(Protocol):
+    """A format whose files may hold more than tensors."""
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
+        """What :meth:`ReadFormat.locate` passes over in one file; errors as there."""
+
+
+@runtime_checkable
 class SupportsRagged(Protocol):
-    """A format with a form of its own for ragged tensors, beside a file of values and a file of offsets."""
+    """A format that has its own form for ragged tensors, beside a file of values and a file of offsets."""
 
     def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
         """Create ``path`` holding one ragged tensor, with memory bounded by one block.
@@ -327,18 +372,6 @@ class SupportsRagged(Protocol):
 
         Raises:
             IntegrityError: offsets that do not ascend from 0, or more or fewer values than they say.
-        """
-
-
-@runtime_checkable
-class SupportsSkipped(Protocol):
-    """A format whose files may hold what is no tensor beside tensors; ``locate`` leaves it out."""
-
-    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
-        """What ``locate`` leaves out of this file.
-
-        Raises:
-            CorruptFileError, DatasetNotFoundError: as ``locate``.
         """
 
 

@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from jasper_store.errors import CorruptFileError, DatasetNotFoundError, UnknownNameError
-from jasper_store.formats.base import SupportsSkipped
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
+from jasper_store.formats.arrow.directory import dataset_files, splits_of
+from jasper_store.formats.arrow.format import ArrowFormat
+from jasper_store.formats.base import Skipped, Streamed, SupportsKeys, SupportsSkipped
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
+from jasper_store.formats.npz import NpzFormat
+from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
+from jasper_store.formats.parquet import ParquetFormat
+from jasper_store.formats.parts import join
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.texts import text_names
+from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import Format, FormatName, Schema, Skipped, TensorSpec
+    from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
 
-__all__ = ["AUTO_ORDER", "FORMATS", "Located", "base_name", "format_for", "locate", "skipped_at", "skipped_in"]
+__all__ = [
+    "AUTO_ORDER",
+    "FORMATS",
+    "READ_ONLY",
+    "Located",
+    "base_name",
+    "format_for",
+    "locate",
+    "readable",
+    "skipped_at",
+    "skipped_in",
+    "writable",
+]
 
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {"safetensors": SafetensorsFormat(), "npy": NpyFormat(), "hdf5": Hdf5Format(), "pt": PtFormat()}
 )
 AUTO_ORDER: tuple[FormatName, ...] = ("safetensors", "npy", "hdf5", "pt")
+READ_ONLY: Mapping[FormatName, ReadFormat] = MappingProxyType(
+    {"arrow": ArrowFormat(), "faiss": FaissFormat(), "bin": BinFormat(), "npz": NpzFormat(), "parquet": ParquetFormat()}
+)
+"""Formats that others write, in the order in which ``"auto"`` asks them after those of :data:`AUTO_ORDER`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +65,7 @@ class Located:
         root: the directory or file that was looked at.
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
-        skipped: what else the files hold, that is no tensor, and of which no other file holds one.
+        skipped: what lies in the files or beside them and is no tensor, or none that is read.
     """
 
     format: FormatName
@@ -50,26 +75,34 @@ class Located:
     skipped: tuple[Skipped, ...] = ()
 
 
+def readable() -> Mapping[FormatName, ReadFormat]:
+    """All formats by name, those that are written first."""
+    return {**FORMATS, **READ_ONLY}
+
+
+def writable(format: str) -> Format:  # noqa: A002 - the word that users pass
+    """The format of this name, to write it.
+
+    Raises:
+        UnknownNameError: there is none of this name, or it is only read.
+    """
+    for name, fmt in FORMATS.items():
+        if name == format:
+            return fmt
+    only = f"; {format} is read and never written" if format in READ_ONLY else ""
+    raise UnknownNameError(f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}{only}")
+
+
 def base_name(name: str) -> str:
     """The name of the whole tensor: ``X`` for the parts ``X.values`` and ``X.offsets`` of a ragged one."""
     base, dot, part = name.rpartition(".")
     return base if dot and part in {"values", "offsets"} else name
 
 
-def format_for(path: Path) -> Format | None:
+def format_for(path: Path) -> ReadFormat | None:
     """The format that a file name's suffix says, or ``None``."""
     lower = path.name.lower()
-    return next((f for f in FORMATS.values() if lower.endswith(f.suffixes)), None)
-
-
-def skipped_in(fmt: Format, path: Path, schema: Schema) -> list[Skipped]:
-    """What a file holds that is no tensor; errors as ``fmt.locate``."""
-    return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
-
-
-def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
-    """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
-    return [skip for path in _files(directory)[name] for skip in skipped_in(FORMATS[name], path, schema)]
+    return next((f for f in readable().values() if lower.endswith(f.suffixes)), None)
 
 
 def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass
@@ -78,7 +111,8 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
     Args:
         path: a directory, one file, or several files.
         format: ``"auto"`` or a format's name. In a directory, auto takes the first of :data:`AUTO_ORDER` that is
-            complete, else the most complete one, and fills the rest from the others.
+            complete, else the most complete one, and fills the rest from the others; the formats of :data:`READ_ONLY` fill
+            what none of these has, and what they hold that is unreadable or no tensor is then skipped.
         schema: its ``required`` names decide what complete means and which files are only extras. Without
             them, every name that any format has is wanted.
 
@@ -87,40 +121,62 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
         DatasetNotFoundError: nothing there, or nothing of that format.
         CorruptFileError: a file that is needed cannot be read, or two files hold the same tensor.
     """
-    asked = next((name for name in FORMATS if name == format), None)
+    known = readable()
+    asked = next((name for name in known if name == format), None)
     if asked is None and format != "auto":
-        raise UnknownNameError(f"unknown format {format!r}; use 'auto' or one of {', '.join(map(repr, FORMATS))}.")
+        raise UnknownNameError(f"unknown format {format!r}; use 'auto' or one of {', '.join(map(repr, known))}.")
     if isinstance(path, tuple):
-        return _locate_files(path, asked, schema)
+        return _locate_files(path, format, schema)
     if path.is_dir():
         return _locate_directory(path, asked, schema)
-    return _require_tensors(_locate_file(path, asked, schema))
-
-
-def _locate_file(path: Path, asked: FormatName | None, schema: Schema) -> Located:
-    """The tensors of one file, maybe none beside what is skipped."""
     if not path.exists():
         there = "" if path.parent.is_dir() else f" ({path.parent} does not exist either)"
         raise DatasetNotFoundError(
             f"{path}: no such file or directory{there}; expected a dataset directory or one file.", path=path
         )
-    chosen = format_for(path) if asked is None else FORMATS[asked]
-    if chosen is None:
-        known = ", ".join(suffix for f in FORMATS.values() for suffix in f.suffixes)
-        raise UnknownNameError(f"{path}: its name does not say its format; expected one of {known}, or pass format=.")
+    chosen = _format_of(path, format)
     specs = tuple(chosen.locate(path, schema))
-    return Located(chosen.name, path, specs, skipped=tuple(skipped_in(chosen, path, schema)))
+    return _require_tensors(Located(chosen.name, path, specs, skipped=tuple(skipped_in(chosen, path, schema))))
+
+
+def _format_of(path: Path, format: str) -> ReadFormat:  # noqa: A002
+    """The format asked for, or the one that a file's name says."""
+    chosen = format_for(path) if format == "auto" else readable()[cast("FormatName", format)]
+    if chosen is None:
+        known = ", ".join(suffix for f in readable().values() for suffix in f.suffixes)
+        raise UnknownNameError(f"{path}: its name does not say its format; expected one of {known}, or pass format=.")
+    return chosen
+
+
+def skipped_in(fmt: ReadFormat, path: Path, schema: Schema) -> list[Skipped]:
+    """What a file holds that is no tensor; errors as ``fmt.locate``."""
+    return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
+
+
+def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
+    """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
+    return [skip for path in _files(directory)[name] for skip in skipped_in(readable()[name], path, schema)]
 
 
 def _require_tensors(located: Located) -> Located:
     """Refuse files that hold nothing but what is no tensor."""
-    if located.specs or not located.skipped:
-        return located
-    found = "; ".join(f"{skip.name!r:.100} in {skip.path.name}: {skip.reason}" for skip in located.skipped[:5])
-    more = f"; and {len(located.skipped) - 5} more" if len(located.skipped) > 5 else ""
-    raise DatasetNotFoundError(
-        f"{located.root}: expected tensors, found none beside what is skipped: {found}{more}.", path=located.root
-    )
+    if not located.specs and located.skipped:
+        raise DatasetNotFoundError(
+            f"{located.root}: expected tensors, found {_told(located.skipped)}.", path=located.root
+        )
+    return located
+
+
+def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
+    """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
+    kept = text_names(specs)
+    return tuple(skip for skip in skipped if skip.name not in kept)
+
+
+def _told(skipped: Iterable[Skipped]) -> str:
+    """What was skipped, in words, the first of many."""
+    texts = [f"{one.name} ({one.reason})" for one in skipped]
+    return "; ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
 @dataclass
@@ -129,7 +185,6 @@ class _Scan:
 
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     errors: dict[str, JasperStoreError] = field(default_factory=dict)
-    skipped: list[Skipped] = field(default_factory=list)
 
     def names(self) -> set[str]:
         """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over."""
@@ -143,64 +198,137 @@ class _Scan:
         return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
 
 
-def _locate_files(paths: tuple[Path, ...], asked: FormatName | None, schema: Schema) -> Located:
-    """The tensors of several files, which may lie in several directories."""
+def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002
+    """The tensors of several files, which may lie in several directories.
+
+    Files that are numbered alike, and files that hold a tensor of the same name, are parts, in the order given.
+    """
     if not paths:
         raise DatasetNotFoundError("expected at least one file, found an empty list")
     root = paths[0].parent
     while not all(path.is_relative_to(root) for path in paths):
         root = root.parent
-    found: dict[str, TensorSpec] = {}
-    skipped: list[Skipped] = []
-    for path in paths:
+    found: dict[str, list[TensorSpec]] = {}
+    for path in dict.fromkeys(paths):
         if path.is_dir():
             raise DatasetNotFoundError(
                 f"{path}: expected files, found a directory in the list; open it alone.", path=path
             )
-        # Files of several formats may be named; a suffix says more than the format of one of them.
-        located = _locate_file(path, None if format_for(path) else asked, schema)
-        skipped += located.skipped
-        for spec in located.specs:
-            if spec.name in found:
-                raise CorruptFileError(
-                    f"{path}: holds the tensor {spec.name!r}, and so does {found[spec.name].path}; leave one out.",
-                    path=path,
-                    tensor=spec.name,
-                )
-            found[spec.name] = spec
-    first = format_for(paths[0])
-    name: FormatName = "safetensors" if first is None else first.name
-    return _require_tensors(Located(name, root, tuple(found.values()), (), _not_kept(skipped, found.values())))
+    # Files of several formats may be named; a suffix says more than the format of one of them.
+    formats = {path: format_for(path) or _format_of(path, format) for path in dict.fromkeys(paths)}
+    groups, rest = group({path: stem_of(path, fmt.suffixes) for path, fmt in formats.items()}, whole=False)
+    for numbered in groups:
+        for spec in merge(numbered, [_with_stem(formats[path], path, schema) for path in numbered.files]):
+            found.setdefault(spec.name, []).append(spec)
+    for path in rest:
+        for spec in formats[path].locate(path, schema):
+            found.setdefault(spec.name, []).append(spec)
+    specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
+    skipped = [skip for path, fmt in formats.items() for skip in skipped_in(fmt, path, schema)]
+    return _require_tensors(Located(formats[paths[0]].name, root, specs, (), _not_kept(skipped, specs)))
+
+
+def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
+    """A numbered file's name without suffix, and its tensors by the names that it has for them."""
+    stem = stem_of(path, fmt.suffixes)
+    return stem, fmt.locate_keys(path) if isinstance(fmt, SupportsKeys) else fmt.locate(path, schema)
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:
     files = _files(root)
     order = AUTO_ORDER if asked is None else (asked,)
     scans: dict[FormatName, _Scan] = {}
+    skipped: list[Skipped] = []
+    if asked == "arrow":
+        files["arrow"], skipped = dataset_files(root, files["arrow"])
     known = schema.required | schema.optional
     for name in order:
         if files[name]:
-            scans[name] = _scan(FORMATS[name], files[name], schema)
+            scans[name] = _scan(readable()[name], files[name], schema)
             # The rest need not be opened (and h5py not be imported) once one format is known to be complete.
             if schema.required and known <= scans[name].names():
                 break
-    skipped = [skip for scan in scans.values() for skip in scan.skipped]
+    else:
+        if asked is None:
+            skipped = _add_read_only(root, scans, files, schema)
+    skipped += _skipped_in(scans, files, schema)
     if not any(scan.names() for scan in scans.values()):
         raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
+    _require_numbers(skipped, scans.values(), schema)
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known
     chosen = max(scans, key=lambda name: len(wanted & scans[name].names()))
+    if chosen in READ_ONLY:
+        # What this library writes is the dataset, if there is any of it.
+        chosen = max(scans, key=lambda name: (name in FORMATS and bool(scans[name].names()), len(scans[name].names())))
     specs, notes = _gather(root, chosen, scans, wanted, schema)
     if not specs:
         raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
     return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
 
 
-def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
-    """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
-    kept = text_names(specs)
-    return tuple(skip for skip in skipped if skip.name not in kept)
+def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[_Scan], schema: Schema) -> None:
+    """Refuse a required tensor that is there as what is none."""
+    there = set().union(*(scan.names() for scan in scans))
+    for skip in skipped:
+        if skip.name in schema.required - there:
+            raise CorruptFileError(
+                f"{skip.path}: expected the tensor {skip.name!r:.100}, found that {skip.reason}.",
+                path=skip.path,
+                tensor=skip.name,
+            )
+
+
+def _add_read_only(
+    root: Path, scans: dict[FormatName, _Scan], files: dict[FormatName, dict[Path, str]], schema: Schema
+) -> list[Skipped]:
+    """Scan the formats that are only read, and return what of them is passed over.
+
+    A directory of tensors may hold any other file. So where there are tensors in another format, a file that cannot be
+    read is skipped, and so are values that cannot be read in place.
+    """
+    added: dict[FormatName, _Scan] = {}
+    skipped: list[Skipped] = []
+    for name, fmt in READ_ONLY.items():
+        if not files[name]:
+            continue
+        try:
+            if name == "arrow":
+                files[name], passed = dataset_files(root, files[name])
+                skipped += passed
+            added[name] = _scan(fmt, files[name], schema)
+        except (CorruptFileError, DatasetNotFoundError) as exc:  # files that contradict each other
+            added[name] = _Scan(errors={name: exc})
+    main = max(added, key=lambda name: len(added[name].specs), default=None)
+    written = any(scan.names() for scan in scans.values())
+    for name, scan in added.items():
+        if written or (name != main and main is not None and added[main].specs):
+            skipped += [Skipped(stem, _path_of(exc, files[name]), str(exc)) for stem, exc in scan.errors.items()]
+            scan.errors.clear()
+            for spec in [spec for spec in scan.specs.values() if isinstance(spec.location, Streamed)]:
+                del scan.specs[spec.name]
+                skipped.append(Skipped(spec.name, spec.path, "compressed; open or convert its file alone to have it"))
+    scans.update(added)
+    return skipped
+
+
+def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
+    return next((path for path in files if str(path) == str(error.path)), next(iter(files)))
+
+
+def _skipped_in(
+    scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
+) -> list[Skipped]:
+    """What the files that were scanned hold besides tensors."""
+    skipped: list[Skipped] = []
+    for name, scan in scans.items():
+        for path, stem in files[name].items():
+            if base_name(stem) not in scan.errors:
+                # What cannot be read was reported where it was located.
+                with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
+                    skipped += skipped_in(readable()[name], path, schema)
+    return skipped
 
 
 def _gather(
@@ -229,7 +357,7 @@ def _gather(
 
 def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
     """Files of each format with their base names; hidden and temporary ones are passed over."""
-    found: dict[FormatName, dict[Path, str]] = {name: {} for name in FORMATS}
+    found: dict[FormatName, dict[Path, str]] = {name: {} for name in readable()}
     for path in sorted(root.iterdir()):
         chosen = format_for(path)
         if chosen is not None and path.name[0] not in "._" and not path.is_dir():
@@ -241,32 +369,26 @@ def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
     return found
 
 
-def _scan(fmt: Format, files: Mapping[Path, str], schema: Schema) -> _Scan:
+def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
     scan = _Scan()
-    for path, stem in files.items():
+    for stem, located in _units(fmt, files, schema):
         try:
-            specs = fmt.locate(path, schema)
-            scan.skipped += skipped_in(fmt, path, schema)
-        except (CorruptFileError, DatasetNotFoundError) as exc:
-            if fmt.one_file == path.name:
+            specs = located()
+        except (CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError) as exc:
+            if isinstance(exc, IncompatibleOptionsError) and fmt.name not in READ_ONLY:
+                raise
+            if exc.path is not None and fmt.one_file == Path(exc.path).name:
                 raise
             scan.errors[base_name(stem)] = exc
             continue
         for spec in specs:
             if spec.name in scan.specs:
                 raise CorruptFileError(
-                    f"{path}: holds the tensor {spec.name!r}, and so does {scan.specs[spec.name].path}; remove one.",
-                    path=path,
+                    f"{spec.path}: holds the tensor {spec.name!r}, and so does {scan.specs[spec.name].path}; remove one.",
+                    path=spec.path,
                     tensor=spec.name,
                 )
             scan.specs[spec.name] = spec
-    for skip in scan.skipped:
-        if skip.name in schema.required and skip.name not in scan.names():
-            scan.errors[skip.name] = CorruptFileError(
-                f"{skip.path}: expected the tensor {skip.name!r:.100}, found that {skip.reason}.",
-                path=skip.path,
-                tensor=skip.name,
-            )
     for name in [name for name in scan.specs if name != base_name(name) and base_name(name) in scan.specs]:
         raise CorruptFileError(
             f"{scan.specs[name].path}: holds the ragged tensor {name!r}, and {scan.specs[base_name(name)].path} a "
@@ -277,13 +399,43 @@ def _scan(fmt: Format, files: Mapping[Path, str], schema: Schema) -> _Scan:
     return scan
 
 
+def _units(
+    fmt: ReadFormat, files: Mapping[Path, str], schema: Schema
+) -> Iterator[tuple[str, Callable[[], Sequence[TensorSpec]]]]:
+    """What is read as one: a name, and what locates its tensors. A file, numbered files, or what an index names."""
+    files = dict(files)
+    if fmt.name == "safetensors":
+        for index in sorted({path.parent for path in files}):
+            for path in sorted(index.glob(f"*{INDEX_SUFFIX}")):
+                named = read_index(path)
+                shards = list(dict.fromkeys(named.values()))
+                for shard in shards:
+                    files.pop(shard, None)
+                yield path.name.removesuffix(INDEX_SUFFIX), partial(_indexed, path, named, shards)
+    groups, rest = group(files)
+    for numbered in groups:
+        yield numbered.base, partial(_numbered, fmt, numbered, schema)
+    for path, stem in rest.items():
+        yield stem, partial(fmt.locate, path, schema)
+
+
+def _numbered(fmt: ReadFormat, numbered: Numbered, schema: Schema) -> list[TensorSpec]:
+    return merge(numbered, [_with_stem(fmt, path, schema) for path in numbered.files])
+
+
+def _indexed(index: Path, named: Mapping[str, Path], shards: Sequence[Path]) -> list[TensorSpec]:
+    fmt = FORMATS["safetensors"]
+    assert isinstance(fmt, SupportsKeys)
+    return pick(index, named, [spec for shard in shards for spec in fmt.locate_keys(shard)])
+
+
 def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[str]:
     """A text for each file that is older than a ``.pt`` of a tensor in it."""
     sources = {stem: path for path, stem in pt_files.items()}
     older: dict[Path, list[str]] = {}
     for spec in specs:
         source = sources.get(base_name(spec.name))
-        if source is None or source == spec.path or spec.path.suffix.lower() in FORMATS["pt"].suffixes:
+        if source is None or source in spec.paths or spec.path.suffix.lower() in FORMATS["pt"].suffixes:
             continue
         if spec.path.stat().st_mtime_ns < source.stat().st_mtime_ns and source.name not in older.setdefault(
             spec.path, []
@@ -303,6 +455,9 @@ def _nothing(root: Path, asked: FormatName | None, skipped: Sequence[Skipped]) -
         or "no files"
     )
     wanted = "tensors in any known format" if asked is None else f"{asked} tensors"
-    known = ", ".join(s for name, f in FORMATS.items() if asked in (None, name) for s in f.suffixes)
-    more = "".join(f" {skip.path.name}: {skip.name!r:.100} is no tensor, {skip.reason}." for skip in skipped[:5])
+    known = ", ".join(s for name, f in readable().items() if asked in (None, name) for s in f.suffixes)
+    splits = splits_of(root)
+    if splits:
+        there += f", and the splits of a datasets.DatasetDict; open one of them: {', '.join(str(root / s) for s in splits[:8])}"
+    more = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
     return f"{root}: expected {wanted} ({known}), found {there}.{more}"

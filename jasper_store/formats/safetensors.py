@@ -58,14 +58,20 @@ class SafetensorsFormat:
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
         """See :meth:`jasper_store.formats.base.Format.locate`. A single tensor is named by its file."""
+        specs = self.locate_keys(path)
+        if len(specs) != 1:
+            return specs
+        only = specs[0]
+        return [TensorSpec(stem_of(path, self.suffixes), only.dtype, only.shape, only.location)]
+
+    def locate_keys(self, path: Path) -> list[TensorSpec]:
+        """As :meth:`locate`, but each tensor is named by its key, a single one too."""
         header, data_start, data_nbytes = _read_header(path)
         entries = [(name, *_entry(path, name, value)) for name, value in header.items()]
         entries.sort(key=lambda entry: (entry[3], entry[4]))
         _check_layout(path, entries, data_nbytes)
-        only = stem_of(path, self.suffixes) if len(entries) == 1 else None
         return [
-            TensorSpec(only or name, dtype, shape, Extent(path, data_start + begin))
-            for name, dtype, shape, begin, _ in entries
+            TensorSpec(name, dtype, shape, Extent(path, data_start + begin)) for name, dtype, shape, begin, _ in entries
         ]
 
     def compare_with_reference(self, path: Path) -> list[str]:

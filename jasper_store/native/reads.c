@@ -51,7 +51,7 @@ struct reader {
 
 /* A row of a request that has to be read from a file. */
 struct file_row {
-    int64_t row;
+    int64_t tensor, row;
     uint64_t index; /* position in the request */
     int64_t offset; /* in the file */
 };
@@ -134,10 +134,13 @@ static int allocate_buffer(struct reader *reader)
     return 1;
 }
 
+/* By tensor, then by row. */
 static int compare_rows(const void *a, const void *b)
 {
-    const int64_t one = ((const struct file_row *)a)->row, other = ((const struct file_row *)b)->row;
-    return (one > other) - (one < other);
+    const struct file_row *one = a, *other = b;
+    if (one->tensor != other->tensor)
+        return one->tensor < other->tensor ? -1 : 1;
+    return (one->row > other->row) - (one->row < other->row);
 }
 
 /* Split a run of bytes into reads of MAX_READ_NBYTES and append them. Returns 0 without memory. */
@@ -164,17 +167,12 @@ static int append_run(struct read_list *reads, struct read run, const struct fil
     return 1;
 }
 
-/* Sort the rows of one tensor, rows[start] to rows[start + n - 1], and append the reads that cover them. Returns 0
+/* Append the reads that cover the rows of one tensor, rows[start] to rows[start + n - 1], in ascending order. Returns 0
  * without memory. */
 static int plan_tensor(const struct row_layout *layout, int64_t tensor, struct file_row *rows, uint64_t start,
                        uint64_t n, int64_t row_nbytes, int64_t max_gap, struct read_list *reads)
 {
     const uint64_t end = start + n;
-    int sorted = 1;
-    for (uint64_t i = start + 1; i < end && sorted; i++)
-        sorted = rows[i - 1].row <= rows[i].row;
-    if (!sorted)
-        qsort(rows + start, n, sizeof *rows, compare_rows);
     int64_t run_begin = 0, run_end = -1; /* whole pages; run_end < 0: there is no run */
     uint64_t first_row = start;
     for (uint64_t i = start; i <= end; i++) {
@@ -211,21 +209,29 @@ static int64_t plan_reads(struct read_request *request)
     for (uint64_t i = 0; i < args->n; i++)
         args->addresses[i] = args->zero_row;
     uint64_t count = 0;
-    for (uint64_t t = 0; t < args->n_tensors; t++) {
-        const struct row_layout *layout = &args->tensors[t];
-        const uint64_t start = count;
-        for (uint64_t i = 0; i < args->n; i++) {
-            const int64_t row = args->rows[i];
-            if (args->tensor_of[i] != (int64_t)t)
-                continue;
-            if (row < 0 || row >= layout->n_rows)
-                return tensor_error((int64_t)t, ROW_MISSING);
-            if (layout->file < 0)
-                args->addresses[i] = layout->base + row * layout->stride;
-            else
-                rows[count++] = (struct file_row){row, i, 0};
+    int sorted = 1;
+    for (uint64_t i = 0; i < args->n; i++) {
+        const int64_t tensor = args->tensor_of[i], row = args->rows[i];
+        if (tensor < 0 || (uint64_t)tensor >= args->n_tensors)
+            continue;
+        const struct row_layout *layout = &args->tensors[tensor];
+        if (row < 0 || row >= layout->n_rows)
+            return tensor_error(tensor, ROW_MISSING);
+        if (layout->file < 0) {
+            args->addresses[i] = layout->base + row * layout->stride;
+            continue;
         }
-        if (!plan_tensor(layout, (int64_t)t, rows, start, count - start, args->row_nbytes, args->max_gap,
+        rows[count] = (struct file_row){tensor, row, i, 0};
+        sorted &= !count || compare_rows(&rows[count - 1], &rows[count]) <= 0;
+        count++;
+    }
+    if (!sorted)
+        qsort(rows, count, sizeof *rows, compare_rows);
+    for (uint64_t start = 0, n; start < count; start += n) {
+        const int64_t tensor = rows[start].tensor;
+        for (n = 1; start + n < count && rows[start + n].tensor == tensor;)
+            n++;
+        if (!plan_tensor(&args->tensors[tensor], tensor, rows, start, n, args->row_nbytes, args->max_gap,
                          &request->reads))
             return NO_MEMORY;
     }

@@ -19,7 +19,7 @@ import os
 import stat
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from jasper_store.errors import JasperStoreError
 
-__all__ = ["FileMap", "mappable", "memory_limits", "view"]
+__all__ = ["MAP_NORESERVE", "FileMap", "MappedFile", "mappable", "memory_limits", "open_regular", "refusal", "view"]
 
 MAP_NORESERVE = 0x4000  # Linux, every architecture torch runs on; mmap names it only from Python 3.13.
 
@@ -68,7 +68,7 @@ class FileMap:
         self.nbytes = 0
         self.address = 0
         self.writable = True
-        self._fd = _open(self.path)
+        self._fd = open_regular(self.path)
         self._buffer: Any = None
         self._closed = False
         try:
@@ -152,7 +152,13 @@ class FileMap:
         return f"FileMap({str(self.path)!r}, {self.nbytes:,} bytes, {state})"
 
 
-def _open(path: Path) -> int:
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file.
+
+    Raises:
+        DatasetNotFoundError: there is no such file, or it may not be read.
+        IncompatibleOptionsError: too many files are open.
+    """
     try:
         # Checked first: opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
@@ -178,11 +184,11 @@ def _map_file(fd: int, nbytes: int, path: Path) -> tuple[mmap.mmap, bool]:
     except (OSError, ValueError) as exc:
         # ValueError: the file shrank between fstat and here.
         if isinstance(exc, ValueError) or exc.errno in {errno.ENODEV, errno.EBADF}:
-            raise _refusal(exc, path, nbytes) from exc
+            raise refusal(exc, path, nbytes) from exc
     try:
         return mmap.mmap(fd, nbytes, access=mmap.ACCESS_READ), False
     except (OSError, ValueError) as exc:
-        raise _refusal(exc, path, nbytes) from exc
+        raise refusal(exc, path, nbytes) from exc
 
 
 def _too_many_files(path: Path) -> IncompatibleOptionsError:
@@ -193,7 +199,8 @@ def _too_many_files(path: Path) -> IncompatibleOptionsError:
     return IncompatibleOptionsError(msg, path=path)
 
 
-def _refusal(exc: OSError | ValueError, path: Path, nbytes: int) -> JasperStoreError:
+def refusal(exc: OSError | ValueError, path: Path, nbytes: int) -> JasperStoreError:
+    """The error that says why the system refused to map a file of so many bytes."""
     if isinstance(exc, ValueError):
         msg = f"{path}: expected {nbytes:,} bytes, and the file shrank while it was being opened ({exc}); open it again"
         return CorruptFileError(msg, path=path)
@@ -239,8 +246,19 @@ def mappable(offset: int, dtype: torch.dtype) -> bool:
     return offset % dtype.itemsize == 0 and sys.byteorder == "little"
 
 
+class MappedFile(Protocol):
+    """What :func:`view` needs to know of a file that is mapped."""
+
+    path: Path
+    nbytes: int
+
+    @property
+    def buffer(self) -> Any:
+        """The object whose memory views share."""
+
+
 def view(
-    fmap: FileMap,
+    fmap: MappedFile,
     offset: int,
     dtype: torch.dtype,
     shape: Sequence[int],

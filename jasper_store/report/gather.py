@@ -16,12 +16,11 @@ from typing import Any
 from jasper_store.bench.serving import LoaderRate, loader_rate, quietly
 from jasper_store.conversion.verify import VerifyReport
 from jasper_store.errors import DeclarationError, JasperStoreError
-from jasper_store.formats.base import Extent, Schema, TensorSpec
+from jasper_store.formats.base import Schema, TensorSpec
 from jasper_store.formats.registry import Located, locate
 from jasper_store.jasper.api import verify as verify_dataset
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.memory.budget import format_bytes, measure
-from jasper_store.paging.residency import cached_bytes
 from jasper_store.report.jasper import look_at_jasper
 from jasper_store.report.model import DatasetReport, TensorRow
 from jasper_store.report.sample import SampleView, look_at_samples
@@ -30,6 +29,7 @@ from jasper_store.samples.declaration import CONFIG_KEY
 from jasper_store.samples.opened import CONFIG_NAME, load_config
 from jasper_store.store.opening import plan_store
 from jasper_store.store.placement import Plan
+from jasper_store.store.tensors import resident_nbytes
 
 __all__ = ["make_report"]
 
@@ -49,7 +49,7 @@ def make_report(
 ) -> DatasetReport:
     """Look at a dataset: of JASPER, of one that declares its samples, or of any tensors.
 
-    Where tensors contradict each other, or the declaration does not fit them, the report says so in the place of what
+    Where tensors contradict each other, or the declaration does not fit them, the report says so instead of what
     cannot be shown, and among the findings of verify.
 
     Args:
@@ -97,7 +97,7 @@ def _facts(path: Path, located: Located, made: Plan) -> dict[str, Any]:
         "name": str(config.get("dataset_name") or path.resolve().name),
         "created": str(config.get("created_at") or ""),
         "format": located.format,
-        "files": len({spec.path for spec in located.specs}),
+        "files": len({path for spec in located.specs for path in spec.paths}),
         "tensors": _rows(located.specs, made),
         "budget": made.budget.explain(),
         "made_at": dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -150,17 +150,11 @@ def _rows(specs: tuple[TensorSpec, ...], made: Plan) -> tuple[TensorRow, ...]:
             placement=entries[spec.name].placement,
             reads_per_sample=entries[spec.name].reads_per_sample,
             reason=entries[spec.name].reason,
-            resident_nbytes=_resident(spec),
+            resident_nbytes=resident_nbytes(spec),
         )
         for spec in specs
         if spec.name in entries
     )
-
-
-def _resident(spec: TensorSpec) -> int | None:
-    if not isinstance(spec.location, Extent) or not spec.contiguous:
-        return None
-    return cached_bytes(spec.location.path, spec.location.offset, spec.nbytes)
 
 
 def _speed(

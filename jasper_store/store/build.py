@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from jasper_store.formats.base import Parts
 from jasper_store.paging.mapping import FileMap
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.concat_buffer import allocate_concat_buffers
 from jasper_store.store.device import DevicePreloader
 from jasper_store.store.load import load, progress_nbytes
 from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.parted import PartedTensor
 from jasper_store.store.planning import target_dtype
 from jasper_store.store.resident import DeviceTensor, ResidentTensor
 
@@ -75,6 +77,8 @@ class Builder:
             from jasper_store.formats.hdf5.chunks import ChunkedReader
 
             return ChunkedTensor(spec, ChunkedReader(spec), dtype=dtype)
+        if placement == "mmap" and isinstance(spec.location, Parts):
+            return PartedTensor(spec, dtype=dtype)
         if placement == "mmap":
             return MappedTensor(spec, self._map(spec.path), dtype=dtype)
         # With several ranks on the same files, each would drop pages that the others need.

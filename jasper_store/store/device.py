@@ -6,13 +6,15 @@ the one before. Conversion to another dtype happens on the device, where it is f
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from jasper_store.errors import InsufficientMemoryError
-from jasper_store.formats.base import Chunked, Extent
+from jasper_store.formats.base import Chunked, Extent, Parts
+from jasper_store.formats.parts import parts_of
 from jasper_store.memory.budget import format_bytes
 from jasper_store.paging.reader import RangeReader
 from jasper_store.store.load import load
@@ -143,8 +145,9 @@ class DevicePreloader:
                 out = torch.empty(spec.shape, dtype=dtype, device=self.device)
             if isinstance(spec.location, Chunked):
                 self._run(self._unpacked(spec, on_bytes), out.view(-1))
-            elif isinstance(spec.location, Extent) and spec.contiguous:
-                self._run(self._read(spec, drop_behind=drop_behind, on_bytes=on_bytes), out.view(-1))
+            elif isinstance(spec.location, Parts) or (isinstance(spec.location, Extent) and spec.contiguous):
+                pieces = (self._read(part, drop_behind=drop_behind, on_bytes=on_bytes) for part in parts_of(spec))
+                self._run(itertools.chain.from_iterable(pieces), out.view(-1))
             else:
                 # Small or rare: values stored in a header, and data that is stored in another order.
                 out.copy_(load(spec, dtype, drop_behind=drop_behind, on_bytes=on_bytes))

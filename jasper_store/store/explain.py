@@ -13,7 +13,7 @@ from jasper_store.memory.mounts import file_system
 from jasper_store.native.gather import kernel
 from jasper_store.paging.madvise import madvise_batcher
 from jasper_store.store.chunked import ChunkedTensor
-from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.paged import PagedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +36,7 @@ class TensorMemory:
     Attributes:
         name: the tensor's name.
         placement: where it lives.
-        held: bytes of its own in this process's memory, or the device's; 0 where the page cache holds it.
+        held: bytes that it holds in this process's memory, or the device's; 0 where the page cache holds it.
         cached: bytes of its file that are in the page cache, which every process shares and the kernel may take
             back; of the whole file where it is chunked.
         nbytes: bytes of its values.
@@ -120,7 +120,7 @@ def memory_of(tensors: Mapping[str, StoredTensor]) -> StoreMemory:
     """Measure what tensors and this process hold now."""
     entries = []
     for name, tensor in tensors.items():
-        elsewhere = isinstance(tensor, (MappedTensor, ChunkedTensor))
+        elsewhere = isinstance(tensor, (PagedTensor, ChunkedTensor))
         held = 0 if elsewhere else tensor.nbytes
         entries.append(TensorMemory(name, tensor.placement, held, tensor.residency(), tensor.nbytes))
     return StoreMemory(report.memory_report(), tuple(entries))
@@ -132,7 +132,7 @@ def explain(
     """The plan, and how a store's tensors are read on this machine."""
     fstype, network = file_system(path)
     backend = madvise_batcher().backend
-    mapped = [tensor for tensor in tensors.values() if isinstance(tensor, MappedTensor)]
+    mapped = [tensor for tensor in tensors.values() if isinstance(tensor, PagedTensor)]
     lines = [
         f"{path} ({format_name}), {len(tensors)} tensors",
         str(plan),

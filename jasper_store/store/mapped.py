@@ -10,31 +10,24 @@ import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Extent, contiguous_strides
+from jasper_store.formats.base import Extent, Parts, contiguous_strides
 from jasper_store.paging import madvise as paging
 from jasper_store.paging.mapping import mappable, view
-from jasper_store.paging.row_prefetcher import CHUNK_ROWS, RowPrefetcher
-from jasper_store.store.resident import HostTensor, empty_rows
-from jasper_store.store.rows import as_rows, out_of_range
+from jasper_store.paging.row_prefetcher import RowPrefetcher
+from jasper_store.store.paged import LARGE_VIEW, SMALL_TENSOR, SMALL_VIEW, PagedTensor
 from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
-    from jasper_store.paging.madvise import Access
     from jasper_store.paging.mapping import FileMap
-    from jasper_store.store.rows import Rows
 
 __all__ = ["MappedTensor", "rows_are_runs", "why_not_mappable"]
-
-# Tensors up to this size are prefetched once and whole.
-_SMALL_TENSOR = 1 << 20
-# Views up to this size are left to page faults; larger views up to _LARGE_VIEW are prefetched whole.
-_SMALL_VIEW = 64 << 10
-_LARGE_VIEW = 64 << 20
 
 
 def rows_are_runs(spec: TensorSpec) -> bool:
     """Whether each row is one run of bytes in the file, so that reading it touches as few pages as possible."""
+    if isinstance(spec.location, Parts):
+        return True
     if not isinstance(spec.location, Extent):
         return False
     strides, shape = spec.location.strides, spec.shape
@@ -46,16 +39,18 @@ def rows_are_runs(spec: TensorSpec) -> bool:
 
 def why_not_mappable(spec: TensorSpec) -> str:
     """The reason why rows cannot be read through a map; ``""`` if they can."""
-    if not isinstance(spec.location, Extent):
+    if not isinstance(spec.location, (Extent, Parts)):
         return "it has no single place in its file"
     if sys.byteorder != "little":
         return "this machine is big-endian, and the files are little-endian"
+    if isinstance(spec.location, Parts):
+        return ""
     if not mappable(spec.location.offset, spec.dtype) and not spec.contiguous:
         return "it is neither aligned nor contiguous in its file"
     return ""
 
 
-class MappedTensor(HostTensor):
+class MappedTensor(PagedTensor):
     """Rows read through a map of the file; the kernel decides which pages stay in memory.
 
     Data that is unaligned in its file is gathered as bytes, and data that is narrowed to another dtype is converted
@@ -86,53 +81,13 @@ class MappedTensor(HostTensor):
         self._row_stride = spec.row_nbytes if not strides else strides[0] * spec.dtype.itemsize
         self._runs = rows_are_runs(spec) and self._span > 0
         # Small tensors are read as a whole once. Rows that are not runs are left to page faults.
-        large = self._span > _SMALL_TENSOR
+        large = self._span > SMALL_TENSOR
         self._prefetch_whole = self._span > 0 and not large
         self._prefetcher = (
             RowPrefetcher(self._address, self._row_stride, self._row_nbytes, spec.n_rows)
             if self._runs and large
             else None
         )
-
-    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        self._require_whole_file()
-        prefetcher = self._prefetcher
-        if prefetcher is None:
-            self._prefetch_small()
-            return super()._gather(source, rows, out)
-        prefetcher.before_gather(rows)
-        if prefetcher.reads_disk:
-            # The disk sets the pace. With several threads, those that wait at the end of a gather are woken late after
-            # such waits: 7 ms instead of 0.1 to 1 ms a batch on two busy cores. The setting is per thread, 0.2 us.
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                got = (
-                    self._gather_in_chunks(prefetcher, source, rows, out)
-                    if prefetcher.has_queue
-                    else super()._gather(source, rows, out)
-                )
-            finally:
-                torch.set_num_threads(threads)
-        else:
-            got = super()._gather(source, rows, out)
-        prefetcher.after_gather(len(rows))
-        return got
-
-    def _gather_in_chunks(
-        self, prefetcher: RowPrefetcher, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Gather chunk by chunk, and prefetch a queued chunk before each."""
-        if len(rows) <= CHUNK_ROWS or out_of_range(rows, self.n_rows, self.name) is not None:
-            prefetcher.prefetch_chunk()
-            return super()._gather(source, rows, out)
-        if out is None:
-            out = empty_rows((len(rows), *self.row_shape), self.dtype, len(rows) * self.row_nbytes)
-        for start in range(0, len(rows), CHUNK_ROWS):
-            prefetcher.prefetch_chunk()
-            chunk = slice(start, start + CHUNK_ROWS)
-            super()._gather(source, rows[chunk], out[chunk])
-        return out
 
     def _require_whole_file(self) -> None:
         """Raise if the file was truncated since it was mapped: touching a page beyond its end would end the process.
@@ -151,41 +106,8 @@ class MappedTensor(HostTensor):
             )
             raise CorruptFileError(msg, path=self.path, tensor=self.name)
 
-    def _prefetch_small(self) -> None:
-        """Prefetch a small tensor as a whole when it is first used."""
-        if self._prefetch_whole:
-            self._prefetch_whole = False
-            self._prefetch_bytes(0, self._span)
-
     def _prefetch_bytes(self, begin: int, length: int) -> None:
         paging.madvise_batcher().prefetch(paging.span(self._address + begin, length))
-
-    def prefetch(self, rows: Rows) -> None:
-        """Ask the kernel to read these rows, and return without waiting for them.
-
-        If one thread prefetches and takes in turn, only the first of many rows are requested now. The next ``take``
-        requests the others in chunks between its gathers; with 1,000 rows ahead, enough reads are then in flight.
-
-        Nothing is requested while rows prefetched lately turn out to be cached already; one call in 64 checks
-        whether that is still so. The next ``take`` relies on this call and prefetches nothing itself.
-
-        Rows out of range are skipped; ``take`` raises for them. Rows that are scattered over the file (see the plan)
-        are not prefetched: that would need a range per value.
-
-        Raises:
-            ClosedError: the store was closed.
-        """
-        self._require_open()
-        ahead = as_rows(rows, self.name).cpu()
-        if self._prefetcher is None:
-            self._prefetch_small()
-        else:
-            self._prefetcher.prefetch_ahead(ahead)
-
-    @property
-    def prefetching(self) -> bool:
-        """Whether :meth:`prefetch` passes rows on now: not if rows prefetched lately were cached already."""
-        return self._prefetcher is not None and self._prefetcher.prefetching
 
     def residency(self) -> int:
         """Bytes of its file range that are in the page cache."""
@@ -215,14 +137,9 @@ class MappedTensor(HostTensor):
             paging.drop_ranges(self._address + starts * self._row_stride, self._address + ends)
 
     @property
-    def advice(self) -> Access:
-        """The access pattern that the kernel was told: ``"random"`` for rows, ``"normal"`` for large views."""
-        return "normal" if self._prefetcher is None else self._prefetcher.advice
-
-    @property
-    def byte_range(self) -> tuple[int, int]:
-        """Offset in the file and length of the bytes from the first value to the last."""
-        return self._offset, self._span
+    def mapped_nbytes(self) -> int:
+        """Bytes from the first value to the last."""
+        return self._span
 
     @property
     def row_stride(self) -> int:
@@ -234,31 +151,16 @@ class MappedTensor(HostTensor):
         """Whether a row's bytes in the file are those returned: one run, in this machine's byte order and dtype."""
         return self._runs and self._plain
 
-    def populate(self, start: int, stop: int, ahead: int) -> bool:
-        """Bring bytes [start, stop) of its range into memory and into this process's page table.
-
-        Args:
-            start: first byte, counted from the tensor's first.
-            stop: end of the bytes to wait for.
-            ahead: end of the bytes to prefetch without waiting.
-
-        Returns:
-            False if the system has no such call, or a page could not be read.
-
-        Raises:
-            ClosedError: the store was closed.
-        """
-        self._require_open()
-        # Where read-ahead is off, populating alone would wait for one page after the other.
-        self._prefetch_bytes(start, ahead - start)
-        return paging.populate(self._address + start, stop - start)
+    def _address_of(self, start: int) -> tuple[int, object]:
+        fmap = self._open_map()
+        return self._address + start, fmap
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         if self._runs and start < stop:
             begin, length = self._byte_range(start, stop)
-            if length > _LARGE_VIEW and self._prefetcher is not None:
+            if length > LARGE_VIEW and self._prefetcher is not None:
                 self._prefetcher.advise("normal")
-            elif length > _SMALL_VIEW:
+            elif length > SMALL_VIEW:
                 self._prefetch_bytes(begin, length)
         return super()._rows(start, stop)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.formats.base import Chunked, Extent, Inline
+from jasper_store.formats.base import Chunked, Extent, Inline, Parts
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.texts import text_parts
 from jasper_store.memory.budget import device_budget, format_bytes, measure
@@ -72,7 +72,7 @@ def plan_for(
 
 
 def target_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is handed out in when a store is opened with ``dtype``.
+    """The dtype that a tensor is served in when a store is opened with ``dtype``.
 
     Rows that are single numbers (scores, distances) keep theirs: narrowing them saves next to nothing.
     """
@@ -117,6 +117,9 @@ def _remarks(spec: TensorSpec, target: torch.dtype) -> list[str]:
             remarks.append(f"not aligned in its file (byte {location.offset:,})")
         if not rows_are_runs(spec):
             remarks.append("rows scattered over its file")
+    elif isinstance(location, Parts):
+        files = f" in {len(location.files)} files" if len(location.files) > 1 else ""
+        remarks.append(f"{len(location):,} parts{files}")
     elif isinstance(location, Chunked):
         chunk = _chunk_nbytes(spec)
         filters = location.filters or "no filter"

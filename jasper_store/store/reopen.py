@@ -23,7 +23,7 @@ __all__ = ["ReopenSpec", "digest_of", "identities_of"]
 
 def identities_of(specs: Sequence[TensorSpec]) -> dict[Path, FileIdentity]:
     """Identity of every file that the tensors lie in, as it is now."""
-    return {path: FileIdentity.of(path) for path in dict.fromkeys(spec.path for spec in specs)}
+    return {path: FileIdentity.of(path) for path in dict.fromkeys(path for spec in specs for path in spec.paths)}
 
 
 def digest_of(specs: Sequence[TensorSpec], identities: Mapping[Path, FileIdentity]) -> str:
@@ -31,9 +31,9 @@ def digest_of(specs: Sequence[TensorSpec], identities: Mapping[Path, FileIdentit
     digest = xxhash.xxh3_64()
     for spec in sorted(specs, key=lambda spec: spec.name):
         location = "" if isinstance(spec.location, Inline) else repr(spec.location)
-        found = identities[spec.path]
         # Other nodes number the inodes and devices of a shared file system in their own way.
-        facts = (spec.name, str(spec.dtype), spec.shape, location, (found.size, found.mtime_ns))
+        found = [(identities[path].size, identities[path].mtime_ns) for path in spec.paths]
+        facts = (spec.name, str(spec.dtype), spec.shape, location, found)
         digest.update(repr(facts).encode())
     return digest.hexdigest()
 

@@ -167,7 +167,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         if values is None or offsets is None or not is_text(values.spec, offsets.spec):
             skip = next((skip for skip in self.skipped if skip.name == name), None)
             known = ", ".join(sorted(text_names(self.specs))) or "none"
-            found = f"{skip}; convert the dataset, which keeps columns of strings" if skip else f"there are {known}"
+            found = (
+                f"{skip}; jasper-store convert keeps strings of .npy, .pt and HDF5" if skip else f"there are {known}"
+            )
             msg = f"no strings {name!r} in {self.path}; {found}"
             raise KeyError(msg)
         return Ids(name, values, offsets, hashes, order)
@@ -183,7 +185,7 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as they are handed out."""
+        """Bytes of all tensors as they are served."""
         return self.plan.nbytes
 
     @property
@@ -321,7 +323,7 @@ class TensorStore(Mapping[str, StoredTensor]):
     def close(self) -> None:
         """Release maps, handles and memory. May be called twice.
 
-        What ``take`` handed out is owned and stays; views stay valid and hold what they show.
+        What ``take`` returned is owned and stays; views stay valid and hold what they show.
         """
         self._closed = True
         self.generation += 1

@@ -10,9 +10,9 @@
 ========================  ===========================  ==========================  ======================
 
 A view of a map is private: writing to it changes neither the file nor what other processes see. A view of a
-resident tensor is that tensor: write to a copy. Three kinds of mapped data have no view to give and hand out
-copies instead: data that lies unaligned in its file, data narrowed to another dtype on the way, and maps of a
-system that refuses writable ones.
+resident tensor is that tensor: write to a copy. Four kinds of mapped data have no view to give and return
+copies instead: data that lies unaligned in its file, data narrowed to another dtype on the way, maps of a
+system that refuses writable ones, and of a tensor in several parts whatever reaches across two of them.
 
 All of them may be read from several threads at once, survive a fork, and pickle as "that tensor of that store":
 what unpickles it opens the store again.
@@ -23,12 +23,14 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from jasper_store.errors import ClosedError, IncompatibleOptionsError, InsufficientMemoryError
+from jasper_store.formats.base import Chunked, Extent, Parts
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.paging import residency
 from jasper_store.store.rows import as_rows, wrap_negative
@@ -37,14 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
     from torch.utils.data import ConcatDataset
 
     from jasper_store.formats.base import TensorSpec
     from jasper_store.native.gather import Source
     from jasper_store.store.rows import Rows
 
-__all__ = ["BLOCK_NBYTES", "StoredTensor", "block_rows", "file_range", "span_nbytes"]
+__all__ = ["BLOCK_NBYTES", "ByteRun", "StoredTensor", "block_rows", "byte_runs", "resident_nbytes", "span_nbytes"]
 
 BLOCK_NBYTES = 8 << 20
 """Bytes per block of a sequential scan, unless the caller says how many rows."""
@@ -61,9 +62,9 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
     Attributes:
         name: its name in the store.
         shape: sizes; ``torch.Size([])`` for a scalar, which counts as one row.
-        dtype: torch dtype of the rows that are handed out.
+        dtype: torch dtype of the rows that are returned.
         placement: ``"mmap"``, ``"ram"``, ``"chunked"`` or a device such as ``"cuda:0"``.
-        path: the file that it was found in.
+        path: the file that it was found in; of several, the first.
         spec: what the file's header says.
     """
 
@@ -90,17 +91,17 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one row as it is handed out."""
+        """Bytes of one row as it is returned."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows as they are handed out."""
+        """Bytes of all rows as they are returned."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
-        """Where the rows that are handed out live."""
+        """Where the rows that are returned live."""
         return torch.device("cpu")
 
     def __len__(self) -> int:
@@ -289,8 +290,7 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
             ClosedError: the store was closed.
         """
         self._require_open()
-        offset, nbytes = self._file_range()
-        return residency.cached_bytes(self.path, offset, nbytes) or 0
+        return sum(residency.cached_bytes(*run) or 0 for run in byte_runs(self.spec))
 
     def drop(self) -> None:
         """Drop its bytes from the page cache; they are read again when needed.
@@ -299,11 +299,8 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
             ClosedError: the store was closed.
         """
         self._require_open()
-        residency.drop_cache(self.path, *self._file_range())
-
-    def _file_range(self) -> tuple[int, int]:
-        """Byte offset and length of its values in the file; of the whole file where they have no extent."""
-        return file_range(self.spec)
+        for run in byte_runs(self.spec):
+            residency.drop_cache(*run)
 
     def _check_out(self, out: torch.Tensor, n: int) -> None:
         expected = (n, *self.row_shape)
@@ -331,19 +328,42 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
         return ClosedError(msg, path=self.path, tensor=self.name)
 
 
-def file_range(spec: TensorSpec) -> tuple[int, int]:
-    """Byte offset and length of a tensor's values in its file; the whole file where they have no extent."""
-    from jasper_store.formats.base import Extent
+class ByteRun(NamedTuple):
+    """Bytes of a file."""
 
-    if not isinstance(spec.location, Extent):
-        return 0, spec.path.stat().st_size
-    return spec.location.offset, span_nbytes(spec)
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def byte_runs(spec: TensorSpec) -> Iterator[ByteRun]:
+    """The bytes of a tensor's values in its files, in order; of the whole file where they have no place of their own."""
+    place = spec.location
+    if isinstance(place, Extent):
+        yield ByteRun(place.path, place.offset, span_nbytes(spec))
+    elif isinstance(place, Parts):
+        lengths = np.diff(place.starts) * spec.row_nbytes
+        ends = place.offsets + lengths
+        # Parts that follow one another in a file, such as the batches of one that was compacted, are one run.
+        first = np.append(True, (place.file_of[1:] != place.file_of[:-1]) | (place.offsets[1:] != ends[:-1]))
+        heads = np.flatnonzero(first)
+        for head, last in zip(heads.tolist(), [*(heads[1:] - 1).tolist(), len(ends) - 1], strict=True):
+            offset = int(place.offsets[head])
+            yield ByteRun(place.files[place.file_of[head]], offset, int(ends[last]) - offset)
+    else:
+        yield ByteRun(spec.path, 0, spec.path.stat().st_size)
+
+
+def resident_nbytes(spec: TensorSpec) -> int | None:
+    """Bytes of a tensor's values in the page cache; ``None`` where they have no extent, or the system cannot say."""
+    if not isinstance(spec.location, (Extent, Parts)):
+        return None
+    found = [residency.cached_bytes(*run) for run in byte_runs(spec)]
+    return None if None in found else sum(filter(None, found))
 
 
 def span_nbytes(spec: TensorSpec) -> int:
     """Bytes from a tensor's first element to its last as they lie in the file."""
-    from jasper_store.formats.base import Extent
-
     strides = spec.location.strides if isinstance(spec.location, Extent) else None
     if strides is None or 0 in spec.shape:
         return spec.nbytes
@@ -355,8 +375,6 @@ def block_rows(spec: TensorSpec, nbytes: int = BLOCK_NBYTES) -> int:
 
     A chunk that the end of a block cuts would be read and unpacked twice.
     """
-    from jasper_store.formats.base import Chunked
-
     chunk_shape = spec.location.chunk_shape if isinstance(spec.location, Chunked) else None
     if chunk_shape:
         chunk = max(chunk_shape[0], 1)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -30,7 +30,8 @@ from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.memory.sizes import nbytes_of
 from jasper_store.paging import preload, residency
 from jasper_store.store.chunked import ChunkedTensor
-from jasper_store.store.mapped import MappedTensor
+from jasper_store.store.paged import PagedTensor
+from jasper_store.store.tensors import ByteRun, byte_runs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -196,7 +197,7 @@ def _targets(store: TensorStore, names: Collection[str] | None) -> list[StoredTe
                 raise UnknownNameError(msg, path=store.path, tensor=name)
         return [store[name] for name in dict.fromkeys(names)]
     reads = {entry.name: entry.reads_per_sample for entry in store.plan.entries}
-    found = [tensor for tensor in store.values() if isinstance(tensor, (MappedTensor, ChunkedTensor))]
+    found = [tensor for tensor in store.values() if isinstance(tensor, (PagedTensor, ChunkedTensor))]
     return sorted(found, key=lambda tensor: (-reads[tensor.name] / max(tensor.n_rows, 1), tensor.nbytes))
 
 
@@ -227,6 +228,15 @@ class _Limit:
         return True
 
 
+class _Window(NamedTuple):
+    """Bytes that are warmed at once."""
+
+    start: int  # counted from the tensor's first
+    file: ByteRun
+    missing: int  # bytes that are not in the page cache
+    run_start: int  # counted from the first of the run that it is in
+
+
 @dataclass(slots=True)
 class _Job:
     """One tensor to warm."""
@@ -235,21 +245,22 @@ class _Job:
     nbytes: int = 0
     read: int = 0
     skipped: str = ""
-    _offset: int = 0
+    _runs: tuple[ByteRun, ...] = ()
     _scratch: torch.Tensor | None = None
 
     def prepare(self, seen: set[Path]) -> None:
         """Find its bytes; a file of chunked data is warmed once, whole, for the first tensor that needs it."""
         tensor = self.tensor
         if isinstance(tensor, ChunkedTensor):
-            self.nbytes = tensor.path.stat().st_size
+            self._runs = (ByteRun(tensor.path, 0, tensor.path.stat().st_size),)
             if tensor.path in seen:
                 self.skipped = "its file was warmed as a whole already"
             seen.add(tensor.path)
-        elif isinstance(tensor, MappedTensor):
-            self._offset, self.nbytes = tensor.byte_range
+        elif isinstance(tensor, PagedTensor):
+            self._runs = tuple(byte_runs(tensor.spec))
         else:
             self.skipped = f"in memory already ({tensor.placement})"
+        self.nbytes = sum(run.nbytes for run in self._runs)
 
     def resident(self) -> int:
         """Bytes of it in the page cache."""
@@ -264,29 +275,34 @@ class _Job:
         while current is not None:
             # The next window is looked at before it is asked for, else it would seem to have been there.
             following = next(windows, None)
-            start, stop, missing = current
-            self._fill(start, stop, missing, ahead=following[1] if following else stop)
-            self.read += missing
-            yield stop - start
+            self._fill(current, following)
+            self.read += current.missing
+            yield current.file.nbytes
             current = following
 
-    def _windows(self, limit: _Limit) -> Iterator[tuple[int, int, int]]:
-        """Windows within the budget: start, stop, bytes that are not in the page cache."""
-        for start in range(0, self.nbytes, WINDOW):
-            stop = min(start + WINDOW, self.nbytes)
-            if not limit.take(stop - start):
-                self.skipped = f"stopped at {_percent(start, self.nbytes)}: the budget is spent"
-                return
-            cached = residency.cached_bytes(self.tensor.path, self._offset + start, stop - start) or 0
-            yield start, stop, stop - start - cached
+    def _windows(self, limit: _Limit) -> Iterator[_Window]:
+        """Windows within the budget."""
+        done = 0
+        for run in self._runs:
+            for start in range(0, run.nbytes, WINDOW):
+                file = ByteRun(run.path, run.offset + start, min(WINDOW, run.nbytes - start))
+                if not limit.take(file.nbytes):
+                    self.skipped = f"stopped at {_percent(done, self.nbytes)}: the budget is spent"
+                    return
+                yield _Window(done, file, file.nbytes - (residency.cached_bytes(*file) or 0), start)
+                done += file.nbytes
 
-    def _fill(self, start: int, stop: int, missing: int, *, ahead: int) -> None:
-        if isinstance(self.tensor, MappedTensor) and self.tensor.populate(start, stop, ahead):
+    def _fill(self, window: _Window, following: _Window | None) -> None:
+        start, nbytes = window.start, window.file.nbytes
+        stop = ahead = start + nbytes
+        if following is not None and following.run_start:  # the same run goes on
+            ahead += following.file.nbytes
+        if isinstance(self.tensor, PagedTensor) and self.tensor.populate(start, stop, ahead):
             return
-        if missing:
+        if window.missing:
             if self._scratch is None:
                 self._scratch = torch.empty(min(WINDOW, self.nbytes), dtype=torch.uint8, device="cpu")
-            preload.read_into(self.tensor.path, self._offset + start, self._scratch[: stop - start])
+            preload.read_into(window.file.path, window.file.offset, self._scratch[:nbytes])
 
 
 @dataclass(slots=True)

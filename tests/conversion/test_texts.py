@@ -133,7 +133,7 @@ def test_in_place_where_strings_are_all_that_a_format_has(tmp_path):
 def test_one_file_of_strings(tmp_path):
     np.save(tmp_path / "ids.npy", np.array(IDS))
     for ask in (js.open, js.plan, js.verify):
-        with pytest.raises(DatasetNotFoundError, match=r"none beside what is skipped.*it holds strings"):
+        with pytest.raises(DatasetNotFoundError, match=r"expected tensors, found .*it holds strings"):
             ask(tmp_path / "ids.npy")
     js.convert(tmp_path / "ids.npy", tmp_path / "out")
     with js.open(tmp_path / "out") as store:
@@ -172,7 +172,7 @@ def test_a_list_of_files(tmp_path):
         store = js.open([folder / "ids.npy", folder / "embs.npy"])
     with store:
         assert list(store) == ["embs"]
-    with pytest.raises(DatasetNotFoundError, match="none beside"):
+    with pytest.raises(DatasetNotFoundError, match=r"expected tensors, found ids \(it holds strings"):
         js.open([folder / "ids.npy"])
 
 

@@ -1,4 +1,4 @@
-"""HDF5: one file that holds every tensor of a dataset under a path of its own.
+"""HDF5: one file that holds every tensor of a dataset, each under its own path.
 
 A contiguous dataset is one run of bytes, so it becomes an :class:`Extent` and is mapped like any other file. A
 chunked or compressed one becomes :class:`Chunked`. What lies in other files is never read: soft and external links are

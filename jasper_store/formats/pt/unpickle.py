@@ -395,7 +395,7 @@ def _append(machine: _Machine, items: list[Any]) -> None:
 
 
 def load(data: bytes) -> Any:
-    """The object that a pickle describes, with a :class:`PtTensor` in the place of each tensor.
+    """The object that a pickle describes, with a :class:`PtTensor` for each tensor.
 
     Raises:
         PickleError: it is damaged, or would need anything executed.

@@ -1,4 +1,4 @@
-"""Strings in files: named as skipped by whoever wants tensors, read block by block by a conversion that keeps them.
+"""Strings in files: skipped where tensors are wanted, read block by block by a conversion that keeps them.
 
 Kept strings are two tensors: their UTF-8 bytes one after another, ``X.values`` (uint8), and where each begins,
 ``X.offsets`` (int64 [rows + 1]). That the values are uint8 is what marks a text: ragged tensors of numbers are int64 in

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from jasper_store.errors import IncompatibleOptionsError, IntegrityError, UnknownNameError
+from jasper_store.errors import IncompatibleOptionsError, InsufficientMemoryError, IntegrityError, UnknownNameError
 from jasper_store.formats.texts import encode, hash_block, sort_hashes
+from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.store.rows import as_rows, require_in_range
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ __all__ = ["Ids"]
 _IDS_AT_ONCE = 1 << 14
 _BYTES_AT_ONCE = 8 << 20
 _PAIRS_AT_ONCE = 1 << 20  # of an id that is looked for and a row whose id has its hash
+_LONGEST = 1 << 30  # bytes of one id; what claims to be longer is damaged, and would take as much memory
+_SORTING_NBYTES = 32  # for each id: its hash and row, before and after sorting
 _SAMPLED = 64  # hashes that are compared with the strings before all are trusted
 _SHOWN = 5
 
@@ -88,6 +91,7 @@ class Ids:
             UnknownNameError: ids that are not there; names the first of them.
             IntegrityError: an id that several rows have, with these rows; what is no string; or damaged files.
             IncompatibleOptionsError: one string, where several are expected.
+            InsufficientMemoryError: the hashes have to be computed, and there is no memory for them.
             ClosedError: the store was closed.
         """
         if isinstance(ids, str):
@@ -138,6 +142,7 @@ class Ids:
         starts = _host(self._offsets.take(torch.from_numpy(rows)))
         lengths = _host(self._offsets.take(torch.from_numpy(rows + 1))) - starts
         bad = (starts < 0) | (lengths < 0) | (starts + lengths > self._values.n_rows)
+        bad |= lengths > _LONGEST
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             raise self._damaged(f"row {int(rows[at])} is said to be {int(lengths[at])} bytes from {int(starts[at])}")
@@ -151,8 +156,12 @@ class Ids:
             last = max(int(np.searchsorted(ends, before + _BYTES_AT_ONCE, side="right")), first + 1)
             relative = ends[first:last] - before
             total = int(relative[-1])
-            places = np.repeat(starts[first:last] - (relative - lengths[first:last]), lengths[first:last])
-            yield rows[first:last], _host(self._values.take(torch.from_numpy(places + np.arange(total)))), relative
+            begins = starts[first:last] - (relative - lengths[first:last])
+            if (begins == begins[0]).all():  # one run of bytes, as one row always is
+                values = self._values[int(begins[0]) : int(begins[0]) + total]
+            else:
+                values = self._values.take(torch.from_numpy(np.repeat(begins, lengths[first:last]) + np.arange(total)))
+            yield rows[first:last], _host(values), relative
             first, before = last, int(ends[last - 1])
 
     # ---- lookups
@@ -224,6 +233,15 @@ class Ids:
         return hashes, order
 
     def _computed(self) -> tuple[NDArray[np.uint64], _Ints]:
+        needed = _SORTING_NBYTES * len(self)
+        if needed > (available := measure().nbytes):
+            msg = (
+                f"{self.name}: the hashes of {len(self):,} ids are not there, and computing them takes "
+                f"{format_bytes(needed)} of {format_bytes(available)}; convert the dataset where there is more memory"
+            )
+            raise InsufficientMemoryError(
+                msg, path=self._values.path, tensor=self.name, needed=needed, available=available
+            )
         blocks = []
         for start in range(0, len(self), _IDS_AT_ONCE):
             rows = np.arange(start, min(start + _IDS_AT_ONCE, len(self)))

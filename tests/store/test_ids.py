@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import tracemalloc
+import warnings
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,13 @@ from safetensors.torch import save_file
 
 import jasper_store as js
 from jasper_store.conversion.writer import DirectoryWriter
-from jasper_store.errors import ClosedError, IncompatibleOptionsError, IntegrityError, UnknownNameError
+from jasper_store.errors import (
+    ClosedError,
+    IncompatibleOptionsError,
+    IntegrityError,
+    PerformanceWarning,
+    UnknownNameError,
+)
 from jasper_store.store import ids as module
 from tests.formats.conformance import relaxed
 
@@ -235,6 +243,19 @@ def test_offsets_that_are_no_offsets(tmp_path, offsets, why):
 
     with pytest.raises(IntegrityError, match=why):
         look()
+
+
+def test_an_id_that_claims_a_terabyte(tmp_path):
+    """A chunked dataset that was never written may claim any size, and its file has some kilobytes."""
+    with h5py.File(tmp_path / "dataset.h5", "w") as file:
+        file.create_dataset("ids.values", shape=(1 << 40,), dtype="u1", chunks=(1 << 20,))
+        file["ids.offsets"] = np.array([0, 1 << 40])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerformanceWarning)
+        ids = opened(tmp_path, use_mmap=True)
+    for ask in (lambda: ids.of([0]), lambda: ids.rows(["a"])):
+        with pytest.raises(IntegrityError, match="row 0 is said to be 1099511627776 bytes"):
+            ask()
 
 
 def test_bytes_that_are_no_utf8(tmp_path):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkabl
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunked",
+    "Encoded",
     "Extent",
     "FileWriter",
     "Format",
@@ -35,6 +36,7 @@ __all__ = [
     "Streamed",
     "SupportsKeys",
     "SupportsRagged",
+    "SupportsReference",
     "SupportsSkipped",
     "TensorSpec",
     "contiguous_strides",
@@ -145,7 +147,20 @@ class Streamed:
         return self.files[0]
 
 
-Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A tensor that is made out of strings while they are read; only a conversion reads it, from front to end.
+
+    Attributes:
+        path: the file of the strings.
+        blocks: makes the values as 1-D blocks, in order; may be called again.
+    """
+
+    path: Path
+    blocks: Callable[[], Iterator[torch.Tensor]]
+
+
+Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed | Encoded
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -225,6 +240,9 @@ class Skipped:
     name: str
     path: Path
     reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name!r:.100} is skipped: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,4 +372,19 @@ class SupportsRagged(Protocol):
 
         Raises:
             IntegrityError: offsets that do not ascend from 0, or more or fewer values than they say.
+        """
+
+
+@runtime_checkable
+class SupportsReference(Protocol):
+    """A format that another library defines, whose view of a file is compared with ours."""
+
+    def compare_with_reference(self, path: Path) -> list[str]:
+        """Differences between the reference's view of a file and ours: names, dtypes and shapes.
+
+        Returns:
+            A sentence for each difference, or what the reference says of a file that it refuses; none where both agree.
+
+        Raises:
+            CorruptFileError, DatasetNotFoundError: as ``locate``.
         """

@@ -24,6 +24,7 @@ from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
+from jasper_store.formats.texts import text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
@@ -32,7 +33,19 @@ if TYPE_CHECKING:
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
 
-__all__ = ["AUTO_ORDER", "FORMATS", "READ_ONLY", "Located", "base_name", "format_for", "locate", "readable", "writable"]
+__all__ = [
+    "AUTO_ORDER",
+    "FORMATS",
+    "READ_ONLY",
+    "Located",
+    "base_name",
+    "format_for",
+    "locate",
+    "readable",
+    "skipped_at",
+    "skipped_in",
+    "writable",
+]
 
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {"safetensors": SafetensorsFormat(), "npy": NpyFormat(), "hdf5": Hdf5Format(), "pt": PtFormat()}
@@ -130,10 +143,8 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
             f"{path}: no such file or directory{there}; expected a dataset directory or one file.", path=path
         )
     chosen = _format_of(path, format)
-    specs, skipped = tuple(chosen.locate(path, schema)), _skipped(chosen, path, schema)
-    if not specs and skipped:
-        raise DatasetNotFoundError(f"{path}: expected tensors, found {_told(skipped)}.", path=path)
-    return Located(chosen.name, path, specs, skipped=skipped)
+    specs = tuple(chosen.locate(path, schema))
+    return _require_tensors(Located(chosen.name, path, specs, skipped=tuple(skipped_in(chosen, path, schema))))
 
 
 def _format_of(path: Path, format: str) -> ReadFormat:  # noqa: A002
@@ -145,8 +156,29 @@ def _format_of(path: Path, format: str) -> ReadFormat:  # noqa: A002
     return chosen
 
 
-def _skipped(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[Skipped, ...]:
-    return tuple(fmt.skipped(path, schema)) if isinstance(fmt, SupportsSkipped) else ()
+def skipped_in(fmt: ReadFormat, path: Path, schema: Schema) -> list[Skipped]:
+    """What a file holds that is no tensor; errors as ``fmt.locate``."""
+    return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
+
+
+def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
+    """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
+    return [skip for path in _files(directory)[name] for skip in skipped_in(readable()[name], path, schema)]
+
+
+def _require_tensors(located: Located) -> Located:
+    """Refuse files that hold nothing but what is no tensor."""
+    if not located.specs and located.skipped:
+        raise DatasetNotFoundError(
+            f"{located.root}: expected tensors, found {_told(located.skipped)}.", path=located.root
+        )
+    return located
+
+
+def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
+    """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
+    kept = text_names(specs)
+    return tuple(skip for skip in skipped if skip.name not in kept)
 
 
 def _told(skipped: Iterable[Skipped]) -> str:
@@ -201,10 +233,8 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
         for spec in formats[path].locate(path, schema):
             found.setdefault(spec.name, []).append(spec)
     specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
-    skipped = tuple(one for path, fmt in formats.items() for one in _skipped(fmt, path, schema))
-    if not specs and skipped:
-        raise DatasetNotFoundError(f"{root}: expected tensors in the files, found {_told(skipped)}.", path=root)
-    return Located(formats[paths[0]].name, root, specs, skipped=skipped)
+    skipped = [skip for path, fmt in formats.items() for skip in skipped_in(fmt, path, schema)]
+    return _require_tensors(Located(formats[paths[0]].name, root, specs, (), _not_kept(skipped, specs)))
 
 
 def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
@@ -232,8 +262,8 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
             skipped = _add_read_only(root, scans, files, schema)
     skipped += _skipped_in(scans, files, schema)
     if not any(scan.names() for scan in scans.values()):
-        found = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
-        raise DatasetNotFoundError(_nothing(root, asked) + found, path=root)
+        raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
+    _require_numbers(skipped, scans.values(), schema)
     if not any(scan.specs for scan in scans.values()):
         # Also where none of them would be part of the dataset: there is nothing else.
         raise _together([error for scan in scans.values() for error in scan.errors.values()])
@@ -245,7 +275,21 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
         # What this library writes is the dataset, if there is any of it.
         chosen = max(scans, key=lambda name: (name in FORMATS and bool(scans[name].names()), len(scans[name].names())))
     specs, notes = _gather(root, chosen, scans, wanted)
-    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), tuple(skipped))
+    if not specs:
+        raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
+    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
+
+
+def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[_Scan], schema: Schema) -> None:
+    """Refuse a required tensor that is there as what is none."""
+    there = set().union(*(scan.names() for scan in scans))
+    for skip in skipped:
+        if skip.name in schema.required - there:
+            raise CorruptFileError(
+                f"{skip.path}: expected the tensor {skip.name!r:.100}, found that {skip.reason}.",
+                path=skip.path,
+                tensor=skip.name,
+            )
 
 
 def _add_read_only(
@@ -295,7 +339,7 @@ def _skipped_in(
             if base_name(stem) not in scan.errors:
                 # What cannot be read was reported where it was located.
                 with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
-                    skipped += _skipped(readable()[name], path, schema)
+                    skipped += skipped_in(readable()[name], path, schema)
     return skipped
 
 
@@ -424,7 +468,7 @@ def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[st
     ]
 
 
-def _nothing(root: Path, asked: FormatName | None) -> str:
+def _nothing(root: Path, asked: FormatName | None, skipped: Sequence[Skipped]) -> str:
     kinds = Counter(path.suffix.lower() or "(no suffix)" for path in root.iterdir() if path.is_file())
     there = (
         ", ".join(f"{n} {suffix}" for suffix, n in sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:8])
@@ -435,4 +479,5 @@ def _nothing(root: Path, asked: FormatName | None) -> str:
     splits = splits_of(root)
     if splits:
         there += f", and the splits of a datasets.DatasetDict; open one of them: {', '.join(str(root / s) for s in splits[:8])}"
-    return f"{root}: expected {wanted} ({known}), found {there}."
+    more = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
+    return f"{root}: expected {wanted} ({known}), found {there}.{more}"

@@ -15,6 +15,7 @@ import torch
 
 from jasper_store.errors import DeclarationError
 from jasper_store.formats.registry import base_name
+from jasper_store.formats.texts import text_parts
 from jasper_store.samples.expression import POSITION, ROW, Lookup, Rows, closest, lookups, parse_field, parse_rows
 
 if TYPE_CHECKING:
@@ -295,11 +296,16 @@ def _parts(found: object) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
 def everything(specs: Sequence[TensorSpec]) -> Declaration:
     """The declaration of tensors about which nothing is said: each of the common number of rows is a field.
 
+    Strings are no fields, since a batch of numbers has no use for their bytes; a declaration may name them.
+
     Raises:
         DeclarationError: no number of rows is more common than the others.
     """
     rows: dict[str, int] = {}
+    texts = text_parts(specs)
     for spec in specs:
+        if spec.name in texts:
+            continue
         name = base_name(spec.name)
         if name == spec.name and spec.shape:
             rows[name] = spec.n_rows

@@ -76,7 +76,7 @@ def _show(report: ConversionReport, *, checksums: bool) -> None:
         columns.append("xxh3-128")
         cells = [(*row, tensor.checksum) for row, tensor in zip(cells, report.tensors, strict=True)]
     out = results()
-    out.print(table("Tensors", columns, cells, right=columns[2:7]))
+    out.print(table("Tensors written", columns, cells, right=columns[2:7]))
     out.print(report.summary(), markup=False, soft_wrap=True)
 
 

@@ -209,7 +209,7 @@ class _Demo:
         speeds.append(_measure(self.converted["safetensors"], memory_limit=self.limit))
         cells = [(speed.format, speed.place, f"{speed.samples_per_second:,.0f}") for speed in speeds]
         title = (
-            f"Training samples served per second: batches of {_SPEED_BATCH}, the fastest epoch after js.warm_up and an "
+            f"Training samples served per second: batches of {_SPEED_BATCH}, the fastest epoch after a warm-up and an "
             "epoch to begin with"
         )
         self._say(table(title, ("format", "placement", "samples/s"), cells, right=("samples/s",)))

@@ -69,6 +69,19 @@ def test_a_file_that_is_no_part_of_the_dataset_is_skipped_by_all(run: Run, data:
         assert run(*command).exit_code == 4
 
 
+def test_a_file_where_a_directory_should_be(refused: Refused, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        for code, command in (
+            (2 if out.is_file() else 6, ["convert", data, out]),
+            (6, ["synth", out, "--pairs", "200", "--dim", "4", "--clusters", "4"]),
+        ):
+            line = refused(code, *command)
+            assert str(out) in line
+            assert "Errno" not in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("command", ["inspect", "plan", "train"])
 def test_unknown_format(refused: Refused, data: Path, command: str) -> None:
     assert "zarr" in refused(2, command, data, "--format", "zarr")

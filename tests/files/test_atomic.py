@@ -117,9 +117,9 @@ def test_refusals_of_the_system_are_translated_with_numbers(tmp_path, code, text
 
 def test_other_refusals_are_said_without_a_number(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ConversionError, match="Not a directory; the old file") as caught:
-        with atomic.map_os_errors(tmp_path / "file" / "below"):
-            (tmp_path / "file" / "below").mkdir()
+    below = tmp_path / "file" / "below"
+    with pytest.raises(ConversionError, match="Not a directory; the old file") as caught, atomic.map_os_errors(below):
+        below.mkdir()
     assert "Errno" not in str(caught.value)
 
 

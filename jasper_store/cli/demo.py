@@ -21,15 +21,13 @@ from jasper_store.cli.convert import follow_bytes
 from jasper_store.cli.epochs import curriculum_table, recall_table, run_epochs
 from jasper_store.cli.options import Json, Seed
 from jasper_store.cli.plan import show_plan
+from jasper_store.cli.sample import SAMPLE
 from jasper_store.errors import DatasetNotFoundError, PerformanceWarning
 from jasper_store.memory.budget import format_bytes
 from jasper_store.model.predictor import dataset_of, evaluate, question_alone
 from jasper_store.model.training import Trainer, TrainingOptions
 
 __all__ = ["SAMPLE", "demo"]
-
-SAMPLE = Path(__file__).parents[1] / "sample" / "wordnet-mini"
-"""The bundled dataset: WordNet 3.0 through all-MiniLM-L6-v2, as ``.pt`` files."""
 
 _BATCH = 32
 _SPEED_BATCH = 256

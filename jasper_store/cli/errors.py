@@ -40,7 +40,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
 )
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 unexpected failure; 2 wrong usage or options that cannot hold together; 3 not found; "
+    "Exit codes: 0 done; 1 unexpected failure; 2 wrong usage or incompatible options; 3 not found; "
     "4 damaged or contradictory data; 5 does not fit in memory; 6 could not be written; 130 interrupted."
 )
 
@@ -75,7 +75,7 @@ def reported(*, debug: bool) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
-            # Whoever read the output (head, less) has seen enough; Python's own flush at exit must not fail.
+            # The reader of the output (head, less) has ended; Python's own flush at exit must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except KeyboardInterrupt:

@@ -82,6 +82,9 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
                 "config": facts,
                 "tensors": [row.to_dict() for row in rows],
                 "samples": None if samples is None else samples.to_dict(),
+                "skipped": [
+                    {"name": skip.name, "file": str(skip.path), "reason": skip.reason} for skip in located.skipped
+                ],
                 "warnings": warnings,
             }
         )
@@ -132,6 +135,8 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any],
     known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
     if facts:
         out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
+    for skip in located.skipped:
+        out.print(f"skipped: {skip.name} in {skip.path.name}: {skip.reason}", markup=False, soft_wrap=True)
     for warning in warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""``jasper-store train``: the demo's predictor on a dataset of one's own."""
+"""``jasper-store train``: the demo's predictor on your dataset."""
 
 from __future__ import annotations
 

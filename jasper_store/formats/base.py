@@ -1,7 +1,7 @@
 """What every format has in common: where the bytes of a tensor lie, and how rows are written.
 
 A format only says *where the bytes lie*. Reading a file means parsing its header once into
-:class:`TensorSpec` values; no data is read. Mapping, preloading, announcing and warming are done by the
+:class:`TensorSpec` values; no data is read. Mapping, preloading, prefetching and warming are done by the
 layers above, alike for every format, from the spec alone.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkabl
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunked",
+    "Encoded",
     "Extent",
     "FileWriter",
     "Format",
@@ -35,6 +36,7 @@ __all__ = [
     "Streamed",
     "SupportsKeys",
     "SupportsRagged",
+    "SupportsReference",
     "SupportsSkipped",
     "TensorSpec",
     "contiguous_strides",
@@ -145,7 +147,20 @@ class Streamed:
         return self.files[0]
 
 
-Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A tensor that is made out of strings while they are read; only a conversion reads it, from front to end.
+
+    Attributes:
+        path: the file of the strings.
+        blocks: makes the values as 1-D blocks, in order; may be called again.
+    """
+
+    path: Path
+    blocks: Callable[[], Iterator[torch.Tensor]]
+
+
+Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed | Encoded
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -226,6 +241,9 @@ class Skipped:
     path: Path
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name!r:.100} is skipped: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True)
 class Schema:
@@ -240,7 +258,7 @@ class Schema:
         hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
-        stacks: tensors that a batch gathers together, each row from one of them; see ``store/stack.py``.
+        stacks: tensors that a batch gathers together, each row from one of them; see ``store/concat_buffer.py``.
     """
 
     required: frozenset[str] = frozenset()
@@ -297,7 +315,7 @@ class ReadFormat(Protocol):
         name: the name users pass, e.g. ``"safetensors"``.
         suffixes: file name endings, lower case with the dot, the first being the one that is written.
         one_file: name of the single file that a dataset of this format lies in, or ``None`` if each tensor
-            has a file of its own.
+            has its own file.
     """
 
     name: FormatName
@@ -325,14 +343,6 @@ class Format(ReadFormat, Protocol):
 
 
 @runtime_checkable
-class SupportsSkipped(Protocol):
-    """A format whose files may hold more than tensors."""
-
-    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
-        """What :meth:`ReadFormat.locate` passes over in one file; errors as there."""
-
-
-@runtime_checkable
 class SupportsKeys(Protocol):
     """A format that names a file's only tensor by its file, although the file has a name for it."""
 
@@ -341,8 +351,16 @@ class SupportsKeys(Protocol):
 
 
 @runtime_checkable
+class SupportsSkipped(Protocol):
+    """A format whose files may hold more than tensors."""
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
+        """What :meth:`ReadFormat.locate` passes over in one file; errors as there."""
+
+
+@runtime_checkable
 class SupportsRagged(Protocol):
-    """A format with a form of its own for ragged tensors, beside a file of values and a file of offsets."""
+    """A format that has its own form for ragged tensors, beside a file of values and a file of offsets."""
 
     def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
         """Create ``path`` holding one ragged tensor, with memory bounded by one block.
@@ -354,4 +372,19 @@ class SupportsRagged(Protocol):
 
         Raises:
             IntegrityError: offsets that do not ascend from 0, or more or fewer values than they say.
+        """
+
+
+@runtime_checkable
+class SupportsReference(Protocol):
+    """A format that another library defines, whose view of a file is compared with ours."""
+
+    def compare_with_reference(self, path: Path) -> list[str]:
+        """Differences between the reference's view of a file and ours: names, dtypes and shapes.
+
+        Returns:
+            A sentence for each difference, or what the reference says of a file that it refuses; none where both agree.
+
+        Raises:
+            CorruptFileError, DatasetNotFoundError: as ``locate``.
         """

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING, NoReturn, TypedDict, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats.base import Extent, TensorSpec, contiguous_strides
+from jasper_store.formats.base import Extent, Skipped, TensorSpec, contiguous_strides
 from jasper_store.formats.files import DATA_START, check_shape, dtype_name, open_for_reading, read_at, shown
 from jasper_store.formats.flat import FlatWriter, stem_of
+from jasper_store.formats.texts import BLOCK_NBYTES, Texts, encode_bytes, encode_unicode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.texts import Block
 
 __all__ = ["MAX_PREFIX", "NpyFormat", "dtype_of", "parse_header", "strides_of"]
 
@@ -49,7 +53,7 @@ _DTYPES = {
     "<c16": torch.complex128,
 }
 _DESCRIPTIONS = {dtype: f"'{text}'" for text, dtype in _DTYPES.items()}
-# numpy has no bfloat16. A field of that name keeps the bits and says what they are to whoever reads the file.
+# numpy has no bfloat16. A field of that name keeps the bits and says what they are to any reader of the file.
 _DESCRIPTIONS[torch.bfloat16] = "[('bfloat16', '<u2')]"
 
 
@@ -70,15 +74,41 @@ class NpyFormat:
         """See :meth:`jasper_store.formats.base.Format.locate`. The array is named by its file."""
         name = stem_of(path, self.suffixes)
         header, data_start, size = _read_header(path)
-        dtype, claimed = dtype_of(path, header["descr"]), header["shape"]
-        shape, nbytes = check_shape(claimed, dtype.itemsize, path=path, tensor=name)
-        if data_start + nbytes != size:
-            _corrupt(
-                path,
-                f"{dtype_name(dtype)} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
-                "(was it truncated or appended to?).",
-            )
+        if _is_text(header["descr"]):
+            return []
+        dtype = dtype_of(path, header["descr"])
+        shape = _check_sizes(path, header, dtype_name(dtype), dtype.itemsize, data_start, size)
         return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides_of(header, shape)))]
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.base.SupportsSkipped`: an array of strings, or of Python objects."""
+        header, data_start, size = _read_header(path)
+        description = header["descr"]
+        if not _is_text(description):
+            return []
+        name = stem_of(path, self.suffixes)
+        if description == "|O":
+            reason = (
+                "it holds pickled Python objects, which are never executed; save strings with a dtype such as '<U12'"
+            )
+            return [Skipped(name, path, reason)]
+        stored = np.dtype(str(description))
+        shape = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
+        return [Skipped(name, path, f"it holds strings ({stored.str}, shape {list(shape)}), not numbers")]
+
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: an array of fixed-width strings."""
+        header, data_start, size = _read_header(path)
+        description = header["descr"]
+        if not _is_text(description) or description == "|O":
+            return []
+        stored = np.dtype(str(description))
+        shape = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
+        # Strings without room for a character take no bytes, so their number may be anything.
+        if len(shape) != 1 or not stored.itemsize:
+            return []
+        name, rows = stem_of(path, self.suffixes), shape[0]
+        return [Texts(name, path, rows, partial(_read_texts, path, name, stored, rows, data_start))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
@@ -125,6 +155,39 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[_Header, int]:
     if not isinstance(header["fortran_order"], bool) or not isinstance(header["shape"], tuple):
         _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
     return cast("_Header", header), start
+
+
+def _check_sizes(path: Path, header: _Header, kind: str, itemsize: int, data_start: int, size: int) -> tuple[int, ...]:
+    """The shape, after it was compared with the bytes of the file."""
+    shape, nbytes = check_shape(header["shape"], itemsize, path=path, tensor=stem_of(path, NpyFormat.suffixes))
+    if data_start + nbytes != size:
+        _corrupt(
+            path,
+            f"{kind} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
+            "(was it truncated or appended to?).",
+        )
+    return shape
+
+
+def _is_text(description: object) -> bool:
+    """Whether ``descr`` says strings, or objects, which mostly are strings."""
+    return isinstance(description, str) and re.fullmatch(r"\|O|[<>=|][US]\d{1,9}", description) is not None
+
+
+def _read_texts(path: Path, name: str, stored: np.dtype[Any], rows: int, data_start: int) -> Iterator[Block]:
+    """The strings as UTF-8, some megabytes of the file at a time."""
+    step = max(BLOCK_NBYTES // stored.itemsize, 1)
+    with open_for_reading(path) as (file, _):
+        for first in range(0, rows, step):
+            n = min(step, rows - first)
+            raw = read_at(file, data_start + first * stored.itemsize, n * stored.itemsize)
+            if len(raw) != n * stored.itemsize:
+                _corrupt(path, "it was truncated while it was read.")
+            if stored.kind == "S":
+                yield encode_bytes(name, np.frombuffer(raw, np.uint8).reshape(n, -1), first)
+            else:
+                codes = np.frombuffer(raw, stored.byteorder.replace("=", "<") + "u4").astype(np.uint32)
+                yield encode_unicode(name, codes.reshape(n, -1), first)
 
 
 def strides_of(header: _Header, shape: tuple[int, ...]) -> tuple[int, ...] | None:

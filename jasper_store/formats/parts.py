@@ -65,7 +65,7 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
 
 
 def parts_of(spec: TensorSpec) -> Iterator[TensorSpec]:
-    """Each part of a tensor as a tensor of its own, made one at a time; a tensor in one place is its only part."""
+    """Each part of a tensor as a separate tensor, made one at a time; a tensor in one place is its only part."""
     place = spec.location
     if not isinstance(place, Parts):
         yield spec

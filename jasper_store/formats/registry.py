@@ -24,6 +24,7 @@ from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
+from jasper_store.formats.texts import text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
@@ -32,7 +33,19 @@ if TYPE_CHECKING:
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
 
-__all__ = ["AUTO_ORDER", "FORMATS", "READ_ONLY", "Located", "base_name", "format_for", "locate", "readable", "writable"]
+__all__ = [
+    "AUTO_ORDER",
+    "FORMATS",
+    "READ_ONLY",
+    "Located",
+    "base_name",
+    "format_for",
+    "locate",
+    "readable",
+    "skipped_at",
+    "skipped_in",
+    "writable",
+]
 
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {"safetensors": SafetensorsFormat(), "npy": NpyFormat(), "hdf5": Hdf5Format(), "pt": PtFormat()}
@@ -130,23 +143,46 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
             f"{path}: no such file or directory{there}; expected a dataset directory or one file.", path=path
         )
     chosen = _format_of(path, format)
-    specs, skipped = tuple(chosen.locate(path, schema)), _skipped(chosen, path, schema)
-    if not specs and skipped:
-        raise DatasetNotFoundError(f"{path}: expected tensors, found {_told(skipped)}.", path=path)
-    return Located(chosen.name, path, specs, skipped=skipped)
+    specs = tuple(chosen.locate(path, schema))
+    return _require_tensors(Located(chosen.name, path, specs, skipped=tuple(skipped_in(chosen, path, schema))))
 
 
 def _format_of(path: Path, format: str) -> ReadFormat:  # noqa: A002
     """The format asked for, or the one that a file's name says."""
-    chosen = format_for(path) if format == "auto" else readable().get(format)  # type: ignore[call-overload]
+    chosen = format_for(path) if format == "auto" else readable()[cast("FormatName", format)]
     if chosen is None:
         known = ", ".join(suffix for f in readable().values() for suffix in f.suffixes)
         raise UnknownNameError(f"{path}: its name does not say its format; expected one of {known}, or pass format=.")
-    return cast("ReadFormat", chosen)
+    return chosen
 
 
-def _skipped(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[Skipped, ...]:
-    return tuple(fmt.skipped(path, schema)) if isinstance(fmt, SupportsSkipped) else ()
+def skipped_in(fmt: ReadFormat, path: Path, schema: Schema) -> list[Skipped]:
+    """What a file holds that is no tensor; errors as ``fmt.locate``."""
+    return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
+
+
+def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
+    """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
+    files = _files(directory)[name]
+    passed: list[Skipped] = []
+    if name == "arrow":
+        files, passed = dataset_files(directory, files)
+    return [*passed, *(skip for path in files for skip in skipped_in(readable()[name], path, schema))]
+
+
+def _require_tensors(located: Located) -> Located:
+    """Refuse files that hold nothing but what is no tensor."""
+    if not located.specs and located.skipped:
+        raise DatasetNotFoundError(
+            f"{located.root}: expected tensors, found {_told(located.skipped)}.", path=located.root
+        )
+    return located
+
+
+def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
+    """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
+    kept = text_names(specs)
+    return tuple(skip for skip in skipped if skip.name not in kept)
 
 
 def _told(skipped: Iterable[Skipped]) -> str:
@@ -161,6 +197,7 @@ class _Scan:
 
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     errors: dict[str, JasperStoreError] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
     def names(self) -> set[str]:
         """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over."""
@@ -200,10 +237,8 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
         for spec in formats[path].locate(path, schema):
             found.setdefault(spec.name, []).append(spec)
     specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
-    skipped = tuple(one for path, fmt in formats.items() for one in _skipped(fmt, path, schema))
-    if not specs and skipped:
-        raise DatasetNotFoundError(f"{root}: expected tensors in the files, found {_told(skipped)}.", path=root)
-    return Located(formats[paths[0]].name, root, specs, skipped=skipped)
+    skipped = [skip for path, fmt in formats.items() for skip in skipped_in(fmt, path, schema)]
+    return _require_tensors(Located(formats[paths[0]].name, root, specs, (), _not_kept(skipped, specs)))
 
 
 def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
@@ -231,8 +266,8 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
             skipped = _add_read_only(root, scans, files, schema)
     skipped += _skipped_in(scans, files, schema)
     if not any(scan.names() for scan in scans.values()):
-        found = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
-        raise DatasetNotFoundError(_nothing(root, asked) + found, path=root)
+        raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
+    _require_numbers(skipped, scans.values(), schema)
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known
@@ -241,7 +276,21 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
         # What this library writes is the dataset, if there is any of it.
         chosen = max(scans, key=lambda name: (name in FORMATS and bool(scans[name].names()), len(scans[name].names())))
     specs, notes = _gather(root, chosen, scans, wanted, schema)
-    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), tuple(skipped))
+    if not specs:
+        raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
+    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
+
+
+def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[_Scan], schema: Schema) -> None:
+    """Refuse a required tensor that is there as what is none."""
+    there = set().union(*(scan.names() for scan in scans))
+    for skip in skipped:
+        if skip.name in schema.required - there:
+            raise CorruptFileError(
+                f"{skip.path}: expected the tensor {skip.name!r:.100}, found that {skip.reason}.",
+                path=skip.path,
+                tensor=skip.name,
+            )
 
 
 def _add_read_only(
@@ -263,7 +312,7 @@ def _add_read_only(
                 skipped += passed
             added[name] = _scan(fmt, files[name], schema)
         except (CorruptFileError, DatasetNotFoundError) as exc:  # files that contradict each other
-            added[name] = _Scan(errors={name: exc})
+            added[name] = _Scan(errors={name: exc}, failed={str(path) for path in files[name]})
     main = max(added, key=lambda name: len(added[name].specs), default=None)
     written = any(scan.names() for scan in scans.values())
     for name, scan in added.items():
@@ -284,15 +333,17 @@ def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
 def _skipped_in(
     scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
 ) -> list[Skipped]:
-    """What the files that were scanned hold besides tensors."""
-    skipped: list[Skipped] = []
+    """What the files that were scanned hold besides tensors; of numbered files, what is in each of them once."""
+    skipped: dict[tuple[str, str], Skipped] = {}
     for name, scan in scans.items():
-        for path, stem in files[name].items():
-            if base_name(stem) not in scan.errors:
-                # What cannot be read was reported where it was located.
-                with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
-                    skipped += _skipped(readable()[name], path, schema)
-    return skipped
+        for path in files[name]:
+            if str(path) in scan.failed:
+                continue
+            # What is wrong with a file that others make unreadable was reported where they were located.
+            with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
+                for skip in skipped_in(readable()[name], path, schema):
+                    skipped.setdefault((skip.name, skip.reason), skip)
+    return list(skipped.values())
 
 
 def _gather(
@@ -344,6 +395,7 @@ def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
             if exc.path is not None and fmt.one_file == Path(exc.path).name:
                 raise
             scan.errors[base_name(stem)] = exc
+            scan.failed.add(str(exc.path))
             continue
         for spec in specs:
             if spec.name in scan.specs:
@@ -412,7 +464,7 @@ def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[st
     ]
 
 
-def _nothing(root: Path, asked: FormatName | None) -> str:
+def _nothing(root: Path, asked: FormatName | None, skipped: Sequence[Skipped]) -> str:
     kinds = Counter(path.suffix.lower() or "(no suffix)" for path in root.iterdir() if path.is_file())
     there = (
         ", ".join(f"{n} {suffix}" for suffix, n in sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:8])
@@ -423,4 +475,5 @@ def _nothing(root: Path, asked: FormatName | None) -> str:
     splits = splits_of(root)
     if splits:
         there += f", and the splits of a datasets.DatasetDict; open one of them: {', '.join(str(root / s) for s in splits[:8])}"
-    return f"{root}: expected {wanted} ({known}), found {there}."
+    more = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
+    return f"{root}: expected {wanted} ({known}), found {there}.{more}"

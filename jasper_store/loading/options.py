@@ -37,7 +37,7 @@ _SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - not a temporary file: where P
 
 
 def check_int(name: str, value: Any, *, at_least: int) -> None:
-    """Refuse what is not a whole number, or too small a one; True and 2.0 are not whole numbers here.
+    """Refuse a value that is no whole number, or is too small; True and 2.0 are no whole numbers here.
 
     Raises:
         IncompatibleOptionsError: naming the option.

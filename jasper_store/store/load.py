@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.formats.base import Chunked, Extent, Inline, Parts, Streamed
+from jasper_store.formats.base import Chunked, Encoded, Extent, Inline, Parts, Streamed
 from jasper_store.formats.parts import parts_of
 from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import preload
@@ -53,6 +53,7 @@ def load(
         InsufficientMemoryError: the system refused the memory.
     """
     location = spec.location
+    assert not isinstance(location, Encoded), "only a conversion reads strings"
     if isinstance(location, Inline):
         return location.values.to(dtype) if out is None else out.copy_(location.values)
     if out is None:

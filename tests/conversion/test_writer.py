@@ -142,7 +142,7 @@ def test_a_block_must_be_like_the_first(tmp_path):
         with pytest.raises(IntegrityError, match="one block only"):
             writer.append("s", 5)
         with pytest.raises(IntegrityError, match="make a tensor"):
-            writer.append("t", ["text"])
+            writer.append("t", [["text"]])
         with pytest.raises(IncompatibleOptionsError, match="cannot name"):
             writer.append("../up", torch.zeros(1))
         writer.append_ragged("r", [[1]])

@@ -184,7 +184,7 @@ class _TorchMachine(Machine):
 
 
 def load(data: bytes) -> Any:
-    """The object that a pickle describes, with a :class:`PtTensor` in the place of each tensor.
+    """The object that a pickle describes, with a :class:`PtTensor` for each tensor.
 
     Raises:
         PickleError: it is damaged, or would need anything executed.

@@ -385,8 +385,8 @@ def hf_dataset(datasets):
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
-            "emb": datasets.List(datasets.Value("float32")),
-            "fixed": datasets.List(datasets.Value("float32"), length=8),
+            "emb": datasets.Sequence(datasets.Value("float32")),
+            "fixed": datasets.Sequence(datasets.Value("float32"), length=8),
             "grid": datasets.Array2D((2, 4), "float32"),
             "label": datasets.ClassLabel(names=["a", "b"]),
         }

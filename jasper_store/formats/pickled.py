@@ -20,9 +20,10 @@ from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt.machine import Machine, PickleError
 from jasper_store.formats.pt.unpickle import describe
+from jasper_store.formats.texts import SkippedMemo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from jasper_store.formats.base import FormatName, Schema
@@ -45,6 +46,7 @@ _DTYPES = {
     "c8": torch.complex64,
     "c16": torch.complex128,
 }
+_MEMO = SkippedMemo()
 _WINDOW_NBYTES = 1 << 16
 # Instructions that are followed, which take some seconds, and the bytes of all of them without those of arrays.
 _MAX_INSTRUCTIONS = 1 << 22
@@ -66,15 +68,20 @@ class PickleFormat:
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
         """See :meth:`jasper_store.formats.base.ReadFormat.locate`."""
-        return [_spec(path, name, value) for name, value in _named(path, self.suffixes) if _is_numbers(value)]
+        key = _MEMO.key(path)
+        found = list(_named(path, self.suffixes))
+        _MEMO.put(key, _others(path, found))
+        return [_spec(path, name, value) for name, value in found if _is_numbers(value)]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
         """See :class:`jasper_store.formats.base.SupportsSkipped`: ids, and whatever else is no array of numbers."""
-        return [
-            Skipped(name, path, _described(value))
-            for name, value in _named(path, self.suffixes)
-            if not _is_numbers(value)
-        ]
+        key = _MEMO.key(path)
+        known = _MEMO.get(key)
+        return _MEMO.put(key, _others(path, _named(path, self.suffixes))) if known is None else known
+
+
+def _others(path: Path, found: Iterable[tuple[str, object]]) -> list[Skipped]:
+    return [Skipped(name, path, _described(value)) for name, value in found if not _is_numbers(value)]
 
 
 @dataclass(frozen=True, slots=True)

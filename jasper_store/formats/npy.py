@@ -108,7 +108,7 @@ class NpyFormat:
         if len(shape) != 1 or not stored.itemsize:
             return []
         name, rows = stem_of(path, self.suffixes), shape[0]
-        return [Texts(name, path, rows, partial(_read_texts, path, name, stored, rows, data_start))]
+        return [Texts(name, (path,), rows, partial(_read_texts, path, name, stored, rows, data_start))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""

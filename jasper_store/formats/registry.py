@@ -38,6 +38,7 @@ __all__ = [
     "READ_ONLY",
     "Located",
     "base_name",
+    "files_of",
     "format_for",
     "locate",
     "readable",
@@ -155,7 +156,12 @@ def skipped_in(fmt: ReadFormat, path: Path, schema: Schema) -> list[Skipped]:
 
 def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
     """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
-    return [skip for path in _files(directory)[name] for skip in skipped_in(readable()[name], path, schema)]
+    return [skip for path in files_of(directory, name) for skip in skipped_in(readable()[name], path, schema)]
+
+
+def files_of(directory: Path, name: FormatName) -> Mapping[Path, str]:
+    """The files of one format in a directory, sorted, each with its name without suffix."""
+    return _files(directory)[name]
 
 
 def _require_tensors(located: Located) -> Located:

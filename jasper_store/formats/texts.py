@@ -60,11 +60,11 @@ _REMEMBERED = 256
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The strings of one column of a file.
+    """The strings of one column of a file, or of files that are numbered.
 
     Attributes:
         name: the name of the column.
-        path: the file.
+        files: the file, or the files in the order of their rows.
         rows: how many strings there are.
         blocks: reads them in order, each time it is called; a block is valid until the next one.
 
@@ -72,7 +72,7 @@ class Texts:
     """
 
     name: str
-    path: Path
+    files: tuple[Path, ...]
     rows: int
     blocks: Callable[[], Iterator[Block]]
 

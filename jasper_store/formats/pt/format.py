@@ -144,7 +144,7 @@ def _in_memory(path: Path, name: str, rows: list[str]) -> Texts:
             rows.clear()
         return iter(blocks)
 
-    return Texts(name, path, len(rows), read)
+    return Texts(name, (path,), len(rows), read)
 
 
 def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:

@@ -348,19 +348,19 @@ class Format(ReadFormat, Protocol):
 
 
 @runtime_checkable
-class SupportsKeys(Protocol):
-    """A format that names a file's only tensor by its file, although the file has a name for it."""
-
-    def locate_keys(self, path: Path) -> list[TensorSpec]:
-        """As :meth:`Format.locate`, with the names that the file has."""
-
-
-@runtime_checkable
 class SupportsSkipped(Protocol):
     """A format whose files may hold more than tensors."""
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
         """What :meth:`ReadFormat.locate` passes over in one file; errors as there."""
+
+
+@runtime_checkable
+class SupportsKeys(Protocol):
+    """A format that names a file's only tensor by its file, although the file has a name for it."""
+
+    def locate_keys(self, path: Path) -> list[TensorSpec]:
+        """As :meth:`ReadFormat.locate`, with the names that the file has."""
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ from jasper_store.formats.npz import NpzFormat
 from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
 from jasper_store.formats.parquet import ParquetFormat
 from jasper_store.formats.parts import join
+from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.texts import text_names
@@ -52,7 +53,14 @@ FORMATS: Mapping[FormatName, Format] = MappingProxyType(
 )
 AUTO_ORDER: tuple[FormatName, ...] = ("safetensors", "npy", "hdf5", "pt")
 READ_ONLY: Mapping[FormatName, ReadFormat] = MappingProxyType(
-    {"arrow": ArrowFormat(), "faiss": FaissFormat(), "bin": BinFormat(), "npz": NpzFormat(), "parquet": ParquetFormat()}
+    {
+        "arrow": ArrowFormat(),
+        "faiss": FaissFormat(),
+        "bin": BinFormat(),
+        "npz": NpzFormat(),
+        "pickle": PickleFormat(),
+        "parquet": ParquetFormat(),
+    }
 )
 """Formats that others write, in the order in which ``"auto"`` asks them after those of :data:`AUTO_ORDER`."""
 
@@ -197,10 +205,11 @@ class _Scan:
         return {base_name(name) for name in self.specs} | self.errors.keys()
 
     def take(self, wanted: Iterable[str]) -> list[TensorSpec]:
-        """The specs of these base names; raises the error of the first that cannot be read."""
+        """The specs of these base names; raises the errors of those that cannot be read, all in one."""
         wanted = set(wanted)
-        for name in sorted(wanted & self.errors.keys()):
-            raise self.errors[name]
+        unreadable = sorted(wanted & self.errors.keys())
+        if unreadable:
+            raise _together([self.errors[name] for name in unreadable])
         return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
 
 
@@ -261,6 +270,9 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     if not any(scan.names() for scan in scans.values()):
         raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
     _require_numbers(skipped, scans.values(), schema)
+    if not any(scan.specs for scan in scans.values()):
+        # Also where none of them would be part of the dataset: there is nothing else.
+        raise _together([error for scan in scans.values() for error in scan.errors.values()])
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known
@@ -268,7 +280,7 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     if chosen in READ_ONLY:
         # What this library writes is the dataset, if there is any of it.
         chosen = max(scans, key=lambda name: (name in FORMATS and bool(scans[name].names()), len(scans[name].names())))
-    specs, notes = _gather(root, chosen, scans, wanted, schema)
+    specs, notes = _gather(root, chosen, scans, wanted)
     if not specs:
         raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
     return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
@@ -338,16 +350,16 @@ def _skipped_in(
 
 
 def _gather(
-    root: Path, chosen: FormatName, scans: Mapping[FormatName, _Scan], wanted: set[str], schema: Schema
+    root: Path, chosen: FormatName, scans: Mapping[FormatName, _Scan], wanted: set[str]
 ) -> tuple[list[TensorSpec], list[str]]:
     """The chosen format's tensors and extras, and what it lacks from the others."""
     notes: list[str] = []
     first = scans[chosen]
     extras = first.names() - wanted
-    for name in sorted(extras & first.errors.keys()):
-        if not schema.required:
-            raise first.errors[name]
-        notes.append(f"{name!r} is not part of the dataset and is skipped: {first.errors[name]}")
+    for scan in scans.values():
+        # Without required names everything is wanted, so there are none of these.
+        skipped = sorted(scan.errors.keys() - wanted)
+        notes += [f"{name!r} is not part of the dataset and is skipped: {scan.errors[name]}" for name in skipped]
     specs = first.take((wanted | extras) - (extras & first.errors.keys()))
     missing = wanted - first.names()
     for other, scan in scans.items():
@@ -359,6 +371,14 @@ def _gather(
                 f"Convert the dataset to {chosen} again to have it whole."
             )
     return specs, notes
+
+
+def _together(errors: list[JasperStoreError]) -> JasperStoreError:
+    """One error that says what several say."""
+    if len(errors) == 1:
+        return errors[0]
+    text = f"{len(errors)} files cannot be read. " + " ".join(str(error) for error in errors)
+    return CorruptFileError(text, path=errors[0].path, tensor=errors[0].tensor)
 
 
 def _files(root: Path) -> dict[FormatName, dict[Path, str]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+import jasper_store as js
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.arrow.format import ArrowFormat
 from jasper_store.formats.base import Extent, Parts, Schema
@@ -434,13 +435,40 @@ def test_a_directory_of_one_file(tmp_path, datasets):
 
 
 def test_a_directory_of_shards(tmp_path, datasets):
-    pytest.importorskip("jasper_store.formats.numbered")
     root = tmp_path / "saved"
     hf_dataset(datasets).save_to_disk(root, num_shards=3)
     specs = {spec.name: spec for spec in locate(root, "auto", Schema()).specs}
     assert list(specs) == ["emb", "fixed", "grid", "label"]
     assert np.array_equal(in_place(specs["grid"]).reshape(100, 8), ROWS)
     assert len(specs["emb"].paths) == 3
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_saved_dataset_is_opened_trained_from_verified_and_converted(tmp_path, datasets, use_mmap, shards):
+    root = tmp_path / "saved"
+    saved = hf_dataset(datasets)
+    saved.save_to_disk(root, num_shards=shards)
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    rows = np.array([99, 0, 34, 33, 67, 0])
+    with js.open(root, use_mmap=use_mmap) as store:
+        assert store["emb"].placement == ("mmap" if use_mmap else "ram")
+        assert np.array_equal(store["emb"].take(torch.from_numpy(rows)).numpy(), ROWS[rows])
+        assert np.array_equal(store["label"].take(torch.from_numpy(rows)).numpy(), rows % 2)
+    with js.Dataset(root, {"x": "emb[i]", "grid": "grid[i]", "y": "label[i]"}, use_mmap=use_mmap) as dataset:
+        loader = js.create_loader(dataset, batch_size=32, shuffle=False, drop_last=False)
+        batches = list(loader)
+    assert np.array_equal(torch.cat([batch["x"] for batch in batches]).numpy(), ROWS)
+    assert np.array_equal(torch.cat([batch["grid"] for batch in batches]).numpy(), ROWS.reshape(-1, 2, 4))
+    assert torch.cat([batch["y"] for batch in batches]).tolist() == saved["label"]
+    assert js.verify(root).ok
+    js.convert(root, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"dataset_info.json", "jasper_store.json"}
+    (emb,) = [spec for spec in locate(tmp_path / "out", "safetensors", Schema()).specs if spec.name == "emb"]
+    assert np.array_equal(in_place(emb), ROWS)
+    after = {path.name: path.read_bytes() for path in root.iterdir() if path.name != "jasper_store.json"}
+    assert after.keys() - before.keys() <= {name for name in after if name.startswith(".")}
+    assert all(after[name] == content for name, content in before.items())
 
 
 def test_a_dataset_dict_says_which_directory_to_open(tmp_path, datasets):
@@ -519,3 +547,12 @@ def test_nothing_but_strings(tmp_path):
 def test_torch_dtypes(tmp_path):
     (spec,) = read(write(tmp_path / "x.arrow", pa.table({"x": fixed(ROWS)}))).values()
     assert (spec.dtype, spec.shape, spec.path) == (torch.float32, (100, 8), Path(tmp_path / "x.arrow"))
+
+
+def test_a_state_of_another_program_is_copied_by_a_conversion(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write(source / "x.arrow", pa.table({"n": [1]}))
+    (source / "state.json").write_text('{"step": 3}')
+    js.convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "state.json").read_text() == '{"step": 3}'

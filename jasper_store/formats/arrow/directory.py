@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-__all__ = ["dataset_files", "splits_of"]
+__all__ = ["dataset_files", "lists_data_files", "splits_of"]
 
+_STATE = "state.json"
 _MAX_JSON = 64 << 20
 _NUMBER = re.compile(r"-\d+-of-\d+$")
 _CACHE = re.compile(r"cache-[0-9a-f]{8,}(_\d+_of_\d+)?$")
@@ -63,7 +64,7 @@ def dataset_files(root: Path, files: Mapping[Path, str]) -> tuple[dict[Path, str
             skipped.append(
                 Skipped(stem, path, "a result that the library datasets keeps; open it by its name to have it")
             )
-    named = _named(root / "state.json")
+    named = _named(root / _STATE)
     if named is not None:
         others = [path for path in kept if path.name not in named]
         skipped += [Skipped(kept[path], path, "state.json does not list it") for path in others]
@@ -78,6 +79,16 @@ def dataset_files(root: Path, files: Mapping[Path, str]) -> tuple[dict[Path, str
                 path=root,
             )
     return kept, skipped
+
+
+def lists_data_files(path: Path) -> bool:
+    """Whether a file is the ``state.json`` of a saved dataset, which says which files hold its rows."""
+    if path.name != _STATE:
+        return False
+    try:
+        return "_data_files" in _json(path)
+    except CorruptFileError:
+        return False  # another program's file of that name
 
 
 def _named(path: Path) -> list[str] | None:

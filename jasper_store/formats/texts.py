@@ -42,6 +42,7 @@ __all__ = [
     "encode_bytes",
     "encode_unicode",
     "hash_block",
+    "in_memory",
     "is_text",
     "sort_hashes",
     "text_names",
@@ -87,6 +88,20 @@ class SupportsTexts(Protocol):
         Raises:
             CorruptFileError, DatasetNotFoundError: as ``locate``.
         """
+
+
+def in_memory(path: Path, name: str, rows: list[str]) -> Texts:
+    """A column whose strings came with the file's header; ``rows`` is emptied when they are first read."""
+    blocks: list[Block] = []
+
+    def read() -> Iterator[Block]:
+        # Encoded when first read, since a text that UTF-8 cannot hold is an error of reading it.
+        if not blocks:
+            blocks.append(encode(name, rows))
+            rows.clear()
+        return iter(blocks)
+
+    return Texts(name, (path,), len(rows), read)
 
 
 def is_text(values: Any, offsets: Any) -> bool:

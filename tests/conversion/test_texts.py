@@ -88,7 +88,7 @@ def test_each_command_names_what_it_skips(tmp_path, kind):
     assert any(note.startswith("ids: 6 strings, kept") or "'ids' is skipped" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("kind", ["unicode", "bytes", "pt", "hdf5"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fmt", [*FORMAT_NAMES, "gzip"])
 def test_a_conversion_keeps_them_and_the_next_one_too(tmp_path, kind, fmt):
     source = mixed(tmp_path / "data", kind)

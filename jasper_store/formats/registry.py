@@ -39,6 +39,7 @@ __all__ = [
     "READ_ONLY",
     "Located",
     "base_name",
+    "files_of",
     "format_for",
     "locate",
     "readable",
@@ -168,6 +169,11 @@ def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skippe
     if name == "arrow":
         files, passed = dataset_files(directory, files)
     return [*passed, *(skip for path in files for skip in skipped_in(readable()[name], path, schema))]
+
+
+def files_of(directory: Path, name: FormatName) -> Mapping[Path, str]:
+    """The files of one format in a directory, sorted, each with its name without suffix."""
+    return _files(directory)[name]
 
 
 def _require_tensors(located: Located) -> Located:

@@ -24,7 +24,7 @@ from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
-from jasper_store.formats.texts import text_names
+from jasper_store.formats.texts import SupportsTexts, text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
@@ -343,16 +343,20 @@ def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
 def _skipped_in(
     scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
 ) -> list[Skipped]:
-    """What the files that were scanned hold besides tensors; of numbered files, what is in each of them once."""
-    skipped: dict[tuple[str, str], Skipped] = {}
+    """What the files that were scanned hold besides tensors.
+
+    A column that every shard holds is named once, unless it holds strings that a conversion keeps: then each is needed.
+    """
+    skipped: dict[tuple[str, ...], Skipped] = {}
     for name, scan in scans.items():
+        each = isinstance(readable()[name], SupportsTexts)
         for path in files[name]:
             if str(path) in scan.failed:
                 continue
             # What is wrong with a file that others make unreadable was reported where they were located.
             with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
                 for skip in skipped_in(readable()[name], path, schema):
-                    skipped.setdefault((skip.name, skip.reason), skip)
+                    skipped.setdefault((skip.name, skip.reason, str(path) if each else ""), skip)
     return list(skipped.values())
 
 

@@ -154,7 +154,7 @@ class Generation:
             msg = f"{root}: expected generation 1 to {self.number}, found {number}; open the dataset again"
             raise DatasetNotFoundError(msg, path=root)
         paths = self._checked_paths(root, number)
-        specs = [_spec(name, tensor, paths, number) for name, tensor in self.tensors.items()]
+        specs = [_spec(name, tensor, paths, root, number) for name, tensor in self.tensors.items()]
         for file in sorted({whole.file for whole in self.whole.values()}):
             fmt = format_for(paths[file])
             there = {spec.name: spec for spec in fmt.locate(paths[file], schema)} if fmt is not None else {}
@@ -282,11 +282,14 @@ def safe_name(name: object) -> str:
     return name
 
 
-def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, Path], number: int) -> TensorSpec:
+def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, Path], root: Path, number: int) -> TensorSpec:
     at = tensor.visible(number)
     if not len(at):
-        msg = f"{name!r}: expected a part in generation {number}, found none in {MANIFEST_NAME}; restore that file"
-        raise CorruptFileError(msg, tensor=name)
+        msg = (
+            f"{root}: expected parts of {name!r} in generation {number}, found none: a compaction removed its files; open "
+            "the dataset again"
+        )
+        raise DatasetNotFoundError(msg, path=root, tensor=name)
     rows = tensor.rows[at]
     shape = (int(rows.sum()), *tensor.row_shape)
     filled = at[rows > 0]

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from jasper_store.conversion.generations import (
+    SHARDS,
     NewPart,
     current,
     extended,
@@ -32,9 +33,8 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import FormatName, Schema, TensorSpec
     from jasper_store.store.manifest import FileEntry
 
-__all__ = ["SHARDS", "SHARD_NAME", "Appending", "clean_parts", "shard_directory"]
+__all__ = ["SHARD_NAME", "Appending", "clean_parts", "shard_directory"]
 
-SHARDS: Final = ".shards"
 SHARD_NAME: Final = re.compile(r"(?P<shard>\d{5,})-of-(?P<shards>\d{5,})")
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from jasper_store.conversion.append import SHARD_NAME, SHARDS, clean_parts
+from jasper_store.conversion.append import SHARD_NAME, clean_parts
 from jasper_store.conversion.checksum import Hasher
 from jasper_store.conversion.generations import (
+    SHARDS,
     NewPart,
     current,
     extended,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PART_DIRECTORY",
+    "SHARDS",
     "NewPart",
     "current",
     "extended",
@@ -39,6 +40,7 @@ __all__ = [
     "stray_directories",
 ]
 
+SHARDS: Final = ".shards"  # directory that shards are written into
 PART_DIRECTORY: Final = re.compile(r"part-\d{6,}")
 _WAIT_SECONDS = 60.0  # for a reader that is writing down which checks passed
 

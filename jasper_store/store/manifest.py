@@ -116,6 +116,7 @@ class Manifest:
         verified: name of a check to the files that passed it together, with their fingerprints then.
         generation: the parts that make the dataset, where it has grown; their files have no entry in ``files``.
         verified_parts: name of a check to the digest of the generation that passed it.
+        pending: files that are still to be written before the directory is a dataset.
     """
 
     directory: Path
@@ -123,6 +124,7 @@ class Manifest:
     verified: Mapping[str, Mapping[str, FileFingerprint]] = field(default_factory=dict)
     generation: Generation | None = None
     verified_parts: Mapping[str, str] = field(default_factory=dict)
+    pending: tuple[str, ...] = ()
 
     def check(self, specs: Sequence[TensorSpec]) -> list[str]:
         """Compare files with their entries; milliseconds, whatever their size.
@@ -134,8 +136,15 @@ class Manifest:
             Texts for StaleDataWarning: files whose source has changed since they were made.
 
         Raises:
-            CorruptFileError: a file is not the one that was written.
+            CorruptFileError: a file is not the one that was written, or files are still to be written.
         """
+        if self.pending:
+            names = ", ".join(self.pending[:5]) + (", ..." if len(self.pending) > 5 else "")
+            msg = (
+                f"{self.directory}: expected a whole dataset, found a conversion that was not finished ({names}); wait for "
+                "it, or run it again"
+            )
+            raise CorruptFileError(msg, path=self.directory)
         stale: list[str] = []
         by_path: dict[Path, list[TensorSpec]] = {}
         for spec in specs:
@@ -238,6 +247,7 @@ class Manifest:
         return {
             "format_version": FORMAT_VERSION if self.generation is None else PARTS_VERSION,
             **parts,
+            **({"pending": list(self.pending)} if self.pending else {}),
             "files": {name: entry.to_json() for name, entry in sorted(self.files.items())},
             "verified": {
                 check: {name: fingerprint.to_json() for name, fingerprint in sorted(marks.items())}

@@ -95,7 +95,8 @@ def _parse(directory: Path, raw: Any) -> Manifest:
         for check, marks in raw.get("verified", {}).items()
     }
     if version == FORMAT_VERSION:
-        return Manifest(directory, files, verified)
+        pending = tuple(safe_name(name) for name in _typed(raw.get("pending", []), list))
+        return Manifest(directory, files, verified, pending=pending)
     generation = Generation.from_json(raw["generation"], directory / MANIFEST_NAME)
     passed = {_typed(check, str): str(_hex(mark)) for check, mark in _typed(raw["verified_parts"], dict).items()}
     return Manifest(directory, files, verified, generation, passed)

@@ -6,6 +6,8 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Final
 
+import torch
+
 from jasper_store.conversion.generations import (
     SHARDS,
     NewPart,
@@ -17,23 +19,22 @@ from jasper_store.conversion.generations import (
     require_growable,
     stray_directories,
 )
-from jasper_store.errors import ConversionError, IncompatibleOptionsError
+from jasper_store.errors import ConversionError, IncompatibleOptionsError, IntegrityError, UnknownNameError
 from jasper_store.files.atomic import clean_stale, map_os_errors, remove, sync_directory, temporary_name
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
 from jasper_store.formats.generation import read_generation
-from jasper_store.formats.registry import format_for, locate
+from jasper_store.formats.registry import base_name, format_for, locate
 from jasper_store.store.manifest import Manifest
+from jasper_store.store.manifest_file import MANIFEST_LOCK
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
-
-    import torch
 
     from jasper_store.formats.base import FormatName, Schema, TensorSpec
     from jasper_store.store.manifest import FileEntry
 
-__all__ = ["SHARD_NAME", "Appending", "clean_parts", "shard_directory"]
+__all__ = ["SHARD_NAME", "Appending", "check_known", "check_part_options", "clean_parts", "shard_directory"]
 
 SHARD_NAME: Final = re.compile(r"(?P<shard>\d{5,})-of-(?P<shards>\d{5,})")
 
@@ -62,7 +63,9 @@ class Appending:
         with map_os_errors(root):
             old = current(root, schema)
             if old is None:
-                msg = f"{root}: expected a dataset to append to, found no tensors; write it first, without mode='append'"
+                msg = (
+                    f"{root}: expected a dataset to append to, found no tensors; write it first, without mode='append'"
+                )
                 raise ConversionError(msg, path=root)
             self._old = old
             clean_parts(root)
@@ -84,6 +87,22 @@ class Appending:
         """Rows that a tensor has so far; 0 if it is not in parts."""
         tensor = self._old.tensors.get(name)
         return tensor.n_rows(self._old.number) if tensor is not None else 0
+
+    def require_plain(self, name: str) -> None:
+        """Refuse rows of the values or offsets of a ragged tensor that come one without the other.
+
+        Raises:
+            IntegrityError: the tensor is one of these.
+        """
+        base = base_name(name)
+        if base != name and self.n_rows(f"{base}.offsets"):
+            msg = f"{name!r}: expected rows of {base!r} through append_ragged(), since it is ragged, found append()"
+            raise IntegrityError(msg, tensor=name)
+
+    def require_ragged(self, name: str) -> None:
+        """Check that rows may be appended to a ragged tensor; as :meth:`require`."""
+        for part in ("values", "offsets"):
+            self.require(f"{name}.{part}", torch.int64, ())
 
     def publish(
         self,
@@ -132,6 +151,7 @@ def clean_parts(root: Path) -> None:
         CorruptFileError: the manifest cannot be understood.
     """
     clean_stale(root)
+    remove_stale(root / MANIFEST_LOCK)
     for path in stray_directories(root, read_generation(root)):
         for shard in sorted(path.iterdir()):
             if SHARD_NAME.fullmatch(shard.name) and not (root / SHARDS / shard.name).exists():
@@ -139,6 +159,26 @@ def clean_parts(root: Path) -> None:
                 shard.rename(root / SHARDS / shard.name)
         sync_directory(root / SHARDS if (root / SHARDS).is_dir() else root)
         remove(path)
+
+
+def check_known(option: str, value: str, known: Collection[str]) -> None:
+    """Raise UnknownNameError unless an option has one of the known values."""
+    if value not in known:
+        msg = f"{option}={value!r}: expected one of {', '.join(map(repr, known))}"
+        raise UnknownNameError(msg)
+
+
+def check_part_options(path: Path, *, compression: object, overwrite: bool, appends: str, config: object) -> None:
+    """Raise IncompatibleOptionsError on options that make no sense where a part of a dataset is written."""
+    if compression is not None:
+        msg = f"compression={compression!r}: parts hold uncompressed rows, so that they can be mapped; leave it out"
+    elif overwrite:
+        msg = "overwrite=True: parts are added to a dataset, and a shard replaces itself; leave it out"
+    elif config is not None and appends == "append":
+        msg = "config=, samples=: the dataset that is appended to has its own; leave them out, or edit its config.json"
+    else:
+        return
+    raise IncompatibleOptionsError(msg, path=path)
 
 
 def shard_directory(root: Path, shard: int | None, shards: int | None, *, append: bool, schema: Schema) -> Path:

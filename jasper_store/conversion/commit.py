@@ -158,7 +158,7 @@ class _Commit:
             before = self.old or Generation(0, moved[0].format)
             new = extended(before, self.root, parts, Manifest(self.root, self.entries), number=self.number)
             self._check(before, new)
-            if config is not None:
+            if config is not None and self.old is None:
                 write_bytes(self.root / _CONFIG, config)
             publish(self.root, self.old if self.old is not None and self.old.number else None, new)
             self._remove_replaced(moved, new)
@@ -228,11 +228,12 @@ class _Commit:
         ragged = sorted({base_name(n) for n in names if f"{base_name(n)}.offsets" in names and n.endswith(".values")})
         offsets = {f"{name}.offsets" for name in ragged}
         known = Manifest(self.root, self.entries)
-        parts = []
-        for position, located in enumerate(moved):
-            for spec in located.specs:
-                if spec.name not in offsets and (spec.shape or position == 0):
-                    parts.append(NewPart(spec, known.checksum(spec)))
+        parts = [
+            NewPart(spec, known.checksum(spec))
+            for position, located in enumerate(moved)
+            for spec in located.specs
+            if spec.name not in offsets and (spec.shape or position == 0)
+        ]
         by_shard = [{spec.name: spec for spec in located.specs} for located in moved]
         return parts + [self._rebased(name, by_shard) for name in ragged]
 

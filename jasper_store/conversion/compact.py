@@ -21,7 +21,6 @@ from jasper_store.conversion.generations import (
     publish,
 )
 from jasper_store.conversion.plan import FileTask, SourceFacts
-from jasper_store.memory.budget import format_bytes
 from jasper_store.conversion.transfer import Options, write_file
 from jasper_store.errors import ConversionError
 from jasper_store.files.atomic import (
@@ -34,10 +33,11 @@ from jasper_store.files.atomic import (
 )
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import LOCK_NAME, exclusive
-from jasper_store.formats.base import Parts, Schema
+from jasper_store.formats.base import Extent, Parts, Schema
 from jasper_store.formats.generation import Generation, PartFiles
 from jasper_store.formats.registry import FORMATS, format_for
 from jasper_store.memory import budget
+from jasper_store.memory.budget import format_bytes
 from jasper_store.store.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
@@ -79,10 +79,8 @@ class CompactReport:
     def __str__(self) -> str:
         if self.parts:
             what = ", ".join(f"{name} ({parts:,} parts)" for name, parts in sorted(self.parts.items()))
-            lines = [
-                f"{self.path}: generation {self.generation}; {format_bytes(self.nbytes)} written and read back in "
-                f"{self.seconds:.1f} s: {what}"
-            ]
+            cost = f"{format_bytes(self.nbytes)} written and read back in {self.seconds:.1f} s"
+            lines = [f"{self.path}: generation {self.generation}; {cost}: {what}"]
         else:
             lines = [f"{self.path}: every tensor is in one part (generation {self.generation})"]
         if self.removed:
@@ -188,8 +186,11 @@ def _rewritten(
         for task in tasks:
             facts.check(path for spec in task.specs for path in spec.paths)
             for written in write_file(task, task.target, options, advance):
-                location = replace(written.target.location, path=target / task.target.name)  # type: ignore[type-var]
-                placed.append(NewPart(replace(written.target, name=written.spec.name, location=location), written.checksum))
+                place = written.target.location
+                assert isinstance(place, Extent)  # rows that are there, and not compressed
+                place = replace(place, path=target / task.target.name)
+                spec = replace(written.target, name=written.spec.name, location=place)
+                placed.append(NewPart(spec, written.checksum))
             facts.check(path for spec in task.specs for path in spec.paths)
             sync_file(task.target)
             entries[f"{target.name}/{task.target.name}"] = FileEntry(FileFingerprint.of(task.target))

@@ -41,10 +41,9 @@ def exchanged(directory: Path, ready: Sequence[tuple[Path, Path, FileEntry | Non
         CorruptFileError: the manifest that is there cannot be understood.
     """
     real = Path(os.path.realpath(directory))
-    facts = real.stat()
-    if facts.st_uid != os.geteuid() if hasattr(os, "geteuid") else True:
+    if not hasattr(os, "geteuid") or real.stat().st_uid != os.geteuid():
         return False
-    if Path.cwd() == real or real in Path.cwd().parents or any(path.is_dir() for path in real.iterdir()):
+    if _working_in(real) or any(path.is_dir() for path in real.iterdir()):
         return False
     staging = temporary_name(real, "staging")
     try:
@@ -60,6 +59,15 @@ def exchanged(directory: Path, ready: Sequence[tuple[Path, Path, FileEntry | Non
     finally:
         remove(staging)  # after the exchange it is the old directory
     return True
+
+
+def _working_in(directory: Path) -> bool:
+    """Whether this process works in a directory, which it would lose."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return False
+    return here == directory or directory in here.parents
 
 
 def _fill(real: Path, staging: Path, ready: Sequence[tuple[Path, Path, FileEntry | None]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import torch
 
     from jasper_store.formats.base import Schema, TensorSpec
+
+_Row: TypeAlias = "tuple[int, int, int, str | None]"
+"""A part: number of its file, offset, rows, checksum."""
 
 __all__ = [
     "PART_DIRECTORY",
@@ -77,7 +80,10 @@ def current(root: Path, schema: Schema) -> Generation | None:
         return None
     manifest.check(located.specs)
     return extended(
-        Generation(0, located.format), root, [NewPart(spec, manifest.checksum(spec)) for spec in located.specs], manifest
+        Generation(0, located.format),
+        root,
+        [NewPart(spec, manifest.checksum(spec)) for spec in located.specs],
+        manifest,
     )
 
 
@@ -119,46 +125,56 @@ def extended(
         ConversionError: a file of a part lies outside the directory.
     """
     number = old.number if number is None else number
-    names, known = list(old.files.names), {name: i for i, name in enumerate(old.files.names)}
-    prints: list[FileFingerprint] = []
-    columns: dict[str, list[tuple[int, int, int, str | None]]] = {}
-    whole = dict(old.whole)
-    rows_of: dict[str, TensorSpec] = {}
+    files = _Files(root, old.files, manifest)
+    columns: dict[str, list[_Row]] = {}
+    whole, spec_of = dict(old.whole), {}
     for part in parts:
         spec = part.spec
-        numbers: dict[Path, int] = {}
-        for path in spec.paths:
-            name = key_of(root, path)
-            if name is None:
-                msg = f"{path}: expected all files of the dataset in {root}, found one elsewhere; convert it first"
-                raise ConversionError(msg, path=path, tensor=spec.name)
-            if name not in known:
-                known[name] = len(names)
-                names.append(name)
-                entry = manifest.files.get(name) if manifest is not None else None
-                prints.append(entry.fingerprint if entry is not None else FileFingerprint.of(path))
-            numbers[path] = known[name]
+        numbers = {path: files.number(path) for path in spec.paths}
         if not _growable(spec):
             whole[spec.name] = WholeTensor(numbers[spec.path], spec.dtype, spec.shape, part.checksum)
             continue
-        rows_of[spec.name] = spec
+        spec_of[spec.name] = spec
         for each in parts_of(spec):
             # Without rows it may have no place in its file (HDF5).
             offset = each.location.offset if isinstance(each.location, Extent) else 0
-            at = (numbers[each.path], offset, each.n_rows, part.checksum)
-            columns.setdefault(spec.name, []).append(at)
-    files = PartFiles(
-        tuple(names),
-        np.concatenate([old.files.sizes, np.array([each.size for each in prints], np.int64)]),
-        np.concatenate([old.files.mtimes, np.array([each.mtime_ns for each in prints], np.int64)]),
-        (*old.files.samples, *(each.sample for each in prints)),
-    )
-    tensors = {
-        name: _retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()
-    }
+            columns.setdefault(spec.name, []).append((numbers[each.path], offset, each.n_rows, part.checksum))
+    tensors = {name: _retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()}
     for name, rows in columns.items():
-        tensors[name] = _longer(tensors.get(name), rows_of[name], rows, number)
-    return Generation(number, old.format, files, tensors, whole)
+        tensors[name] = _longer(tensors.get(name), spec_of[name], rows, number)
+    return Generation(number, old.format, files.columns(), tensors, whole)
+
+
+class _Files:
+    """The files of a generation, and those that come to it."""
+
+    def __init__(self, root: Path, old: PartFiles, manifest: Manifest | None) -> None:
+        self._root = root
+        self._old = old
+        self._entries = manifest.files if manifest is not None else {}
+        self._numbers = {name: number for number, name in enumerate(old.names)}
+        self._new: list[FileFingerprint] = []
+
+    def number(self, path: Path) -> int:
+        """Number of a file, which is added if it is new."""
+        name = key_of(self._root, path)
+        if name is None:
+            msg = f"{path}: expected all files of the dataset in {self._root}, found one elsewhere; convert it first"
+            raise ConversionError(msg, path=path)
+        if name not in self._numbers:
+            entry = self._entries.get(name)
+            self._new.append(entry.fingerprint if entry is not None else FileFingerprint.of(path))
+            self._numbers[name] = len(self._numbers)
+        return self._numbers[name]
+
+    def columns(self) -> PartFiles:
+        """All of them."""
+        return PartFiles(
+            tuple(self._numbers),
+            np.concatenate([self._old.sizes, np.array([each.size for each in self._new], np.int64)]),
+            np.concatenate([self._old.mtimes, np.array([each.mtime_ns for each in self._new], np.int64)]),
+            (*self._old.samples, *(each.sample for each in self._new)),
+        )
 
 
 def _growable(spec: TensorSpec) -> bool:
@@ -169,17 +185,19 @@ def _retired(tensor: PartedTensor, number: int) -> PartedTensor:
     return replace(tensor, until=np.where(tensor.until == 0, number, tensor.until).astype(np.int64))
 
 
-def _longer(
-    old: PartedTensor | None, spec: TensorSpec, rows: Sequence[tuple[int, int, int, str | None]], number: int
-) -> PartedTensor:
+def _longer(old: PartedTensor | None, spec: TensorSpec, rows: Sequence[_Row], number: int) -> PartedTensor:
     none = np.zeros(0, np.int64)
     if old is None:
         old = PartedTensor(spec.dtype, spec.shape[1:], none, none, none, none, none, ())
-    new = [np.array([row[i] for row in rows], np.int64) for i in range(3)]
-    new += [np.full(len(rows), number, np.int64), np.zeros(len(rows), np.int64)]
-    before = (old.file_of, old.offsets, old.rows, old.since, old.until)
-    columns = [np.concatenate(pair) for pair in zip(before, new, strict=True)]
-    return PartedTensor(old.dtype, old.row_shape, *columns, (*old.checksums, *(row[3] for row in rows)))
+    return replace(
+        old,
+        file_of=np.concatenate([old.file_of, np.array([row[0] for row in rows], np.int64)]),
+        offsets=np.concatenate([old.offsets, np.array([row[1] for row in rows], np.int64)]),
+        rows=np.concatenate([old.rows, np.array([row[2] for row in rows], np.int64)]),
+        since=np.concatenate([old.since, np.full(len(rows), number, np.int64)]),
+        until=np.concatenate([old.until, np.zeros(len(rows), np.int64)]),
+        checksums=(*old.checksums, *(row[3] for row in rows)),
+    )
 
 
 def require_growable(
@@ -254,4 +272,3 @@ def publish(root: Path, old: Generation | None, new: Generation) -> None:
 
     with map_os_errors(root / MANIFEST_NAME):
         update(root, change, wait=_WAIT_SECONDS)
-

@@ -204,6 +204,9 @@ class _Check:
                     "checked. js.convert and js.DatasetWriter write one"
                 )
                 self._add("warning", None, "manifest", text)
+        if found is not None and found.pending:
+            text = f"{self.root}: a conversion into it was not finished ({', '.join(found.pending[:5])}); run it again"
+            self._add("error", None, "manifest", text)
         return found or Manifest(self.root)
 
     def _add(self, severity: Severity, tensor: str | None, check: str, message: str) -> None:

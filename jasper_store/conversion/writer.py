@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from jasper_store.conversion.append import Appending, shard_directory
+from jasper_store.conversion.append import Appending, check_known, check_part_options, shard_directory
 from jasper_store.conversion.checksum import Hasher
 from jasper_store.conversion.coerce import as_block, as_json, flatten
 from jasper_store.conversion.plan import FileTask, make_tasks
 from jasper_store.conversion.staging import make_staging, publish
 from jasper_store.conversion.transfer import Options, write_file
-from jasper_store.errors import (
-    ClosedError,
-    ConversionError,
-    IncompatibleOptionsError,
-    IntegrityError,
-    UnknownNameError,
-)
+from jasper_store.errors import ClosedError, ConversionError, IntegrityError
 from jasper_store.files.atomic import (
     map_os_errors,
     remove,
@@ -39,7 +33,7 @@ from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import write as write_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -126,11 +120,11 @@ class DirectoryWriter:
         shard: int | None = None,
         shards: int | None = None,
     ) -> None:
-        _check_known("format", "safetensors" if format is None else format, FORMATS)
-        _check_known("mode", mode, ("create", "append"))
+        check_known("format", "safetensors" if format is None else format, FORMATS)
+        check_known("mode", mode, ("create", "append"))
         part = mode == "append" or shard is not None or shards is not None
         if part:
-            _check_part(Path(path), compression=compression, overwrite=overwrite, appends=mode, config=config)
+            check_part_options(Path(path), compression=compression, overwrite=overwrite, appends=mode, config=config)
         schema = Schema() if schema is None else schema
         self._config = None if config is None else as_json(config)
         # A link to a directory is followed: the dataset behind it is what gets replaced, not the link.
@@ -190,9 +184,8 @@ class DirectoryWriter:
         if base_name(name) in self._ragged or name in self._ragged:
             msg = f"{name!r}: expected rows through append_ragged(), as before, found append(); the two cannot mix"
             raise IntegrityError(msg, tensor=name)
-        if self._appending is not None and self._appending.n_rows(f"{base_name(name)}.offsets") and base_name(name) != name:
-            msg = f"{name!r}: expected rows of {base_name(name)!r} through append_ragged(), since it is ragged"
-            raise IntegrityError(msg, tensor=name)
+        if self._appending is not None:
+            self._appending.require_plain(name)
         self._append(name, as_block(name, rows))
 
     def append_ragged(self, name: str, rows: Sequence[Sequence[int] | torch.Tensor]) -> None:
@@ -215,8 +208,7 @@ class DirectoryWriter:
         if name not in self._ragged:
             check_name(name)
             if self._appending is not None:
-                for each in (f"{name}.values", f"{name}.offsets"):
-                    self._appending.require(each, torch.int64, ())
+                self._appending.require_ragged(name)
             self._ragged.add(name)
             self._append(f"{name}.values", torch.empty(0, dtype=torch.int64))
             # Offsets of an appended part begin where the old ones end, which is the end of the values there are.
@@ -400,25 +392,6 @@ class DirectoryWriter:
             self.abandon()
         elif not self._closed:
             self.close()
-
-
-def _check_known(option: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        msg = f"{option}={value!r}: expected one of {', '.join(map(repr, known))}"
-        raise UnknownNameError(msg)
-
-
-def _check_part(path: Path, *, compression: object, overwrite: bool, appends: str, config: object) -> None:
-    """Refuse options that make no sense where a part of a dataset is written."""
-    if compression is not None:
-        msg = f"compression={compression!r}: parts hold uncompressed rows, so that they can be mapped; leave it out"
-    elif overwrite:
-        msg = "overwrite=True: parts are added to a dataset, and a shard replaces itself; leave it out"
-    elif config is not None and appends == "append":
-        msg = "config=, samples=: the dataset that is appended to has its own; leave them out, or change its config.json"
-    else:
-        return
-    raise IncompatibleOptionsError(msg, path=path)
 
 
 def _abort(parts: dict[str, _Part]) -> None:

@@ -130,8 +130,8 @@ class Generation:
         facts: list[Any] = [self.number, *sorted((name, repr(whole)) for name, whole in self.whole.items())]
         for name, tensor in sorted(self.tensors.items()):
             columns = (tensor.file_of, tensor.offsets, tensor.rows, tensor.since, tensor.until)
-            facts += [name, dtype_name(tensor.dtype), tensor.row_shape, [xxhash.xxh3_64_hexdigest(c) for c in columns]]
-        facts += [self.files.names, xxhash.xxh3_64_hexdigest(self.files.sizes), self.files.samples]
+            facts += [name, dtype_name(tensor.dtype), tensor.row_shape, [_hash(column) for column in columns]]
+        facts += [self.files.names, _hash(self.files.sizes), self.files.samples]
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def locate(
@@ -282,6 +282,10 @@ def safe_name(name: object) -> str:
     return name
 
 
+def _hash(column: NDArray[np.int64]) -> str:
+    return xxhash.xxh3_64_hexdigest(column.tobytes())
+
+
 def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, Path], root: Path, number: int) -> TensorSpec:
     at = tensor.visible(number)
     if not len(at):
@@ -332,9 +336,10 @@ def _parse_files(raw: Any) -> PartFiles:
 def _parse_tensor(name: str, raw: Any, files: PartFiles, number: int, path: Path) -> PartedTensor:
     file_of = _ints(raw["files"], None, low=0)
     count = len(file_of)
-    columns = [_ints(raw[key], count, low=low) for key, low in (("offsets", 0), ("rows", 0), ("since", 0), ("until", 0))]
+    offsets, rows, since, until = (_ints(raw[key], count, low=0) for key in ("offsets", "rows", "since", "until"))
+    checksums = _hexes(raw["xxh3_128"], count)
     tensor = PartedTensor(
-        _dtype(raw["dtype"]), tuple(raw["row_shape"]), file_of, *columns, _hexes(raw["xxh3_128"], count)
+        _dtype(raw["dtype"]), tuple(raw["row_shape"]), file_of, offsets, rows, since, until, checksums
     )
     # The rows in all, also of parts that were replaced, are more than any generation has.
     total = sum(tensor.rows.tolist())

@@ -7,30 +7,24 @@ dataset: HDF5 paths, rows read per sample, which files belong to it, and what it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from jasper_store.conversion import commit as committing, compact as compaction, converter, writer
-from jasper_store.conversion.compact import CompactReport
+from jasper_store.conversion import converter
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
 from jasper_store.errors import DeclarationError, JasperStoreError, JasperStoreWarning
-from jasper_store.formats.base import Schema, TensorSpec
-from jasper_store.formats.registry import base_name
+from jasper_store.formats.base import Schema
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
-from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
+from jasper_store.jasper.schema import SPLITS, split_tensor
+from jasper_store.jasper.writing import DatasetWriter, commit, compact
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
-from jasper_store.samples.compiler import build_graph
-from jasper_store.samples.declaration import CONFIG_KEY, Declaration
 from jasper_store.store.opening import FileOrFiles, open_store, plan_store
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore
@@ -265,157 +259,3 @@ def _quietly_opened(path: Path) -> TensorStore:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
         return open_store(path, use_mmap=True, schema=known_at(path).schema)
-
-
-class DatasetWriter(writer.DirectoryWriter):
-    """Build a dataset larger than memory: rows appended tensor by tensor, block by block, published atomically.
-
-    Nothing that opens is left behind by a writer that is abandoned or killed.
-
-    ``mode="append"`` adds rows to a dataset that is there: no old byte is read or copied, :meth:`close` publishes the
-    longer dataset in one step, and readers keep what they have opened. With ``shard=k, shards=n`` many processes or
-    hosts write one dataset, which :func:`commit` publishes.
-
-    Args:
-        path: directory to make, or to append to.
-        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``; by default the first, or that of the dataset that
-            is appended to.
-        compression: HDF5 only.
-        config: written as ``config.json``.
-        overwrite: replace a dataset that is there.
-        samples: what a sample reads: ``{"fields": {...}, "splits": {...}}``, or the fields alone; written into
-            ``config.json``, and checked against the tensors before anything is published.
-        mode: ``"create"`` or ``"append"``.
-        shard: number of the shard that is written, from 0; a writer that is run again replaces its shard.
-        shards: how many shards there are.
-
-    Raises:
-        ConversionError: the target is there already, or is not there to be appended to, has another writer, cannot be
-            written, or has no room.
-        IntegrityError: rows of another dtype or shape than the dataset's; on closing, tensors that did not grow alike.
-        DeclarationError: ``samples`` cannot be understood; on closing, that it does not fit the tensors.
-
-    Example:
-        >>> with js.DatasetWriter("out", samples={"emb": "embeddings[i]", "label": "labels[i]"}) as writer:  # doctest: +SKIP
-        ...     for block in embed(texts):
-        ...         writer.append("embeddings", block)
-    """
-
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        format: str | None = None,  # noqa: A002
-        *,
-        compression: str | None = None,
-        config: dict[str, object] | None = None,
-        overwrite: bool = False,
-        samples: Mapping[str, Any] | None = None,
-        mode: str = "create",
-        shard: int | None = None,
-        shards: int | None = None,
-    ) -> None:
-        declaration = None if samples is None else _declared(samples)
-        if declaration is not None:
-            config = {**(config or {}), CONFIG_KEY: declaration.to_config()}
-        # The names of a declared dataset are its author's.
-        schema = SCHEMA if declaration is None else None
-        check = None if declaration is None else partial(_require_fit, declaration)
-        if mode == "append" and config is None:
-            known = known_at(Path(path))
-            schema, check = known.schema, _fits(known)
-        super().__init__(
-            path,
-            format=format,
-            compression=compression,
-            config=config,
-            overwrite=overwrite,
-            schema=schema,
-            check=check,
-            mode=mode,
-            shard=shard,
-            shards=shards,
-        )
-
-
-def commit(path: str | PathLike[str]) -> Path:
-    """Publish the shards that ``DatasetWriter(path, shard=k, shards=n)`` wrote: nothing is visible before, all after.
-
-    The shards' rows follow each other by their numbers, behind those of a dataset that is there. Files are moved, not
-    copied. A commit that was killed is run again.
-
-    Args:
-        path: the dataset's directory.
-
-    Returns:
-        The directory.
-
-    Raises:
-        ConversionError: shards are missing, which the message names, or still being written; or there are none.
-        IntegrityError: shards that do not fit each other, or the dataset.
-        DeclarationError: what ``config.json`` declares does not fit the tensors.
-        CorruptFileError: a shard is not the one that was written.
-
-    Example:
-        >>> with js.DatasetWriter("out", shard=rank, shards=world_size) as writer:  # doctest: +SKIP
-        ...     writer.append("embeddings", embed(my_texts))
-        >>> js.commit("out")  # once, when all are done  # doctest: +SKIP
-    """
-    known = known_at(Path(path))
-    if known.declaration is None and (first := committing.first_shard(Path(path))) is not None:
-        known = known_at(first)  # the configuration comes with the shards
-    return committing.commit(path, schema=known.schema, check=_fits(known))
-
-
-def compact(
-    path: str | PathLike[str],
-    *,
-    remove_old: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> CompactReport:
-    """Make one part of many, for each tensor of a dataset that has more than one: bounded memory, one step, proven.
-
-    Args:
-        path: the dataset's directory.
-        remove_old: remove the files that only older generations have; readers that have one of these open lose it.
-        progress: called as ``progress(tensor, done_bytes, total_bytes)`` after each block.
-
-    Returns:
-        A report; ``str(report)`` is for people.
-
-    Raises:
-        ConversionError: no dataset, no room, another writer, or values that read back differently.
-        CorruptFileError: a part is not the one that was written.
-    """
-    return compaction.compact(path, remove_old=remove_old, progress=progress, schema=known_at(Path(path)).schema)
-
-
-def _fits(known: Known) -> Callable[[Sequence[TensorSpec]], None] | None:
-    """What a dataset that grows has to keep to, where it is known what its samples read."""
-    declaration = known.declaration
-    if declaration is None:
-        return None
-    required = known.schema.required
-
-    def fits(specs: Sequence[TensorSpec]) -> None:
-        there = {spec.name for spec in specs}
-        # A JASPER dataset may lack splits, and is not one before it has the rest.
-        if required <= {base_name(name) for name in there}:
-            splits = {split: tensor for split, tensor in declaration.splits.items() if tensor in there}
-            if splits or not declaration.splits:
-                _require_fit(replace(declaration, splits=splits), specs)
-
-    return fits
-
-
-def _declared(samples: Mapping[str, Any]) -> Declaration:
-    """A declaration in the form that ``config.json`` has, or its fields alone."""
-    if isinstance(samples.get("fields"), Mapping):
-        return Declaration.from_config({CONFIG_KEY: samples}, Path("samples=")) or Declaration.parse({})
-    return Declaration.parse(samples)
-
-
-def _require_fit(declaration: Declaration, specs: Sequence[TensorSpec]) -> None:
-    """Refuse to publish tensors that the declaration does not fit."""
-    by_name = {spec.name: spec for spec in specs}
-    for split in declaration.parts:
-        build_graph(declaration, by_name, split)

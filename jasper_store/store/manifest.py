@@ -171,7 +171,7 @@ class Manifest:
         """Number in the generation of each of its files, by its path as text."""
         if self.generation is None:
             return {}
-        prefix = f"{self.directory}{os.sep}"
+        prefix = str(self.directory / "_")[:-1]  # as a path writes itself: nothing for "."
         return {prefix + name: number for number, name in enumerate(self.generation.files.names)}
 
     def _check_part(self, path: Path, number: int) -> None:

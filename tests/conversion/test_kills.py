@@ -15,7 +15,7 @@ import torch
 
 from jasper_store.conversion.commit import commit
 from jasper_store.conversion.writer import DirectoryWriter
-from jasper_store.errors import DatasetNotFoundError
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.registry import locate
 from jasper_store.store.opening import open_store
 from tests.conversion.samples import write_pt
@@ -51,6 +51,10 @@ def state(root: Path) -> State:
                 assert len(words) == count
                 assert all(words[i].tolist() == [int(b[i])] for i in range(0, count, 97))
     except DatasetNotFoundError:
+        return None
+    except CorruptFileError as exc:
+        if "a conversion that was not finished" not in str(exc):
+            raise
         return None
     values, counts = torch.unique_consecutive(b, return_counts=True)
     return list(zip(values.tolist(), counts.tolist(), strict=True))
@@ -172,9 +176,12 @@ SCENES: dict[str, Callable[[Path], Scene]] = {
 
 
 def run_again(zygote: Zygote, scene: Scene) -> bool:
-    """What a user does after a kill: the same again, unless it was done. Whether it was run."""
+    """What a user does after a kill: the same again, unless it was done. Whether it was run.
+
+    What can be run twice is run in any case: it removes what was replaced when the kill came after the publication.
+    """
     where = Path(scene.options["dst"])
-    again = state(where) != scene.after or scene.options["job"] == "compact"
+    again = state(where) != scene.after or scene.options["job"] in {"compact", "convert"}
     if again:
         assert zygote.run(**scene.options) == 0
         for job in scene.extra:
@@ -205,7 +212,7 @@ def kill_at_random(zygote: Zygote, scene: Scene, times: int, seed: int) -> dict[
             # Nothing is left of what was killed: files of parts are named by the manifest, or gone.
             left = [path.name for path in where.iterdir() if path.name[0] == "."]
             assert left in ([], [".shards"]), left
-        assert not [path.name for path in where.parent.iterdir() if path.name[0] == "."]
+            assert not [path.name for path in where.parent.iterdir() if path.name[0] == "."]
     assert sum(found.values()) == times
     return found
 
@@ -220,7 +227,7 @@ def test_killed_at_some_moments(zygote, tmp_path, name):
 def test_killed_at_many_moments(zygote, tmp_path, name):
     """23 kills of each of the nine: 207."""
     found = kill_at_random(zygote, SCENES[name](tmp_path), times=23, seed=4)
-    print(f"\nkills: {name}: {found}")
+    print(f"\nkills: {name}: {found}")  # noqa: T201 - the figures of docs/reliability.md
 
 
 def test_a_commit_that_moved_shards_is_run_again_after_one_of_them_was_rewritten(tmp_path, monkeypatch):

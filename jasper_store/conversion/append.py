@@ -23,7 +23,7 @@ from jasper_store.errors import ConversionError, IncompatibleOptionsError, Integ
 from jasper_store.files.atomic import clean_stale, map_os_errors, remove, sync_directory, temporary_name
 from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
 from jasper_store.formats.generation import read_generation
-from jasper_store.formats.registry import base_name, format_for, locate
+from jasper_store.formats.registry import FORMATS, base_name, format_for, locate
 from jasper_store.store.manifest import Manifest
 from jasper_store.store.manifest_file import MANIFEST_LOCK
 
@@ -76,8 +76,8 @@ class Appending:
 
     @property
     def format(self) -> FormatName:
-        """Format of the dataset."""
-        return self._old.format
+        """Format of the dataset; the first one if that is only read, since parts may be of any."""
+        return self._old.format if self._old.format in FORMATS else "safetensors"
 
     def require(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None) -> None:
         """Check that such rows may be appended; see :func:`generations.require_growable`."""

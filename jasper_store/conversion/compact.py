@@ -159,7 +159,7 @@ def _rewritten(
     progress: Callable[[str, int, int], None] | None,
 ) -> Generation:
     """Write tensors in one piece each, prove them, and publish a generation that has these."""
-    fmt = FORMATS[old.format]
+    fmt = FORMATS.get(old.format, FORMATS["safetensors"])
     target = next_directory(root, old.number + 1)
     staging = temporary_name(target, "staging")
     if fmt.one_file is not None:

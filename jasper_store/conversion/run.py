@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from jasper_store.conversion.exchange import exchanged
 from jasper_store.conversion.manifest_batch import ManifestBatch
+from jasper_store.conversion.narrow import saves_nothing
 from jasper_store.conversion.report import ConversionReport, TensorReport
 from jasper_store.conversion.transfer import Stream, compressed_nbytes, matched, write_file
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
@@ -34,8 +35,10 @@ from jasper_store.files.atomic import (
     temporary_name,
     untrack,
 )
+from jasper_store.formats.arrow.directory import lists_data_files
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.numbered import INDEX_SUFFIX
 from jasper_store.formats.registry import format_for
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest
 from jasper_store.store.manifest_file import read
@@ -224,7 +227,12 @@ class Run:
         found = [
             path
             for path in sorted(self.src.glob("*.json"))
-            if path.name != MANIFEST_NAME and path.name[0] != "." and path.is_file()
+            # These say where tensors lay, not where they will.
+            if path.name != MANIFEST_NAME
+            and path.name[0] != "."
+            and not path.name.endswith(INDEX_SUFFIX)
+            and not lists_data_files(path)
+            and path.is_file()
         ]
         wanted = []
         for path in found:
@@ -397,5 +405,13 @@ class Run:
             seconds=seconds,
             proof="disk" if self.options.drop else "page cache",
             copied=tuple(self.copied),
-            notes=sources.notes,
+            notes=(*sources.notes, *self._not_narrowed()),
         )
+
+    def _not_narrowed(self) -> list[str]:
+        """Which floats the dtype asked for would not have made smaller."""
+        wanted = self.options.dtype
+        if wanted is None:
+            return []
+        names = ", ".join(sorted(row.name for row in self.rows if saves_nothing(row.written_as, wanted)))
+        return [f"written as they are, since {dtype_name(wanted)} would save nothing: {names}"] if names else []

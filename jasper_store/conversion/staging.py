@@ -18,7 +18,7 @@ from jasper_store.files.atomic import (
     temporary_name,
 )
 from jasper_store.files.lock import LOCK_NAME, exclusive
-from jasper_store.formats.registry import format_for
+from jasper_store.formats.registry import FORMATS, format_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,4 +91,6 @@ def _replaceable(path: Path) -> bool:
     """Whether a file in a directory that is replaced is part of a dataset, and not another file of the user's."""
     if path.is_dir() and not path.is_symlink():
         return path.name == SHARDS or PART_DIRECTORY.fullmatch(path.name) is not None
-    return path.is_file() and (format_for(path) is not None or path.suffix == ".json" or path.name.startswith("."))
+    fmt = format_for(path)
+    written = fmt is not None and fmt.name in FORMATS
+    return path.is_file() and (written or path.suffix == ".json" or path.name.startswith("."))

@@ -6,8 +6,8 @@ layer that knows the names, whose findings go into the same report.
 
 from __future__ import annotations
 
+import re
 import threading
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -16,22 +16,24 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.verify_parts import part_headers
-from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
-from jasper_store.formats.base import Chunked, Schema
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
+from jasper_store.formats.base import Chunked, Schema, SupportsReference
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.flat import stem_of
 from jasper_store.formats.parts import join
-from jasper_store.formats.registry import format_for
+from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
+from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import read
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
-    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.base import ReadFormat, Skipped, TensorSpec
     from jasper_store.formats.generation import Generation
 
 __all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
@@ -173,13 +175,14 @@ class _Check:
         self.schema = schema
         self.visitor = visitor
         self.report = report
+        self.path = path
         self.root = path if path.is_dir() else path.parent
         self.manifest = self._read_manifest()
         grown = self.manifest.generation if path.is_dir() else None
         if grown is not None:
             self.files, listed = [], [self.root / name for name in grown.files.names]
         elif path.is_dir():
-            self.files = [file for file in sorted(path.iterdir()) if _is_data(file)]
+            self.files = _data_files(path)
             listed = [self.root / name for name in self.manifest.files]
         else:
             self.files = listed = [path]
@@ -188,6 +191,7 @@ class _Check:
             raise DatasetNotFoundError(msg, path=path)
         self.missing = [] if grown is not None else [file for file in listed if not file.exists()]
         self.grown = grown
+        self.skipped: list[Skipped] = []
         self.jobs: list[_Job] = []
         self.archives: list[Path] = []
 
@@ -220,11 +224,13 @@ class _Check:
             self._parts(self.grown)
             return
         names: set[str] = set()
+        every: list[TensorSpec] = []
         for file in self.files:
             specs = self._locate(file)
             if specs is None:
                 continue
             names |= {spec.name for spec in specs}
+            every += specs
             entry = self.manifest.files.get(file.name)
             if entry is not None:
                 self._compare(file, entry, specs)
@@ -233,6 +239,7 @@ class _Check:
                     text = f"{file}: the manifest has no entry for it, so only its structure is checked"
                     self._add("warning", file.name, "manifest", text)
                 self._structure(file, specs)
+        self._name_skipped(every)
         for file in self.missing:
             lost = self.manifest.files[file.name].tensors.keys() - names
             text = f"{file}: the manifest lists it, and it is not there"
@@ -250,21 +257,44 @@ class _Check:
             spec = parts[0][0] if len(parts) == 1 else join(name, [spec for spec, _ in parts])
             self.jobs.append(_Job(spec, TensorEntry(dtype_name(spec.dtype), spec.shape), self.visitor(name), parts))
 
+    def _name_skipped(self, specs: Sequence[TensorSpec]) -> None:
+        """Say what is no tensor, unless it was kept: then it is there as a text of its name."""
+        kept = text_names(specs)
+        skipped = [skip for skip in self.skipped if skip.name not in kept]
+        if skipped and not specs and not self.report.errors:
+            text = (
+                f"{self.path}: expected tensors, found none beside what is skipped: {'; '.join(map(str, skipped[:5]))}"
+            )
+            raise DatasetNotFoundError(text, path=self.path)
+        for skip in skipped:
+            self._add("warning", skip.name, "skipped", str(skip))
+
     def _locate(self, file: Path) -> list[TensorSpec] | None:
         fmt = format_for(file)
         if fmt is None:
             self._add("error", file.name, "header", f"{file}: its name does not say its format")
             return None
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", JasperStoreWarning)
-                specs = fmt.locate(file, self.schema)
+            specs = fmt.locate(file, self.schema)
+            self.skipped += skipped_in(fmt, file, self.schema)
+            differences = fmt.compare_with_reference(file) if isinstance(fmt, SupportsReference) else []
         except JasperStoreError as exc:
-            self._add("error", file.name, "header", str(exc))
+            if self._is_wanted(file, fmt):
+                self._add("error", file.name, "header", str(exc))
+            else:
+                self._add("warning", file.name, "header", f"{file.name} is not part of the dataset: {exc}")
             return None
-        for warning in caught:
-            self._add("warning", file.name, "header", str(warning.message))
+        for text in differences:
+            self._add("error", file.name, "reference", f"{file}: {text}; convert it again")
         return specs
+
+    def _is_wanted(self, file: Path, fmt: ReadFormat) -> bool:
+        """Whether a file that cannot be read is missed: opening skips, by the same rule, what no name asks for."""
+        known = self.schema.required | self.schema.optional
+        if not self.schema.required or file.name in self.manifest.files or fmt.one_file == file.name:
+            return True
+        stem = base_name(stem_of(file, fmt.suffixes))
+        return any(stem == name or re.fullmatch(rf"{re.escape(name)}[._-]\d[\w-]*", stem) for name in known)
 
     def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
         size = file.stat().st_size
@@ -334,8 +364,15 @@ class _Check:
             self._add("fact", None, "records", f"the CRCs of {len(self.archives)} .pt files were compared")
 
 
-def _is_data(file: Path) -> bool:
-    return file.name[0] not in "._" and format_for(file) is not None and not file.is_dir()
+def _data_files(root: Path) -> list[Path]:
+    """Files of a directory that hold its tensors; what is only read counts where nothing else is."""
+    known = [
+        (path, fmt)
+        for path in sorted(root.iterdir())
+        if path.name[0] not in "._" and not path.is_dir() and (fmt := format_for(path)) is not None
+    ]
+    written = [path for path, fmt in known if fmt.name in FORMATS]
+    return written or [path for path, _ in known]
 
 
 def _verify_values(job: _Job, advance: Callable[[str, int], None], *, drop: bool) -> Finding | None:

@@ -259,7 +259,10 @@ def _translate(
             "choose another destination or change the permissions"
         )
     else:
-        msg = f"{target}: could not be written: {exc}; the old file, if there was one, is as it was"
+        why = str(exc) if code is None else os.strerror(code)
+        if isinstance(exc, OSError) and exc.filename is not None and str(exc.filename) != str(target):
+            why = f"{exc.filename}: {why}"
+        msg = f"{target}: could not be written: {why}; the old file, if there was one, is as it was"
     return ConversionError(msg, path=target)
 
 
@@ -270,7 +273,7 @@ def _buried_errno(text: str) -> int | None:
 
 
 def swap_directory(new: Path, target: Path) -> None:
-    """Put a finished directory in the place of ``target``, and remove what was there.
+    """Replace ``target`` by a finished directory, and remove what was there.
 
     On Linux the two exchange their names in one step, so that there is no moment without a dataset. Elsewhere the
     old one is moved aside first; a kill between the two renames is repaired by :func:`recover_directory`.

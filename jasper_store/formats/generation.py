@@ -12,14 +12,14 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import numpy as np
 import torch
 import xxhash
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
-from jasper_store.formats.base import Extent, Parts, TensorSpec
+from jasper_store.formats.base import Extent, FormatName, Parts, TensorSpec
 from jasper_store.formats.files import check_shape, dtype_name, shown
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from jasper_store.formats.base import Format, FormatName, Schema
+    from jasper_store.formats.base import ReadFormat, Schema
 
 __all__ = ["MANIFEST_NAME", "Generation", "PartFiles", "PartedTensor", "WholeTensor", "read_generation", "safe_name"]
 
@@ -135,7 +135,7 @@ class Generation:
         return xxhash.xxh3_128_hexdigest(repr(facts).encode())
 
     def locate(
-        self, root: Path, schema: Schema, format_for: Callable[[Path], Format | None], number: int | None = None
+        self, root: Path, schema: Schema, format_for: Callable[[Path], ReadFormat | None], number: int | None = None
     ) -> list[TensorSpec]:
         """The tensors of a generation; reads headers of whole tensors only.
 
@@ -233,7 +233,7 @@ class Generation:
         number, chosen = raw["number"], raw["format"]
         if type(number) is not int or not 1 <= number < 2**31:
             raise ValueError(f"generation {number!r:.60}")
-        if chosen not in {"safetensors", "npy", "hdf5", "pt"}:
+        if chosen not in get_args(FormatName):
             raise ValueError(f"format {chosen!r:.60}")
         files = _parse_files(raw["files"])
         tensors = {_text(name): _parse_tensor(name, each, files, number, path) for name, each in raw["parts"].items()}

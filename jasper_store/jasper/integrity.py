@@ -1,4 +1,4 @@
-"""What has to hold of the headers of a JASPER dataset: tensors, shapes and dtypes that agree with each other.
+"""Checks of a JASPER dataset's headers: tensors, shapes and dtypes have to agree with each other.
 
 Reads no data. Which values have to be rows of what follows from the declaration (:mod:`jasper_store.samples.graph`),
 but for the tensors that no sample reads: :func:`unread_bounds`.
@@ -17,7 +17,7 @@ from jasper_store.jasper.config import Config
 from jasper_store.jasper.schema import PAIR_KEYWORDS, SPLITS, TENSORS, Split, TensorRule, split_tensor
 from jasper_store.samples.graph import Bound
 
-__all__ = ["check_structure", "unread_bounds"]
+__all__ = ["check_structure", "require_structure", "unread_bounds"]
 
 _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
@@ -67,8 +67,25 @@ def check_structure(
     return sizes
 
 
+def require_structure(tensors: Mapping[str, _Described], config: Config, where: Path) -> tuple[Split, ...]:
+    """:func:`check_structure` of the splits that are there.
+
+    Returns:
+        Those splits.
+
+    Raises:
+        DatasetNotFoundError, IntegrityError: as :func:`check_structure`; also that there is no split at all.
+    """
+    there = tuple(split for split in SPLITS if split_tensor(split) in tensors)
+    check_structure(tensors, config, there, where)
+    if not there:
+        wanted = ", ".join(split_tensor(split) for split in SPLITS)
+        raise DatasetNotFoundError(f"{where}: no split to serve; expected at least one of {wanted}", path=where)
+    return there
+
+
 def unread_bounds(tensors: Mapping[str, _Described]) -> Iterator[Bound]:
-    """Which values are rows of what, of tensors that no sample reads or no sample follows."""
+    """Index bounds of tensors that no sample reads, or whose values no sample follows."""
     for name, rule in TENSORS.items():
         stored = f"{name}.values" if name == PAIR_KEYWORDS else name
         if rule.refers_to is not None and stored in tensors and rule.refers_to in tensors:

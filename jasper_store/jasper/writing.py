@@ -13,8 +13,8 @@ from jasper_store.conversion.compact import CompactReport
 from jasper_store.errors import IntegrityError, JasperStoreError
 from jasper_store.formats.base import TensorSpec
 from jasper_store.formats.registry import base_name
-from jasper_store.jasper.config import read_config
-from jasper_store.jasper.integrity import check_structure
+from jasper_store.jasper.config import CONFIG_NAME, Config, parse_config, read_config
+from jasper_store.jasper.integrity import check_structure, require_structure
 from jasper_store.jasper.recognise import Known, known_at
 from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
 from jasper_store.samples.compiler import build_graph
@@ -48,6 +48,8 @@ class DatasetWriter(writer.DirectoryWriter):
     Raises:
         ConversionError: the target is there already, or is not there to be appended to, has another writer, cannot be
             written, or has no room.
+        DatasetNotFoundError, IntegrityError: on closing: ``config`` is that of a JASPER dataset, and tensors of one are
+            missing (the message names all of them) or contradict it.
         IntegrityError: rows of another dtype or shape than the dataset's; on closing, tensors that did not grow alike.
         DeclarationError: ``samples`` cannot be understood; on closing, that it does not fit the tensors.
 
@@ -75,9 +77,7 @@ class DatasetWriter(writer.DirectoryWriter):
             config = {**(config or {}), CONFIG_KEY: declaration.to_config()}
         # The names of a declared dataset are its author's.
         schema = SCHEMA if declaration is None else None
-        check: Callable[[Sequence[TensorSpec]], None] | None = None
-        if declaration is not None:
-            check = partial(_require_fit, declaration)
+        check = _whole(Path(path), declaration, config)
         if mode == "append" and config is None:
             known = known_at(Path(path))
             schema, check = known.schema, _fits(known, Path(path))
@@ -184,6 +184,23 @@ def _declared(samples: Mapping[str, Any]) -> Declaration:
     if isinstance(samples.get("fields"), Mapping):
         return Declaration.from_config({CONFIG_KEY: samples}, Path("samples=")) or Declaration.parse({})
     return Declaration.parse(samples)
+
+
+def _whole(
+    path: Path, declaration: Declaration | None, config: Mapping[str, Any] | None
+) -> Callable[[Sequence[TensorSpec]], None] | None:
+    """What the tensors are checked for before they are published; nothing where nothing is known of them."""
+    if declaration is not None:
+        return partial(_require_fit, declaration)
+    if not {"embedding_dim", "n_neg"} <= (config or {}).keys():
+        return None
+    return partial(_require_jasper, parse_config(config or {}, path / CONFIG_NAME), path)
+
+
+def _require_jasper(config: Config, path: Path, specs: Sequence[TensorSpec]) -> None:
+    """Refuse to publish, under the configuration of a JASPER dataset, tensors that are none."""
+    by_name = {spec.name: spec for spec in specs}
+    require_structure(by_name, config, path)
 
 
 def _require_fit(declaration: Declaration, specs: Sequence[TensorSpec]) -> None:

@@ -1,8 +1,8 @@
 """Where in which epoch a run stands: six numbers and words, whatever the size of the dataset.
 
-An epoch is an order of places, and ranks take turns in it: after the same number of steps on every rank, what
-has been consumed is a prefix of the order, whichever worker made the batches. So one number says where the run
-stands, and any number of ranks, with any batch size, goes on from there with each remaining sample exactly once.
+An epoch is an order of positions, and ranks take turns in it: after the same number of steps on every rank, the
+samples served so far are a prefix of the order, whichever worker made the batches. So the state is one number, and a
+run with any number of ranks and any batch size serves each remaining sample exactly once.
 """
 
 from __future__ import annotations
@@ -77,20 +77,26 @@ class LoaderState:
             )
         return found
 
-    def check(self, expected: LoaderState) -> None:
+    def check(self, expected: LoaderState, what: str = "this loader") -> None:
         """Refuse a state that another dataset, seed or order made; epoch and progress may differ.
 
         Args:
             expected: the state of the loader that is to continue.
+            what: what that loader serves, in words.
 
         Raises:
             IncompatibleOptionsError: naming what differs, and what to change.
         """
-        if self.fingerprint != expected.fingerprint or self.samples != expected.samples:
+        if self.samples != expected.samples:
             raise IncompatibleOptionsError(
-                f"the state belongs to another dataset or split: it has fingerprint {self.fingerprint!r} and"
-                f" {self.samples} samples, this loader has {expected.fingerprint!r} and {expected.samples}."
-                " Open the dataset and split that the state was saved with"
+                f"the state belongs to another dataset or split: its epoch has {self.samples:,} samples, that of {what} has"
+                f" {expected.samples:,}. Open the dataset and split that the state was saved with"
+            )
+        if self.fingerprint != expected.fingerprint:
+            raise IncompatibleOptionsError(
+                f"the state belongs to another dataset or split: it has as many samples as {what}, {self.samples:,}, but the"
+                " fields, the shapes of their tensors or the rows of the split are others. Open the dataset and split"
+                " that the state was saved with; if this is it, its tensors or its declaration were changed since"
             )
         for name in ("seed", "order"):
             theirs, ours = getattr(self, name), getattr(expected, name)

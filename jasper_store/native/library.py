@@ -11,7 +11,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 9
+_ABI: Final = 10
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def library() -> Any:
     number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
     found.jasper_gather.argtypes = [address, number, ctypes.c_uint]
     found.jasper_gather.restype = signed
-    found.jasper_locate_rows.argtypes = [address, address, signed, address, signed, number, address]
+    found.jasper_locate_rows.argtypes = [address, signed, address, signed, number, address]
     found.jasper_locate_rows.restype = signed
     found.jasper_parts_of_rows.argtypes = [address, address, signed, number, address]
     found.jasper_parts_of_rows.restype = None

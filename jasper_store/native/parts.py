@@ -12,10 +12,12 @@ from jasper_store.native.library import library
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["UNMAPPED", "PartTable"]
+__all__ = ["UNMAPPED", "PartTable", "PlacedParts"]
 
 UNMAPPED: Final = -(2**63)
-"""Stands in the place of the address of a part that is not mapped."""
+"""Stands for the address of a part that is not mapped."""
+IN_PARTS: Final = -1
+"""Given instead of a stride; ``rows.c`` has the same value."""
 
 
 class _Parts(ctypes.Structure):
@@ -24,6 +26,7 @@ class _Parts(ctypes.Structure):
     _fields_ = (
         ("starts", ctypes.c_void_p),
         ("spans", ctypes.c_void_p),
+        ("bases", ctypes.c_void_p),
         ("n_parts", ctypes.c_uint64),
         ("shift", ctypes.c_uint64),
         ("row_nbytes", ctypes.c_int64),
@@ -31,7 +34,7 @@ class _Parts(ctypes.Structure):
 
 
 class PartTable:
-    """Which part a row is in. Immutable; memory is in proportion to the parts, not to the rows.
+    """Which part a row is in. Memory is in proportion to the parts, not to the rows.
 
     Args:
         starts: first row of each part, and the number of rows, int64 [parts + 1], ascending from 0, no part empty.
@@ -45,15 +48,13 @@ class PartTable:
 
     def __init__(self, starts: np.ndarray, row_nbytes: int) -> None:
         self.starts: np.ndarray = np.ascontiguousarray(starts, np.int64)
-        self.n_parts, self.n_rows = len(starts) - 1, int(starts[-1])
-        self._row_nbytes = row_nbytes
+        self.n_parts, self.n_rows, self.row_nbytes = len(starts) - 1, int(starts[-1]), row_nbytes
         # About two spans to a part.
-        shift = max(0, (max(self.n_rows // (2 * self.n_parts), 1)).bit_length() - 1)
-        firsts = np.arange(0, self.n_rows, 1 << shift, dtype=np.int64)
+        self.shift = max(0, (max(self.n_rows // (2 * self.n_parts), 1)).bit_length() - 1)
+        firsts = np.arange(0, self.n_rows, 1 << self.shift, dtype=np.int64)
         spans = np.searchsorted(self.starts, firsts, side="right") - 1
-        self._spans = np.append(spans, self.n_parts - 1).astype(np.int64)
-        self._packed = _Parts(self.starts.ctypes.data, self._spans.ctypes.data, self.n_parts, shift, row_nbytes)
-        self._address = ctypes.addressof(self._packed)
+        self.spans: np.ndarray = np.append(spans, self.n_parts - 1).astype(np.int64)
+        self._unplaced = PlacedParts(self, np.empty(0, np.int64))
 
     def parts_of(self, rows: np.ndarray) -> np.ndarray:
         """Part number of each row, int64 [n]; all rows are in range."""
@@ -62,17 +63,40 @@ class PartTable:
             return np.searchsorted(self.starts, rows, side="right") - 1
         found = np.empty(len(rows), np.int64)
         step = rows.strides[0] // rows.itemsize if len(rows) else 1
-        native.jasper_parts_of_rows(self._address, rows.ctypes.data, step, len(rows), found.ctypes.data)
+        native.jasper_parts_of_rows(self._unplaced.address, rows.ctypes.data, step, len(rows), found.ctypes.data)
         return found
 
-    def locate(self, rows: torch.Tensor, bases: np.ndarray, bases_address: int, addresses: torch.Tensor) -> int:
+
+class PlacedParts:
+    """Parts, and where they are in memory.
+
+    Args:
+        table: the parts.
+        bases: of each, the address of its first row less its first row's number times the bytes of a row; or
+            :data:`UNMAPPED`. int64 [parts], contiguous; may change meanwhile.
+
+    Attributes:
+        bases: as given.
+        keep: what has to live as long as the addresses are used.
+        address: of the ``struct parts``.
+        numbers: as of a :class:`~jasper_store.native.gather.Source`, once all parts are mapped.
+    """
+
+    def __init__(self, table: PartTable, bases: np.ndarray) -> None:
+        self.bases, self._table = bases, table
+        self.keep: object = None
+        self._packed = _Parts(
+            *(table.starts.ctypes.data, table.spans.ctypes.data, bases.ctypes.data),
+            *(table.n_parts, table.shift, table.row_nbytes),
+        )
+        self.address = ctypes.addressof(self._packed)
+        self.numbers = (self.address, table.n_rows, table.row_nbytes, IN_PARTS)
+
+    def locate(self, rows: torch.Tensor, addresses: torch.Tensor) -> int:
         """Find the address of each row.
 
         Args:
             rows: int64 [n] in host memory.
-            bases: of each part, the address of its first row less its first row's number times the bytes of a row; or
-                :data:`UNMAPPED`. int64 [parts], contiguous.
-            bases_address: where ``bases`` lies; given because asking numpy for it costs as much as the whole call.
             addresses: where to put them, int64 [n], contiguous; :data:`UNMAPPED` where the part is.
 
         Returns:
@@ -82,22 +106,16 @@ class PartTable:
         native = library()
         if native is not None:
             found: int = native.jasper_locate_rows(
-                self._address,
-                bases_address,
-                UNMAPPED,
-                rows.data_ptr(),
-                rows.stride(0),
-                rows.shape[0],
-                addresses.data_ptr(),
+                *(self.address, UNMAPPED, rows.data_ptr(), rows.stride(0), rows.shape[0], addresses.data_ptr())
             )
             return found
         wanted, out = rows.numpy(), addresses.numpy()
-        bad = (wanted < 0) | (wanted >= self.n_rows)
+        bad = (wanted < 0) | (wanted >= self._table.n_rows)
         if bad.any():
             return int(bad.argmax())
-        base = bases[self.parts_of(wanted)]
+        base = self.bases[self._table.parts_of(wanted)]
         missing = base == UNMAPPED
-        np.multiply(wanted, self._row_nbytes, out=out)
+        np.multiply(wanted, self._table.row_nbytes, out=out)
         out += base
         out[missing] = UNMAPPED
         return -2 if missing.any() else -1

@@ -8,6 +8,7 @@
  * interpreter lock.
  */
 #include "helpers.h"
+#include "parts.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -19,20 +20,24 @@
 #endif
 
 enum {
-    ABI = 9,
+    ABI = 10,
     PREFETCH_DISTANCE = 4,          /* rows from the one that is copied to the one that is prefetched */
     CACHE_LINE = 64,                /* bytes */
     MAX_PART_NBYTES = 512 << 10,    /* bytes that a thread copies per part, at most */
     MIN_PARALLEL_NBYTES = 64 << 10, /* below this, waking a thread costs more than it saves */
     MIN_STREAM_NBYTES = 2 << 20,    /* from this on the result leaves the core's cache before it is read */
+    LOCATED_ROWS = 256,             /* rows whose addresses are found before they are copied */
 };
+
+/* Given instead of a stride: `source` is a struct parts, all of whose parts are mapped. */
+#define IN_PARTS UINT64_MAX
 
 /* One gather. gather.py packs it as ten 64-bit numbers. */
 struct gather {
     const char *source;
     uint64_t n_rows;
     uint64_t row_nbytes;
-    uint64_t stride; /* bytes from one row of the source to the next */
+    uint64_t stride; /* bytes from one row of the source to the next, or IN_PARTS */
     const int64_t *rows;
     uint64_t rows_step; /* elements from one of `rows` to the next */
     uint64_t n;
@@ -132,8 +137,8 @@ static int can_stream(const struct gather *gather) { return (void)gather, 0; }
         }                                                                           \
     }
 
-/* Rows first to last - 1 of a gather. */
-static void gather_rows(const struct gather *gather, uint64_t first, uint64_t last, int stream)
+/* Rows first to last - 1 of a gather from one place. */
+static void gather_from_one(const struct gather *gather, uint64_t first, uint64_t last, int stream)
 {
     const uint64_t stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
@@ -163,6 +168,30 @@ static void gather_rows(const struct gather *gather, uint64_t first, uint64_t la
     case 4:
         WIDEN_NUMBERS(int32_t)
         break;
+    }
+}
+
+/* Rows first to last - 1 of a gather. */
+static void gather_rows(const struct gather *gather, uint64_t first, uint64_t last, int stream)
+{
+    if (gather->stride != IN_PARTS) {
+        gather_from_one(gather, first, last, stream);
+        return;
+    }
+    const struct parts *parts = (const struct parts *)gather->source;
+    int64_t addresses[LOCATED_ROWS];
+    const uint64_t item = gather->widen < 0 ? 1 : (uint64_t)gather->widen;
+    const uint64_t out_nbytes = item ? gather->row_nbytes / item * sizeof(int64_t) : gather->row_nbytes;
+    for (uint64_t n; first < last; first += n) {
+        n = last - first < LOCATED_ROWS ? last - first : LOCATED_ROWS;
+        for (uint64_t i = 0; i < n; i++) {
+            const int64_t row = gather->rows[(first + i) * gather->rows_step];
+            addresses[i] = parts->bases[jasper_part_of(parts, row)] + row * parts->row_nbytes;
+        }
+        struct gather some = *gather;
+        some.source = NULL, some.stride = 1, some.rows = addresses, some.rows_step = 1, some.n = n;
+        some.target = gather->target + first * out_nbytes;
+        gather_from_one(&some, 0, n, stream);
     }
 }
 

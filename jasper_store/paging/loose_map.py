@@ -18,11 +18,23 @@ __all__ = ["LooseMap"]
 _PROT_READ, _PROT_WRITE, _MAP_PRIVATE, _FAILED = 1, 2, 2, 2**64 - 1
 
 
+def _call(name: str, *kinds: Any) -> Any:
+    """A function of the C library that takes an address first and returns one.
+
+    By a separate prototype: types that are set on a function of a library apply to every user of the library.
+    """
+    if sys.platform != "linux":
+        return None
+    made = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *kinds, use_errno=True)
+    return made((name, ctypes.CDLL(None, use_errno=True)))
+
+
 class LooseMap:
     """A private map of a whole file whose descriptor is closed; unmapped when it and its views are gone.
 
     Attributes:
         path: the file.
+        name: the same as a text.
         nbytes: its size when it was mapped.
         address: address of byte 0.
         writable: False if the system allowed only a read-only map.
@@ -35,7 +47,7 @@ class LooseMap:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.address, self.writable = path, 0, True
+        self.path, self.name, self.address, self.writable = path, str(path), 0, True
         if sys.platform != "linux":  # there, maps of the standard library; they keep a descriptor
             self._file: FileMap | None = FileMap(path)
             self.nbytes, self.address, self.writable = self._file.nbytes, self._file.address, self._file.writable
@@ -58,13 +70,16 @@ class LooseMap:
 class _Mapped:
     """Memory that is unmapped when nothing refers to it any more."""
 
-    # A class attribute: the last maps are deleted when the interpreter ends, and this module's names are gone by then.
-    _libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+    # Class attributes: the last maps are deleted when the interpreter ends, and this module's names are gone by then.
+    _mmap = staticmethod(
+        _call("mmap64", *(ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong))
+    )
+    _munmap = staticmethod(_call("munmap", ctypes.c_size_t))
 
     def __init__(self, fd: int, nbytes: int, path: Path) -> None:
         self.address, self.nbytes = 0, nbytes
         for protection in (_PROT_READ | _PROT_WRITE, _PROT_READ):
-            address = _mmap(None, nbytes, protection, _MAP_PRIVATE | MAP_NORESERVE, fd, 0)
+            address = self._mmap(None, nbytes, protection, _MAP_PRIVATE | MAP_NORESERVE, fd, 0)
             if address not in {None, _FAILED}:
                 self.address, self.writable = address, bool(protection & _PROT_WRITE)
                 return
@@ -75,16 +90,5 @@ class _Mapped:
 
     def __del__(self) -> None:
         if self.address:
-            self._libc.munmap(ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes))
+            self._munmap(self.address, self.nbytes)
             self.address = 0
-
-
-def _mapping_call() -> Any:
-    if sys.platform != "linux":
-        return None
-    # By a prototype of its own: types set on a function of a library are seen by everyone who uses it.
-    kinds = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong)
-    return ctypes.CFUNCTYPE(ctypes.c_void_p, *kinds, use_errno=True)(("mmap64", ctypes.CDLL(None, use_errno=True)))
-
-
-_mmap = _mapping_call()

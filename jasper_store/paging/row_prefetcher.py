@@ -1,7 +1,7 @@
 """Prefetching of the rows of one mapped tensor: for its own gathers, and for callers that name rows ahead of them.
 
 Two policies decide, because the two kinds of use learn different things. A gather prefetches its own rows and sees its
-own page faults. A look-ahead caller prefetches rows of later batches, which another process may gather.
+own page faults. A caller that prefetches ahead asks for rows of later batches, which another process may gather.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CHUNK_ROWS: Final = 256
 """Rows that are prefetched at once while prefetching alternates with gathers. A large batch that is prefetched at once
 fills the disk's queue and waits for it, and while it is gathered, the queue runs empty: 2,048 rows at a time gave
 101 k rows/s, alternating chunks 118 k, where single reads of the disk gave 97 k (docs/notes-paging.md)."""
-# Prefetch calls that a look-ahead caller can be ahead of the gathers and still be relied on.
+# Prefetch calls that such a caller may be ahead of the gathers and still be relied on.
 _MAX_CALLS_AHEAD: Final = 64
-# A look-ahead caller whose gathers run in another process detects evicted pages by a prefetch now and then.
+# If its gathers run in another process, evicted pages are detected by a prefetch now and then.
 _PROBE_EVERY: Final = 64
 # Rows between two reads of the fault counters, which cost as much as gathering a few rows.
 _RECORD_ROWS: Final = 1024
@@ -46,6 +46,7 @@ class RowPrefetcher:
         row_stride: bytes from one row to the next.
         row_nbytes: bytes of a row.
         n_rows: number of rows.
+        locate: addresses of rows that are in range, int64 [n]; by default they follow from ``address`` and ``row_stride``.
         advise: tells the kernel how the whole tensor will be accessed; by default, of the range that its rows span.
     """
 
@@ -56,6 +57,7 @@ class RowPrefetcher:
         row_nbytes: int,
         n_rows: int,
         *,
+        locate: Callable[[np.ndarray], np.ndarray] | None = None,
         advise: Callable[[Access], object] | None = None,
     ) -> None:
         self._address, self._row_stride, self._row_nbytes, self._n_rows = address, row_stride, row_nbytes, n_rows
@@ -66,6 +68,7 @@ class RowPrefetcher:
         self._gather_thread = 0  # thread of the last gather since the last prefetch_ahead(); 0: none
         self._unrecorded_rows = 0
         self._advice: Access = "normal"
+        self._locate = locate
         self._advise = advise or self._advise_span
         self.advise("random")
 
@@ -108,10 +111,12 @@ class RowPrefetcher:
         inside = (wanted >= 0) & (wanted < self._n_rows)
         if not inside.all():
             wanted = wanted[inside]
+        if self._locate is not None:
+            return madvise.row_ranges(0, 1, self._row_nbytes, self._locate(wanted))
         return madvise.row_ranges(self._address, self._row_stride, self._row_nbytes, wanted)
 
     def before_gather(self, rows: torch.Tensor) -> None:
-        """Prefetch the rows of a gather, unless a look-ahead caller has prefetched these rows, or rows like them."""
+        """Prefetch the rows of a gather, unless :meth:`prefetch_ahead` has prefetched these rows, or rows like them."""
         if self._calls_ahead:
             self._calls_ahead -= 1
         elif self._own.should_prefetch():

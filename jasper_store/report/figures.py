@@ -62,12 +62,13 @@ def histogram(values: torch.Tensor, of: int, low: float | None = None, high: flo
     values = values[values.isfinite()]
     if not len(values):
         return Histogram(low or 0.0, high if high is not None else 1.0, (0,) * _BINS, 0.0, 0, of)
-    low = float(values.min()) if low is None else low
-    high = float(values.max()) if high is None else high
+    smallest, largest = float(values.min()), float(values.max())
+    low = smallest if low is None else low
+    high = largest if high is None else high
     if high <= low:  # all alike: one bar needs a width
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values.clamp(low, high), _BINS, low, high).long()
-    return Histogram(low, high, tuple(counts.tolist()), float(values.median()), len(values), of)
+    return Histogram(low, high, tuple(counts.tolist()), float(values.median()), len(values), of, smallest, largest)
 
 
 def _of_scalars(tensor: StoredTensor) -> Histogram:
@@ -156,7 +157,7 @@ def project(
         torch.manual_seed(0)
         _, strength, axes = torch.pca_lowrank(centred, q=min(6, *values.shape), center=False)
     axes = axes[:, :2]
-    # An axis has no direction of its own: let its largest component point up, so that pictures can be compared.
+    # The sign of an axis is arbitrary: make its largest component positive, so that pictures can be compared.
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     return Projection(
         points=_points(centred @ axes, clusters),

@@ -41,7 +41,7 @@ class PagedTensor(HostTensor):
         prefetcher = self._prefetcher
         if prefetcher is None:
             self._prefetch_small()
-            return super()._gather(source, rows, out)
+            return self._gather_now(source, rows, out)
         prefetcher.before_gather(rows)
         if prefetcher.reads_disk:
             # The disk sets the pace. With several threads, those that wait at the end of a gather are woken late after
@@ -52,12 +52,12 @@ class PagedTensor(HostTensor):
                 got = (
                     self._gather_in_chunks(prefetcher, source, rows, out)
                     if prefetcher.has_queue
-                    else super()._gather(source, rows, out)
+                    else self._gather_now(source, rows, out)
                 )
             finally:
                 torch.set_num_threads(threads)
         else:
-            got = super()._gather(source, rows, out)
+            got = self._gather_now(source, rows, out)
         prefetcher.after_gather(len(rows))
         return got
 
@@ -65,20 +65,20 @@ class PagedTensor(HostTensor):
         self, prefetcher: RowPrefetcher, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None
     ) -> torch.Tensor:
         """Gather chunk by chunk, and prefetch a queued chunk before each."""
-        if len(rows) <= CHUNK_ROWS or not self._all_in_range(rows):
+        if len(rows) <= CHUNK_ROWS or out_of_range(rows, self.n_rows, self.name) is not None:
             prefetcher.prefetch_chunk()
-            return super()._gather(source, rows, out)
+            return self._gather_now(source, rows, out)
         if out is None:
             out = empty_rows((len(rows), *self.row_shape), self.dtype, len(rows) * self.row_nbytes)
         for start in range(0, len(rows), CHUNK_ROWS):
             prefetcher.prefetch_chunk()
             chunk = slice(start, start + CHUNK_ROWS)
-            super()._gather(source, rows[chunk], out[chunk])
+            self._gather_now(source, rows[chunk], out[chunk])
         return out
 
-    def _all_in_range(self, rows: torch.Tensor) -> bool:
-        """Whether no row that :meth:`_gather` was given is out of range."""
-        return out_of_range(rows, self.n_rows, self.name) is None
+    def _gather_now(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """Gather without a look at the disk."""
+        return super()._gather(source, rows, out)
 
     @abstractmethod
     def _require_whole_file(self) -> None:
@@ -120,10 +120,7 @@ class PagedTensor(HostTensor):
         if self._prefetcher is None:
             self._prefetch_small()
         else:
-            self._prefetch_ahead(self._prefetcher, ahead)
-
-    def _prefetch_ahead(self, prefetcher: RowPrefetcher, rows: torch.Tensor) -> None:
-        prefetcher.prefetch_ahead(rows)
+            self._prefetcher.prefetch_ahead(ahead)
 
     @property
     def prefetching(self) -> bool:

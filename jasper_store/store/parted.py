@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from jasper_store.formats.base import Parts
-from jasper_store.native.gather import Jobs, Source, kernel
+from jasper_store.native import gather
+from jasper_store.native.gather import Jobs, Source
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.paging.mapping import mappable, view
 from jasper_store.paging.row_prefetcher import RowPrefetcher
@@ -51,52 +52,69 @@ class PartedTensor(PagedTensor):
         self._row_nbytes = spec.row_nbytes
         self._maps = PartMaps(spec.name, place.files, place.file_of, place.offsets, place.starts, spec.row_nbytes)
         self._memory = Source(nothing, tuple(self.row_shape), spec.row_nbytes, (0, _ANYWHERE, spec.row_nbytes, 1))
-        self._kernel_source = self._memory if self._plain and kernel() is not None else None
+        self._placed: tuple[object, Source | None] = (None, None)
         large = spec.nbytes > SMALL_TENSOR
         self._prefetch_whole = not large
-        self._prefetcher = RowPrefetcher(0, 1, spec.row_nbytes, _ANYWHERE, advise=self._maps.advise) if large else None
+        self._prefetcher = (
+            RowPrefetcher(0, 1, spec.row_nbytes, spec.n_rows, locate=self._locate, advise=self._maps.advise)
+            if large
+            else None
+        )
 
     # ---- rows
 
-    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        addresses, bad, held = self._maps.locate(rows)
-        if bad >= 0:
-            raise refused(rows, self.n_rows, self.name)
-        if kernel() is None:
-            return self._gather_by_parts(rows, out)
-        got = super()._gather(source, addresses, out)
-        del held  # until now the maps had to stay
-        return got
+    def _gather_now(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        direct = self._plain and out is not None and out.is_contiguous()
+        found = out if direct else None
+        if found is None:
+            found = empty_rows((len(rows), *self.row_shape), source.dtype, len(rows) * self._row_nbytes)
+        self._copy_rows(rows, found)
+        if not self._plain:
+            found = self._restore(found)
+        return found if direct or out is None else out.copy_(found)
 
-    def _all_in_range(self, rows: torch.Tensor) -> bool:  # noqa: ARG002 - they are addresses, which are checked
-        return True
-
-    def _select(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        if out is None or not out.is_contiguous():
-            got = empty_rows((len(rows), *self.row_shape), source.dtype, len(rows) * self._row_nbytes)
-        else:
-            got = out
+    def _copy_rows(self, rows: torch.Tensor, target: torch.Tensor) -> None:
+        """Rows as they are stored, to contiguous memory."""
+        source, held = self._all_mapped()
+        where = rows
+        if source is None:
+            where, bad, held = self._maps.locate(rows)
+            if bad >= 0:
+                raise refused(rows, self.n_rows, self.name)
+            if gather.kernel() is None:
+                self._copy_by_parts(rows, target)
+                return
+            source = self._memory
         jobs = Jobs()
-        jobs.add(self._memory, rows, got)
-        jobs.run()
-        return got if out is None or got is out else out.copy_(got)
+        jobs.add(source, where, target)
+        if jobs.run() is not None:
+            raise refused(rows, self.n_rows, self.name)
+        del held  # until now the maps had to stay
 
-    def _gather_by_parts(self, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _all_mapped(self) -> tuple[Source | None, object]:
+        """What the kernel gathers from if all parts are mapped, and what keeps it valid."""
+        placed = self._maps.placed()
+        if placed is None or gather.kernel() is None:
+            return None, None
+        known, source = self._placed
+        if known is not placed:
+            source = self._memory._replace(numbers=placed.numbers)
+            self._placed = (placed, source)
+        return source, placed
+
+    def _copy_by_parts(self, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Without the kernel: part by part."""
-        if out is None:
-            out = empty_rows((len(rows), *self.row_shape), self.dtype, len(rows) * self.row_nbytes)
         parts = torch.from_numpy(np.asarray(self._maps.table.parts_of(rows.numpy())))
         for part in set(parts.tolist()):
             places = (parts == part).nonzero().view(-1)
             first, last = self._rows_of(part)
-            values = self._slice(part, first, last)
-            out[places] = values[rows[places] - first].to(self.dtype)
-        return out
+            target[places] = self._slice(part, first, last).view(target.dtype)[rows[places] - first]
 
-    def _prefetch_ahead(self, prefetcher: RowPrefetcher, rows: torch.Tensor) -> None:
-        inside = (rows >= 0) & (rows < self.n_rows)
-        addresses, _, _held = self._maps.locate(rows if inside.all() else rows[inside])
-        prefetcher.prefetch_ahead(addresses)
+    def _locate(self, rows: np.ndarray) -> np.ndarray:
+        """Addresses of rows for prefetching, which may be wrong if maps are released meanwhile."""
+        addresses, _, _held = self._maps.locate(torch.from_numpy(rows))
+        found: np.ndarray = addresses.numpy()
+        return found
 
     # ---- slices
 
@@ -222,6 +240,7 @@ class PartedTensor(PagedTensor):
         return self._plain and self._row_nbytes > 0
 
     def close(self) -> None:
-        """Let go of the maps; existing views stay valid and keep theirs as long as they live."""
+        """Release the maps; existing views stay valid and keep theirs as long as they live."""
         super().close()
         self._maps.close()
+        self._placed = (None, None)

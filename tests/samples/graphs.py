@@ -31,7 +31,7 @@ DTYPES = (
     torch.float64,
 )
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-FORMATS = ("npy", "safetensors", "pt", "hdf5", "gzip")
+FORMATS = ("npy", "safetensors", "pt", "hdf5", "gzip", "parts")
 SIZES = (1, 2, 3, 5, 7)
 SEED, EPOCH = 3, 4
 

@@ -172,7 +172,7 @@ def test_a_scan_prefetches_one_block_ahead_and_all_of_it(tensor, prefetched):
 def test_large_views_bring_read_ahead_back_until_rows_are_taken(tensor, monkeypatch):
     x, _ = tensor
     assert x.advice == "random"
-    monkeypatch.setattr(mapped, "_LARGE_VIEW", 1 << 20)
+    monkeypatch.setattr(mapped, "LARGE_VIEW", 1 << 20)
     x.tensor()
     assert x.advice == "normal"
     if paging.madvise_batcher().backend != "none":

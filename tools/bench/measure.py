@@ -28,6 +28,7 @@ OWN_SETTINGS = frozenset({"readers", "convert_gb", "disk_budget", "generic_rows"
 CASES = (
     "cold",
     "warm",
+    "parts",
     "signal",
     "warmup",
     "loader",

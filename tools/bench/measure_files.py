@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.bench import pagecache
 from tools.bench.library import library
+from tools.bench.row_files import RowSource, write_numbered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,11 +22,13 @@ __all__ = [
     "copy",
     "h5py_gzip",
     "open_dataset",
+    "open_parts",
     "preload",
     "torch_load",
     "verify",
     "vmtouch",
     "warm_up",
+    "write_parts",
 ]
 
 
@@ -172,6 +175,30 @@ def verify(path: str, *, cold: bool) -> dict[str, Any]:
         report = js.verify(path)
     facts["ok"] = bool(report.ok)
     return facts
+
+
+def write_parts(path: str, parts: int, rows: int, dim: int, seed: int) -> dict[str, Any]:
+    """Many small files that are one tensor."""
+    write_numbered(Path(path), RowSource(rows, dim, seed), parts)
+    return {}
+
+
+def open_parts(path: str, *, check: bool) -> dict[str, Any]:
+    """Open a tensor of many parts some times, and take a batch each time; or verify it, so that it is known."""
+    js = library()
+    if check:
+        js.verify(path)
+    opened, taken = [], []
+    for _ in range(5):
+        begin = time.perf_counter()
+        store = js.open(path, use_mmap=True)
+        opened.append(time.perf_counter() - begin)
+        (name,) = store
+        begin = time.perf_counter()
+        store[name].take(range(0, len(store[name]), max(len(store[name]) // 256, 1)))
+        taken.append(time.perf_counter() - begin)
+        store.close()
+    return {"seconds": opened, "take_seconds": taken}
 
 
 def open_dataset(path: str, times: int = 5) -> dict[str, Any]:

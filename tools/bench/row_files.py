@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["NAME", "WRITERS", "RowSource", "orders", "write"]
+__all__ = ["NAME", "PARTS", "WRITERS", "RowSource", "orders", "write", "write_numbered"]
 
 NAME = "rows"
 BLOCK = 8192
 ALIGNMENT = 4096
 ARROW_BATCH = 1000
 ZARR_CHUNK = 4096
+PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,34 @@ def write_safetensors(path: Path, source: RowSource) -> None:
 
 def write_npy(path: Path, source: RowSource) -> None:
     """Version 1.0 with a header padded to one page."""
-    facts = repr({"descr": "<f4", "fortran_order": False, "shape": (source.rows, source.dim)})
-    header = facts.encode().ljust(ALIGNMENT - 11) + b"\n"
-    _append(path, b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header, source)
+    _append(path, _npy_header((source.rows, source.dim)), source)
+
+
+def _npy_header(shape: tuple[int, int]) -> bytes:
+    header = repr({"descr": "<f4", "fortran_order": False, "shape": shape}).encode().ljust(ALIGNMENT - 11) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def write_parts(path: Path, source: RowSource) -> None:
+    """The same rows in :data:`PARTS` files of about equal length, as one encoding process each would write them."""
+    write_numbered(path, source, PARTS)
+
+
+def write_numbered(path: Path, source: RowSource, parts: int) -> None:
+    """Rows in numbered ``.npy`` files; headers padded to one page."""
+    path.mkdir()
+    blocks = source.blocks()
+    rest = np.empty((0, source.dim), np.float32)
+    for number in range(parts):
+        count = source.rows * (number + 1) // parts - source.rows * number // parts
+        with (path / f"{NAME}-{number:05d}-of-{parts:05d}.npy").open("wb") as file:
+            file.write(_npy_header((count, source.dim)))
+            while count:
+                if not len(rest):
+                    rest = next(blocks)
+                taken, rest = rest[:count], rest[count:]
+                file.write(taken.data)
+                count -= len(taken)
 
 
 def write_raw(path: Path, source: RowSource) -> None:
@@ -178,6 +204,7 @@ def write_zarr(path: Path, source: RowSource) -> None:
 WRITERS: Mapping[str, Callable[[Path, RowSource], None]] = {
     "rows.safetensors": write_safetensors,
     "rows.npy": write_npy,
+    "rows.parts": write_parts,
     "rows.pt": write_pt,
     "zeros.pt": write_zeros_pt,
     "rows.h5": write_hdf5,

@@ -1,6 +1,6 @@
 """The picture of a sample: which tensors it is looked up in, whose values name the rows, and the fields that come of it.
 
-Each lookup has exactly one thing that names its rows, so the graph is a tree below the position of the sample. It is
+Exactly one index names the rows of each lookup, so the graph is a tree below the position of the sample. It is
 drawn as one: a box for each lookup below the one that names its rows, and its fields to the right of it.
 """
 
@@ -16,7 +16,7 @@ __all__ = ["lookups"]
 
 _INDENT, _TRUNK, _LINE, _PADDING, _GAP = 18.0, 6.0, 17.0, 6.0, 11.0
 _BOX_END, _FIELD = 270.0, 288.0
-_BOLD, _PLAIN = 8.7, 7.2
+_BOLD, _PLAIN = 9.3, 7.8
 """Width of a letter at the size that narrow screens get, in a wide font."""
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tools.bench.context import Context
     from tools.bench.readers.base import Reader
 
-__all__ = ["NAME", "TITLE", "run"]
+__all__ = ["COLUMNS", "NAME", "TITLE", "Run", "measure_group", "row", "run"]
 
 NAME = "cold"
 TITLE = "Random rows, cold, memory capped at a third of the data"
@@ -42,7 +42,7 @@ Probes = dict[str, list[float]]
 
 
 @dataclass
-class _Run:
+class Run:
     """What one combination of reader, read-ahead and batch size has shown so far."""
 
     results: list[spawn.Result] = field(default_factory=list)
@@ -52,6 +52,7 @@ class _Run:
 
     @property
     def rates(self) -> list[float]:
+        """Rows a second of each run."""
         return [float(result.value["rows_per_s"]) for result in self.results]
 
     def of_disk(self) -> float | None:
@@ -60,12 +61,13 @@ class _Run:
             median([rate / limit for rate, limit in zip(self.rates, self.limits, strict=True)]) if self.rates else None
         )
 
-    def rate_beside(self, other: _Run) -> float | None:
+    def rate_beside(self, other: Run) -> float | None:
         """Median of the runs in the groups that the other ran in."""
         rates = [rate for rate, group in zip(self.rates, self.groups, strict=True) if group in other.groups]
         return median(rates) if rates else None
 
     def median_of(self, key: str) -> float | None:
+        """Median of something that each run found out."""
         values = [float(result.value[key]) for result in self.results if key in result.value]
         return median(values) if values else None
 
@@ -74,7 +76,7 @@ def run(context: Context) -> CaseResult:
     """Measure group by group: as many files as the disk budget holds, the readers of a group taking turns."""
     result = CaseResult(NAME, TITLE)
     readers = chosen(context.settings.readers)
-    runs: dict[tuple[str, int, int], _Run] = defaultdict(_Run)
+    runs: dict[tuple[str, int, int], Run] = defaultdict(Run)
     probes: Probes = defaultdict(list)
     settings = context.read_ahead_settings(result)
     for number, group in enumerate(_groups(context, readers)):
@@ -82,9 +84,9 @@ def run(context: Context) -> CaseResult:
         paths = {name: context.assets.ensure(name, keep) for name in sorted(keep, key=lambda name: name != "rows.pt")}
         for kib in settings:
             with context.read_ahead(kib):
-                _measure_group(context, number, group, paths, kib or 0, runs, probes, result)
+                measure_group(context, number, group, paths, kib or 0, runs, probes, result)
     probe_table = _limits(context, probes)
-    rows = [_row(key, found) for key, found in sorted(runs.items(), key=_order)]
+    rows = [row(key, found) for key, found in sorted(runs.items(), key=_order)]
     rows += [
         {"label": reader.label, "key": reader.key, "why": reader.missing()}
         for reader in READERS.values()
@@ -96,7 +98,7 @@ def run(context: Context) -> CaseResult:
     return result
 
 
-def _order(item: tuple[tuple[str, int, int], _Run]) -> tuple[int, int, int]:
+def _order(item: tuple[tuple[str, int, int], Run]) -> tuple[int, int, int]:
     key, kib, batch = item[0]
     return -kib, batch, list(READERS).index(key)
 
@@ -117,16 +119,17 @@ def _groups(context: Context, readers: list[type[Reader]]) -> list[list[type[Rea
     return groups or [[ours]]
 
 
-def _measure_group(
+def measure_group(
     context: Context,
     number: int,
     group: list[type[Reader]],
     paths: dict[str, Path],
     kib: int,
-    runs: dict[tuple[str, int, int], _Run],
+    runs: dict[tuple[str, int, int], Run],
     probes: Probes,
     result: CaseResult,
 ) -> None:
+    """Readers of files that fit the disk together, taking turns; this library's main reader's file is among them."""
     settings = context.settings
     for batch in settings.batches:
         wanted = _expected(context, batch)
@@ -142,7 +145,7 @@ def _measure_group(
                     state.groups.append(number)
 
 
-def _too_slow(state: _Run, first: _Run | None, batch: int, seconds: float) -> bool:
+def _too_slow(state: Run, first: Run | None, batch: int, seconds: float) -> bool:
     """Whether a single batch would take longer than the bound: that is said instead of waited for."""
     if first is None or first is state or not first.rates or median(first.rates) * seconds > batch:
         return False
@@ -163,7 +166,7 @@ def _measure(
     path: str,
     kib: int,
     batch: int,
-    state: _Run,
+    state: Run,
     wanted: list[int],
     result: CaseResult,
 ) -> bool:
@@ -229,7 +232,8 @@ def _limits(context: Context, probes: Probes) -> Table:
     return Table("The disk's own limit", columns, rows)
 
 
-def _row(key: tuple[str, int, int], state: _Run) -> dict[str, Any]:
+def row(key: tuple[str, int, int], state: Run) -> dict[str, Any]:
+    """A row of the table, from a reader, a read-ahead and a batch size."""
     name, kib, batch = key
     reader = READERS[name]
     facts: dict[str, Any] = {
@@ -260,9 +264,9 @@ def _row(key: tuple[str, int, int], state: _Run) -> dict[str, Any]:
     }
 
 
-def _targets(context: Context, runs: dict[tuple[str, int, int], _Run], settings: list[int]) -> list[Target]:
+def _targets(context: Context, runs: dict[tuple[str, int, int], Run], settings: list[int]) -> list[Target]:
     def against(peer: str, kib: int, batch: int, wanted: float) -> Target:
-        ours, theirs = (runs.get((key, kib, batch), _Run()) for key in (OURS, peer))
+        ours, theirs = (runs.get((key, kib, batch), Run()) for key in (OURS, peer))
         what = f"cold rows, global order, batch {batch}, read-ahead {kib} KiB"
         theirs_rate = median(theirs.rates) if theirs.rates else None
         return target(what, READERS[peer].label, ours.rate_beside(theirs), theirs_rate, wanted)
@@ -271,7 +275,7 @@ def _targets(context: Context, runs: dict[tuple[str, int, int], _Run], settings:
     for batch in context.settings.batches:
         for kib in settings:
             what = f"cold rows, global order, batch {batch}, read-ahead {kib} KiB"
-            of_disk = runs.get((OURS, kib, batch), _Run()).of_disk()
+            of_disk = runs.get((OURS, kib, batch), Run()).of_disk()
             targets.append(target(what, "the disk's 4 KiB reads at depth 32", of_disk, 1.0, 0.9))
             targets.append(against("lance", kib, batch, 2.0))
     batch = context.settings.batches[0]

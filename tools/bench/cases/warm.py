@@ -13,7 +13,7 @@ from tools.bench.stats import median, ratio, spread
 if TYPE_CHECKING:
     from tools.bench.context import Context
 
-__all__ = ["NAME", "TITLE", "run"]
+__all__ = ["COLUMNS", "NAME", "RAM", "TITLE", "measure", "row", "run"]
 
 NAME = "warm"
 TITLE = "Random rows, warm"
@@ -47,8 +47,8 @@ def run(context: Context) -> CaseResult:
                 # The yardstick runs beside this library's own file only; every group holds one of its readers.
                 keys = [RAM, *group] if asset == base else group
                 for key in keys if repeat % 2 == 0 else reversed(keys):
-                    _measure(context, key, paths[base if key == RAM else asset], batch, runs, failed)
-    rows = [_row(key, batch, runs, failed) for batch in settings.batches for key in (RAM, *READERS)]
+                    measure(context, key, paths[base if key == RAM else asset], batch, runs, failed)
+    rows = [row(key, batch, runs, failed) for batch in settings.batches for key in (RAM, *READERS)]
     result.tables.append(Table(TITLE, COLUMNS, rows))
     for batch in settings.batches:
         rates = {key: median([one.value["rows_per_s"] for one in runs.get((key, batch), [])]) for key in (OURS, RAM)}
@@ -61,7 +61,7 @@ def run(context: Context) -> CaseResult:
     return result
 
 
-def _measure(
+def measure(
     context: Context,
     key: str,
     path: str,
@@ -69,6 +69,7 @@ def _measure(
     runs: dict[tuple[str, int], list[spawn.Result]],
     failed: dict[tuple[str, int], str],
 ) -> None:
+    """One run in a child."""
     s = context.settings
     facts: dict[str, Any] = {"rows": s.rows, "dim": s.dim, "batch": batch, "seed": s.seed}
     facts |= {"path": path, "count": min(s.max_rows, s.rows // 2), "seconds": s.seconds}
@@ -87,9 +88,10 @@ def _measure(
     context.say(f"  {key}, batch {batch}: {found.value['rows_per_s']:,.0f} rows/s")
 
 
-def _row(
+def row(
     key: str, batch: int, runs: dict[tuple[str, int], list[spawn.Result]], failed: dict[tuple[str, int], str]
 ) -> dict[str, Any]:
+    """A row of the table."""
     reader = READERS.get(key)
     facts: dict[str, Any] = {"key": key, "label": reader.label if reader else RAM_LABEL, "batch": batch}
     found = runs.get((key, batch))

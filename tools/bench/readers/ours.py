@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tools.bench.readers.base import Reader
+from tools.bench.row_files import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,6 +54,22 @@ class OursNpy(OursSafetensors):
     key = "ours-npy"
     label = "**jasper_store**, npy"
     asset = "rows.npy"
+
+
+class OursParts(OursSafetensors):
+    """The same over many files of ``.npy``, which are one tensor."""
+
+    key = "ours-parts"
+    label = f"**jasper_store**, {PARTS} files of npy"
+    asset = "rows.parts"
+
+
+class OursArrow(OursSafetensors):
+    """The same over an Arrow stream, where it lies."""
+
+    key = "ours-arrow"
+    label = "**jasper_store**, Arrow in place"
+    asset = "rows.arrow"
 
 
 class OursPt(OursSafetensors):

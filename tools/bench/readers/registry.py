@@ -8,7 +8,7 @@ from tools.bench.readers.h5py_rows import H5pyRows
 from tools.bench.readers.hf_datasets import HfDatasets
 from tools.bench.readers.lance_take import LanceTake
 from tools.bench.readers.numpy_map import NumpyMap
-from tools.bench.readers.ours import OursHdf5, OursNpy, OursPt, OursSafetensors
+from tools.bench.readers.ours import OursArrow, OursHdf5, OursNpy, OursParts, OursPt, OursSafetensors
 from tools.bench.readers.safetensors_map import SafetensorsMap
 from tools.bench.readers.tensordict_map import TensordictMap
 from tools.bench.readers.tensorstore_zarr import TensorstoreZarr
@@ -30,6 +30,8 @@ READERS: dict[str, type[Reader]] = {
         OursNpy,
         OursPt,
         OursHdf5,
+        OursParts,
+        OursArrow,
         LanceTake,
         TorchMap,
         SafetensorsMap,

@@ -22,7 +22,7 @@ from jasper_store import errors
 if TYPE_CHECKING:
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
-    from jasper_store.jasper.api import DatasetWriter, convert, open, plan, verify, warm_up  # noqa: A004
+    from jasper_store.jasper.api import DatasetWriter, commit, compact, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
     from jasper_store.jasper.loader import create_loader
     from jasper_store.loading.device import to_device
@@ -51,6 +51,8 @@ __all__ = [
     "Variant",
     "VerifyReport",
     "WarmupReport",
+    "commit",
+    "compact",
     "convert",
     "create_loader",
     "errors",
@@ -79,6 +81,8 @@ _HOMES = {
     "TensorStore": "store.store",
     "VerifyReport": "conversion.verify",
     "WarmupReport": "store.warmup",
+    "commit": "jasper.api",
+    "compact": "jasper.api",
     "convert": "jasper.api",
     "create_loader": "jasper.loader",
     "memory_report": "memory.report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,15 +12,16 @@ from jasper_store.conversion.narrow import parse_dtype
 from jasper_store.conversion.plan import SourceFacts, find_sources, make_tasks, select, target_of
 from jasper_store.conversion.run import Run, finish_interrupted
 from jasper_store.conversion.transfer import Options
-from jasper_store.files.atomic import clean_stale, map_os_errors
+from jasper_store.errors import ConversionError
+from jasper_store.files.atomic import clean_stale, make_directory, map_os_errors
 from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
 from jasper_store.formats.base import Schema
+from jasper_store.formats.generation import read_generation
 from jasper_store.formats.registry import writable
 from jasper_store.memory import budget
 from jasper_store.store.manifest_file import MANIFEST_LOCK
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Collection, Iterator
 
     import torch
@@ -45,7 +47,10 @@ def convert(
     """Write a dataset, or one file, in another format.
 
     Takes a few blocks of memory whatever the size, and never executes what a file contains. A second run skips
-    the tensors whose target already holds the right values. Readers that have old files open keep them.
+    the tensors whose target already holds the right values. Readers that have old files open keep them. A new directory
+    opens when all of it is there, and not before. One that is replaced is exchanged for the new one in one step where the
+    system can (Linux); elsewhere, and in the source's own directory, files get their names one after another, and an
+    opening in between is refused.
 
     Args:
         src: a dataset directory, or one file.
@@ -75,6 +80,7 @@ def convert(
     fmt, wanted_dtype = writable(format), parse_dtype(dtype)
     src = Path(src)
     directory, one_file = target_of(src, None if dst is None else Path(dst), fmt)
+    _require_ungrown(directory)
     sources = find_sources(src, directory, fmt, source_format, schema)
     specs = select(sources.specs, tensors)
     facts = SourceFacts({path for spec in specs for path in spec.paths})
@@ -84,18 +90,29 @@ def convert(
     with _made(directory), exclusive(directory / LOCK_NAME, f"converting into {directory}"):
         finish_interrupted(directory)
         clean_stale(directory)
+        real = Path(os.path.realpath(directory))
+        clean_stale(real.parent, real.name)  # what an exchange of directories left that was killed
         remove_stale(directory / MANIFEST_LOCK)
         run = Run(src, directory, tasks, options, facts, progress, overwrite=overwrite, part=tensors is not None)
         run.do()
     return run.report(sources, time.perf_counter() - started)
 
 
+def _require_ungrown(directory: Path) -> None:
+    """Refuse to write beside parts: the manifest names these, and would pass over the new files."""
+    if read_generation(directory) is not None:
+        msg = (
+            f"{directory}: expected a directory to convert into that holds no dataset in parts (which was appended to), "
+            "found one; name another directory"
+        )
+        raise ConversionError(msg, path=directory)
+
+
 @contextlib.contextmanager
 def _made(directory: Path) -> Iterator[None]:
     """Make a directory and its parents; those made are removed again if nothing came to lie in them."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
     with map_os_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        missing = make_directory(directory)
     try:
         yield
     except BaseException:

@@ -15,7 +15,7 @@ from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, Sour
 from jasper_store.store.manifest_file import update
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -34,6 +34,7 @@ class ManifestBatch:
         self._fingerprints: dict[Path, FileFingerprint] = {}
         self._entries: dict[str, FileEntry] = {}
         self._written = time.monotonic()
+        self._begun = False
 
     def entry(self, task: FileTask, path: Path, checksums: Mapping[str, str], wanted: torch.dtype | None) -> FileEntry:
         """Describe a file that was written for a task, wherever it lies for now."""
@@ -58,6 +59,29 @@ class ManifestBatch:
     def add(self, target: Path, entry: FileEntry) -> None:
         """Add an entry to the next write."""
         self._entries[target.name] = entry
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Write down that these files are to come, so that the directory does not open before :meth:`finish`.
+
+        Raises:
+            ConversionError, CorruptFileError: as :meth:`write`.
+        """
+        with map_os_errors(self._directory / MANIFEST_NAME):
+            update(self._directory, lambda old: replace(old, pending=tuple(names)))
+        self._begun = True
+
+    def finish(self) -> None:
+        """Write what was added; the directory opens from now on.
+
+        Raises:
+            ConversionError, CorruptFileError: as :meth:`write`.
+        """
+        if self._begun:
+            entries, self._entries = self._entries, {}
+            with map_os_errors(self._directory / MANIFEST_NAME):
+                update(self._directory, lambda old: replace(old, files={**old.files, **entries}, pending=()))
+            self._begun = False
+        self.write()
 
     def write_if_due(self) -> None:
         """Write what was added if the last time was a while ago."""

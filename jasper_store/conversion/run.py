@@ -3,8 +3,8 @@
 How the files appear. Each is written under a temporary name, flushed, read back, and renamed. Where nothing is
 replaced, each is published as soon as it is proven: an interrupted run leaves a part of the new files beside the
 source, which readers pass over as long as the source is the more complete one, and the next run skips them.
-Where files of an older dataset are replaced, all new ones are prepared first. Then the manifest is written, which
-is the commit: it names the new files by their fingerprints, so that until the renames that follow are done, an old file
+Where files of an older dataset are replaced, all new ones are prepared first. Where the system can, a directory that has
+them is then exchanged for the old one (``exchange.py``). Elsewhere the manifest is written, which is the commit: it names the new files by their fingerprints, so that until the renames that follow are done, an old file
 among new ones is refused on opening instead of being mixed with them; :func:`finish_interrupted` (run by the next
 conversion) completes renames that a kill has cut.
 """
@@ -18,6 +18,7 @@ import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from jasper_store.conversion.exchange import exchanged
 from jasper_store.conversion.manifest_batch import ManifestBatch
 from jasper_store.conversion.narrow import saves_nothing
 from jasper_store.conversion.report import ConversionReport, TensorReport
@@ -38,6 +39,7 @@ from jasper_store.formats.arrow.directory import lists_data_files
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.numbered import INDEX_SUFFIX
+from jasper_store.formats.registry import format_for
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest
 from jasper_store.store.manifest_file import read
 
@@ -134,7 +136,7 @@ class Run:
             with contextlib.suppress(OSError, CorruptFileError):
                 self._batch.write()
             raise
-        self._batch.write()
+        self._batch.finish()
 
     # ---- what need not be written
 
@@ -244,15 +246,34 @@ class Run:
         return wanted
 
     def _publish_each(self, todo: Sequence[FileTask], side_files: Sequence[Path], manifest: Manifest) -> None:
-        """Nothing of another dataset is there: every file gets its name as soon as it is proven."""
+        """Nothing of another dataset is there: every file gets its name as soon as it is proven.
+
+        The configuration comes before the first of them. In a directory that holds no data yet, the manifest says first
+        which files are to come, so that the directory opens when all are there.
+        """
+        fresh = bool(manifest.pending) or not any(
+            format_for(path) is not None and path.name[0] not in "._" for path in self.directory.iterdir()
+        )
+        begun = False
         for task in todo:
             with self._written(task) as (temporary, entry):
+                if not begun:
+                    begun = True
+                    self._publish_side_files(side_files)
+                    if fresh:
+                        self._batch.begin([each.target.name for each in todo])
                 if task.target.name in manifest.files:
                     # Its old entry would refuse the new file in the moment between the rename and the new entry.
                     self._batch.forget(task.target)
                 publish(temporary, task.target)
             self._batch.add(task.target, entry)
             self._batch.write_if_due()
+        if not begun:
+            self._publish_side_files(side_files)
+            if manifest.pending:  # of a run that was killed when all files were there
+                self._batch.begin([])
+
+    def _publish_side_files(self, side_files: Sequence[Path]) -> None:
         for path in side_files:
             with self._copied(path) as temporary:
                 publish(temporary, self.directory / path.name)
@@ -270,6 +291,10 @@ class Run:
                 sync_file(temporary)
                 ready.append((temporary, self.directory / path.name, None))
             sync_directory(self.directory)
+            if not self.directory.samefile(self.src if self.src.is_dir() else self.src.parent) and exchanged(
+                self.directory, ready
+            ):
+                return
             for _, target, known in ready:
                 if known is not None:
                     self._batch.add(target, known)

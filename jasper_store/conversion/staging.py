@@ -6,9 +6,11 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from jasper_store.conversion.generations import PART_DIRECTORY, SHARDS
 from jasper_store.errors import ConversionError
 from jasper_store.files.atomic import (
     clean_stale,
+    make_directory,
     map_os_errors,
     recover_directory,
     remove,
@@ -32,7 +34,7 @@ def make_staging(stack: contextlib.ExitStack, target: Path, *, overwrite: bool) 
     """
     parent = target.parent
     with map_os_errors(target):
-        parent.mkdir(parents=True, exist_ok=True)
+        make_directory(parent)
     stack.enter_context(exclusive(parent / f".{target.name}{LOCK_NAME}", f"writing {target}"))
     with map_os_errors(target):
         recover_directory(target)
@@ -87,6 +89,8 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 
 def _replaceable(path: Path) -> bool:
     """Whether a file in a directory that is replaced is part of a dataset, and not another file of the user's."""
+    if path.is_dir() and not path.is_symlink():
+        return path.name == SHARDS or PART_DIRECTORY.fullmatch(path.name) is not None
     fmt = format_for(path)
     written = fmt is not None and fmt.name in FORMATS
     return path.is_file() and (written or path.suffix == ".json" or path.name.startswith("."))

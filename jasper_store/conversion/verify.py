@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jasper_store.conversion.checksum import checksum
+from jasper_store.conversion.verify_parts import part_headers
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.flat import stem_of
+from jasper_store.formats.parts import join
 from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
 from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from jasper_store.formats.base import ReadFormat, Skipped, TensorSpec
+    from jasper_store.formats.generation import Generation
 
 __all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
 
@@ -155,6 +158,12 @@ class _Job:
     spec: TensorSpec
     entry: TensorEntry | None
     visitor: Visitor | None
+    parts: tuple[tuple[TensorSpec, str | None], ...] = ()  # in their order, each with its checksum
+
+    @property
+    def pieces(self) -> tuple[tuple[TensorSpec, str | None], ...]:
+        """What has a checksum: the parts, or the tensor."""
+        return self.parts or ((self.spec, self.entry.xxh3_128 if self.entry is not None else None),)
 
 
 class _Check:
@@ -169,7 +178,10 @@ class _Check:
         self.path = path
         self.root = path if path.is_dir() else path.parent
         self.manifest = self._read_manifest()
-        if path.is_dir():
+        grown = self.manifest.generation if path.is_dir() else None
+        if grown is not None:
+            self.files, listed = [], [self.root / name for name in grown.files.names]
+        elif path.is_dir():
             self.files = _data_files(path)
             listed = [self.root / name for name in self.manifest.files]
         else:
@@ -177,7 +189,8 @@ class _Check:
         if not path.exists() or not (self.files or listed):
             msg = f"{path}: expected a dataset directory or one file of a known format, found nothing of the kind"
             raise DatasetNotFoundError(msg, path=path)
-        self.missing = [file for file in listed if not file.exists()]
+        self.missing = [] if grown is not None else [file for file in listed if not file.exists()]
+        self.grown = grown
         self.skipped: list[Skipped] = []
         self.jobs: list[_Job] = []
         self.archives: list[Path] = []
@@ -195,6 +208,9 @@ class _Check:
                     "checked. js.convert and js.DatasetWriter write one"
                 )
                 self._add("warning", None, "manifest", text)
+        if found is not None and found.pending:
+            text = f"{self.root}: a conversion into it was not finished ({', '.join(found.pending[:5])}); run it again"
+            self._add("error", None, "manifest", text)
         return found or Manifest(self.root)
 
     def _add(self, severity: Severity, tensor: str | None, check: str, message: str) -> None:
@@ -204,6 +220,9 @@ class _Check:
 
     def headers(self) -> None:
         """Locate every file and compare it with its entry."""
+        if self.grown is not None:
+            self._parts(self.grown)
+            return
         names: set[str] = set()
         every: list[TensorSpec] = []
         for file in self.files:
@@ -228,6 +247,15 @@ class _Check:
                 self._add("error", file.name, "missing", f"{text}; no other file holds {', '.join(sorted(lost))}")
             else:
                 self._add("warning", file.name, "missing", f"{text}; other files hold its tensors")
+
+    def _parts(self, generation: Generation) -> None:
+        """Compare the headers of all files with what the manifest says of the parts in them."""
+        held, problems = part_headers(generation, self.root, self.schema)
+        for problem in problems:
+            self._add("error", *problem)
+        for name, parts in held.items():
+            spec = parts[0][0] if len(parts) == 1 else join(name, [spec for spec, _ in parts])
+            self.jobs.append(_Job(spec, TensorEntry(dtype_name(spec.dtype), spec.shape), self.visitor(name), parts))
 
     def _name_skipped(self, specs: Sequence[TensorSpec]) -> None:
         """Say what is no tensor, unless it was kept: then it is there as a text of its name."""
@@ -348,25 +376,27 @@ def _data_files(root: Path) -> list[Path]:
 
 
 def _verify_values(job: _Job, advance: Callable[[str, int], None], *, drop: bool) -> Finding | None:
-    """Read a tensor whole and compare its checksum, where one is known."""
-    spec, entry, visitor = job.spec, job.entry, job.visitor
+    """Read a tensor whole, part by part, and compare checksums, where they are known."""
+    row = 0  # at which the piece begins
+    for spec, expected in job.pieces:
 
-    def look(start: int, rows: torch.Tensor) -> None:
-        if visitor is not None:
-            visitor.visit(start, rows)
-        advance(spec.name, rows.nbytes)
+        def look(start: int, rows: torch.Tensor, first: int = row, name: str = job.spec.name) -> None:
+            if job.visitor is not None:
+                job.visitor.visit(first + start, rows)
+            advance(name, rows.nbytes)
 
-    try:
-        found = checksum(spec, look, drop=drop)
-    except (JasperStoreError, OSError) as exc:
-        return Finding("error", spec.name, "read", f"{spec.path}: {spec.name} cannot be read whole: {exc}")
-    if entry is None or entry.xxh3_128 is None or found == entry.xxh3_128:
-        return None
-    text = (
-        f"{spec.path}: the values of {spec.name} have changed since they were written (xxh3-128 expected "
-        f"{entry.xxh3_128}, found {found}); restore the file or convert it again"
-    )
-    return Finding("error", spec.name, "checksum", text)
+        try:
+            found = checksum(spec, look, drop=drop)
+        except (JasperStoreError, OSError) as exc:
+            return Finding("error", spec.name, "read", f"{spec.path}: {spec.name} cannot be read whole: {exc}")
+        if expected is not None and found != expected:
+            text = (
+                f"{spec.path}: the values of {spec.name} have changed since they were written (xxh3-128 expected "
+                f"{expected}, found {found}); restore the file or convert it again"
+            )
+            return Finding("error", spec.name, "checksum", text)
+        row += spec.n_rows
+    return None
 
 
 def _verify_records(file: Path, advance: Callable[[str, int], None]) -> Finding | None:

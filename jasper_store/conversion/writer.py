@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from jasper_store.conversion.append import Appending, check_known, check_part_options, shard_directory
 from jasper_store.conversion.checksum import Hasher
 from jasper_store.conversion.coerce import are_strings, as_block, as_json, flatten
 from jasper_store.conversion.plan import FileTask, make_tasks
 from jasper_store.conversion.staging import make_staging, publish
 from jasper_store.conversion.transfer import Options, require_reference, write_file
-from jasper_store.errors import ClosedError, ConversionError, IntegrityError
+from jasper_store.errors import ClosedError, ConversionError, IncompatibleOptionsError, IntegrityError
 from jasper_store.files.atomic import (
     map_os_errors,
     remove,
@@ -73,52 +74,84 @@ class DirectoryWriter:
     the hidden directory is removed at once, or by the next writer to the same place. HDF5 needs the number of rows
     beforehand and so takes twice the disk space until it is published.
 
+    With ``mode="append"`` the rows come to a dataset that is there, as a part of each tensor: no old byte is read or
+    changed, and :meth:`close` publishes the longer dataset in one step. Readers keep what they have opened. Tensors with
+    one number of rows have to grow alike. The dataset has no other writer meanwhile.
+
+    With ``shard`` and ``shards`` many processes or hosts write a dataset, each of them one shard; nothing is visible
+    before :func:`jasper_store.conversion.commit.commit`. A writer that was killed and is run again replaces its shard.
+
     Use it as a context manager; an exception inside the block abandons it. Not safe for concurrent use.
 
     Args:
-        path: directory to make.
-        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
+        path: directory to make, or to append to.
+        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``; by default the first, or that of the dataset that
+            is appended to.
         schema: names and HDF5 paths of the dataset; by default names are taken as they are.
         compression: HDF5 only, as in ``convert``.
         config: written as ``config.json``.
         overwrite: replace a dataset that is there, with everything in its directory. A directory that holds anything
             but datasets, JSON files and what this library leaves is never replaced.
         check: called by :meth:`close` with the tensors as they were written, in the hidden directory, just before it
-            is published. What it raises ends the writer, and nothing is published.
+            is published; on appending with all of the dataset's. What it raises ends the writer, and nothing is
+            published.
+        mode: ``"create"``, or ``"append"`` to a dataset that is there.
+        shard: number of the shard that is written, from 0; with ``shards``.
+        shards: how many there are.
 
     Raises:
         ConversionError: the target is there and ``overwrite`` is False, holds other things, cannot be written, or is
-            being written by another writer.
-        UnknownNameError: an unknown format or compression.
-        IncompatibleOptionsError: a compression that the format does not have, or a config that is no JSON.
+            being written by another writer; or there is nothing to append to.
+        CorruptFileError: a file of the dataset that is appended to is not the one that was written.
+        UnknownNameError: an unknown format, mode or compression.
+        IncompatibleOptionsError: a compression that the format does not have, a config that is no JSON, or options that
+            make no sense for a part of a dataset.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        format: str = "safetensors",  # noqa: A002 - the word that users pass
+        format: str | None = None,  # noqa: A002 - the word that users pass
         *,
         schema: Schema | None = None,
         compression: str | None = None,
         config: dict[str, Any] | None = None,
         overwrite: bool = False,
         check: Callable[[Sequence[TensorSpec]], None] | None = None,
+        mode: str = "create",
+        shard: int | None = None,
+        shards: int | None = None,
     ) -> None:
-        self._fmt: Format = writable(format)
-        self._options = Options(self._fmt, Schema() if schema is None else schema, compression)
+        writable(format or "safetensors")  # refuses a name that is not known before anything is made
+        check_known("mode", mode, ("create", "append"))
+        part = mode == "append" or shard is not None or shards is not None
+        if part:
+            check_part_options(Path(path), compression=compression, overwrite=overwrite, appends=mode, config=config)
+        schema = Schema() if schema is None else schema
         self._config = None if config is None else as_json(config)
         # A link to a directory is followed: the dataset behind it is what gets replaced, not the link.
-        self._target = Path(os.path.realpath(path))
-        self._overwrite = overwrite
+        self._root = self._target = Path(os.path.realpath(path))
+        if shard is not None or shards is not None:
+            self._target = shard_directory(self._root, shard, shards, append=mode == "append", schema=schema)
+        self._overwrite = overwrite or self._target != self._root
         self._check = check
+        self._is_part = part
         self._parts: dict[str, _Part] = {}
         # Names of ragged tensors, and of ids with the hashes of those that came.
         self._ragged: dict[str, list[NDArray[np.uint64]]] = {}
         self._ids: dict[str, list[NDArray[np.uint64]]] = {}
         self._closed = False
         self._published = False
+        self._appending: Appending | None = None
         with contextlib.ExitStack() as stack:
-            self._staging = make_staging(stack, self._target, overwrite=overwrite)
+            if mode == "append" and self._target == self._root:
+                self._appending = Appending(stack, self._target, schema)
+                self._staging = self._appending.staging
+                format = format or self._appending.format  # noqa: A001
+            else:
+                self._staging = make_staging(stack, self._target, overwrite=self._overwrite)
+            self._fmt: Format = writable(format or "safetensors")
+            self._options = Options(self._fmt, schema, compression)
             with map_os_errors(self._target):
                 # A compression that the format or this machine lacks is refused now, and not after the last block.
                 probe = self._staging / "probe"
@@ -130,8 +163,8 @@ class DirectoryWriter:
 
     @property
     def path(self) -> Path:
-        """The directory that will appear."""
-        return self._target
+        """The dataset's directory."""
+        return self._root
 
     @property
     def closed(self) -> bool:
@@ -156,6 +189,8 @@ class DirectoryWriter:
             return
         self._check_open()
         self._check_kind(name, "append()")
+        if self._appending is not None:
+            self._appending.require_plain(name)
         self._append(name, as_block(name, rows))
 
     def append_ragged(self, name: str, rows: Sequence[Sequence[int] | torch.Tensor]) -> None:
@@ -189,6 +224,12 @@ class DirectoryWriter:
         """
         self._check_open()
         self._check_kind(name, "append_ids()")
+        if self._is_part:
+            msg = (
+                f"{name!r}: expected no ids where a part of a dataset is written, since their hashes are sorted over all of "
+                "them; keep ids in a dataset of their own, which is written at once"
+            )
+            raise IncompatibleOptionsError(msg, tensor=name)
         values, lengths = encode(name, rows.tolist() if isinstance(rows, np.ndarray) else rows)
         self._append_rows(name, torch.from_numpy(values.copy()), torch.from_numpy(lengths), self._ids)
         self._ids[name].append(hash_block(values, lengths))
@@ -208,12 +249,16 @@ class DirectoryWriter:
         self, name: str, values: torch.Tensor, lengths: torch.Tensor, known: dict[str, list[NDArray[np.uint64]]]
     ) -> None:
         """Append rows of different lengths: their values one after another, and where each row ends."""
+        before = self._appending.n_rows(f"{name}.values") if self._appending is not None else 0
         if name not in known:
             check_name(name)
+            if self._appending is not None:
+                self._appending.require_ragged(name)
             known[name] = []
             self._append(f"{name}.values", torch.empty(0, dtype=values.dtype))
-            self._append(f"{name}.offsets", torch.zeros(1, dtype=torch.int64))
-        offsets = lengths.cumsum(0) + self._parts[f"{name}.values"].rows
+            # Offsets of an appended part begin where the old ones end, which is the end of the values there are.
+            self._append(f"{name}.offsets", torch.zeros(int(self._appending is None), dtype=torch.int64))
+        offsets = lengths.cumsum(0) + (before + self._parts[f"{name}.values"].rows)
         self._append(f"{name}.values", values)
         self._append(f"{name}.offsets", offsets)
 
@@ -242,7 +287,11 @@ class DirectoryWriter:
 
     def _begin(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None) -> _Part:
         check_name(name)
-        spooled = self._fmt.one_file is not None or (self._fmt.name == "pt" and base_name(name) in self._ragged)
+        if self._appending is not None:
+            self._appending.require(name, dtype, row_shape)
+        # A part holds runs of rows, so no list of lists.
+        lists = not self._is_part and self._fmt.name == "pt" and base_name(name) in self._ragged
+        spooled = self._fmt.one_file is not None or lists
         rows = 1 if row_shape is None else None
         try:
             with map_os_errors(self._target):
@@ -300,7 +349,7 @@ class DirectoryWriter:
             Exception: what ``check`` raised; nothing was published.
         """
         if self._published:
-            return self._target
+            return self._root
         self._check_open()
         with self._abandoned_on_failure():
             if not self._parts:
@@ -311,18 +360,22 @@ class DirectoryWriter:
                 part.writer.end()
                 part.writer.close()
             files = self._finish_files()
-            if self._config is not None:
-                (self._staging / _CONFIG).write_text(self._config, encoding="utf-8")
-            write_manifest(Manifest(self._staging, files))
+            if self._appending is None:
+                if self._config is not None:
+                    (self._staging / _CONFIG).write_text(self._config, encoding="utf-8")
+                write_manifest(Manifest(self._staging, files))
             for file in self._staging.iterdir():
                 sync_file(file)
             sync_directory(self._staging)
-            if self._check is not None:
-                self._check(locate(self._staging, self._fmt.name, self._options.schema).specs)
-            publish(self._staging, self._target, overwrite=self._overwrite)
+            if self._appending is not None:
+                self._appending.publish(self._fmt.name, files, self._check)
+            else:
+                if self._check is not None and self._target == self._root:
+                    self._check(locate(self._staging, self._fmt.name, self._options.schema).specs)
+                publish(self._staging, self._target, overwrite=self._overwrite)
             self._published = True
         self._end()
-        return self._target
+        return self._root
 
     def _finish_files(self) -> dict[str, FileEntry]:
         """Turn spooled tensors into the files of the format, and describe every file."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "atomic_file",
     "clean_stale",
+    "exchange_directories",
+    "make_directory",
     "map_os_errors",
     "publish",
     "recover_directory",
@@ -190,6 +192,15 @@ def sync_directory(directory: Path) -> None:
         os.close(fd)
 
 
+def make_directory(directory: Path) -> list[Path]:
+    """Make a directory and its parents, and flush their names to the disk; those made are returned, innermost first."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync_directory(path.parent)
+    return missing
+
+
 def require_space(directory: Path, needed: int, *, what: str) -> None:
     """Check that ``needed`` bytes and 1 % more are free, before the first byte is written.
 
@@ -274,9 +285,7 @@ def swap_directory(new: Path, target: Path) -> None:
         new.rename(target)
         sync_directory(target.parent)
         return
-    exchange = _renameat2()
-    if exchange is not None and exchange(new, target):
-        sync_directory(target.parent)
+    if exchange_directories(new, target):
         remove(new)
         return
     aside = temporary_name(target, "old")
@@ -288,6 +297,19 @@ def swap_directory(new: Path, target: Path) -> None:
         raise
     sync_directory(target.parent)
     remove(aside)
+
+
+def exchange_directories(one: Path, other: Path) -> bool:
+    """Exchange the names of two directories of one parent in one step; False where the system cannot, which changes nothing.
+
+    Raises:
+        OSError: the system refused for another reason.
+    """
+    exchange = _renameat2()
+    if exchange is None or not exchange(one, other):
+        return False
+    sync_directory(other.parent)
+    return True
 
 
 def recover_directory(target: Path) -> None:

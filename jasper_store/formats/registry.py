@@ -15,6 +15,7 @@ from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
 from jasper_store.formats.base import Skipped, Streamed, SupportsKeys, SupportsSkipped
 from jasper_store.formats.flat import stem_of
+from jasper_store.formats.generation import read_generation
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.npz import NpzFormat
@@ -24,7 +25,7 @@ from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
-from jasper_store.formats.texts import text_names
+from jasper_store.formats.texts import SupportsTexts, text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Located:
         root: the directory or file that was looked at.
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
+        generation: number of the generation, where a manifest names the parts; 0 for files as they lie.
         skipped: what lies in the files or beside them and is no tensor, or none that is read.
     """
 
@@ -82,6 +84,7 @@ class Located:
     specs: tuple[TensorSpec, ...]
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
+    generation: int = 0
 
 
 def readable() -> Mapping[FormatName, ReadFormat]:
@@ -114,7 +117,13 @@ def format_for(path: Path) -> ReadFormat | None:
     return next((f for f in readable().values() if lower.endswith(f.suffixes)), None)
 
 
-def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass
+def locate(
+    path: Path | tuple[Path, ...],
+    format: str,  # noqa: A002 - the word that users pass
+    schema: Schema,
+    *,
+    generation: int | None = None,
+) -> Located:
     """Find the tensors of a dataset directory, of one file or of several; only headers are read.
 
     Args:
@@ -124,6 +133,8 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
             what none of these has, and what they hold that is unreadable or no tensor is then skipped.
         schema: its ``required`` names decide what complete means and which files are only extras. Without
             them, every name that any format has is wanted.
+        generation: of a directory whose manifest names parts, the generation to find; the newest by default. 0
+            passes over what the manifest says: the dataset before it grew.
 
     Raises:
         UnknownNameError: no such format, or a file whose suffix says nothing.
@@ -137,7 +148,8 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
     if isinstance(path, tuple):
         return _locate_files(path, format, schema)
     if path.is_dir():
-        return _locate_directory(path, asked, schema)
+        grown = None if generation == 0 else _locate_generation(path, asked, schema, generation)
+        return grown or _locate_directory(path, asked, schema)
     if not path.exists():
         there = "" if path.parent.is_dir() else f" ({path.parent} does not exist either)"
         raise DatasetNotFoundError(
@@ -254,6 +266,22 @@ def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[T
     return stem, fmt.locate_keys(path) if isinstance(fmt, SupportsKeys) else fmt.locate(path, schema)
 
 
+def _locate_generation(root: Path, asked: FormatName | None, schema: Schema, number: int | None) -> Located | None:
+    """The tensors of a directory whose manifest names their parts; other files in it are passed over."""
+    published = read_generation(root)
+    if published is None:
+        return None
+    if asked not in (None, published.format):
+        msg = (
+            f"{root}: expected {asked} tensors, found a dataset in parts, most of them {published.format}; open it "
+            "with format='auto'"
+        )
+        raise DatasetNotFoundError(msg, path=root)
+    number = published.number if number is None else number
+    specs = published.locate(root, schema, format_for, number)
+    return Located(published.format, root, tuple(specs), generation=number)
+
+
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:
     files = _files(root)
     order = AUTO_ORDER if asked is None else (asked,)
@@ -343,16 +371,20 @@ def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
 def _skipped_in(
     scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
 ) -> list[Skipped]:
-    """What the files that were scanned hold besides tensors; of numbered files, what is in each of them once."""
-    skipped: dict[tuple[str, str], Skipped] = {}
+    """What the files that were scanned hold besides tensors.
+
+    A column that every shard holds is named once, unless it holds strings that a conversion keeps: then each is needed.
+    """
+    skipped: dict[tuple[str, ...], Skipped] = {}
     for name, scan in scans.items():
+        each = isinstance(readable()[name], SupportsTexts)
         for path in files[name]:
             if str(path) in scan.failed:
                 continue
             # What is wrong with a file that others make unreadable was reported where they were located.
             with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
                 for skip in skipped_in(readable()[name], path, schema):
-                    skipped.setdefault((skip.name, skip.reason), skip)
+                    skipped.setdefault((skip.name, skip.reason, str(path) if each else ""), skip)
     return list(skipped.values())
 
 

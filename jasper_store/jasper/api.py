@@ -7,33 +7,30 @@ dataset: HDF5 paths, rows read per sample, which files belong to it, and what it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from jasper_store.conversion import converter, writer
+from jasper_store.conversion import converter
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
 from jasper_store.errors import DeclarationError, JasperStoreError, JasperStoreWarning
-from jasper_store.formats.base import Schema, TensorSpec
+from jasper_store.formats.base import Schema
 from jasper_store.jasper.audit import relations, visitor
-from jasper_store.jasper.config import CONFIG_NAME, Config, parse_config, read_config
-from jasper_store.jasper.integrity import check_structure, require_structure
+from jasper_store.jasper.config import read_config
+from jasper_store.jasper.integrity import check_structure
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
-from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
+from jasper_store.jasper.schema import SPLITS, split_tensor
+from jasper_store.jasper.writing import DatasetWriter, commit, compact
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
-from jasper_store.samples.compiler import build_graph
-from jasper_store.samples.declaration import CONFIG_KEY, Declaration
 from jasper_store.store.opening import FileOrFiles, open_store, plan_store
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore
 from jasper_store.store.warmup import WarmupReport, warm
 
-__all__ = ["DatasetWriter", "convert", "open", "plan", "verify", "warm_up"]
+__all__ = ["DatasetWriter", "commit", "compact", "convert", "open", "plan", "verify", "warm_up"]
 
 
 def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.open)
@@ -263,85 +260,3 @@ def _quietly_opened(path: Path) -> TensorStore:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
         return open_store(path, use_mmap=True, schema=known_at(path).schema)
-
-
-class DatasetWriter(writer.DirectoryWriter):
-    """Build a dataset larger than memory: rows appended tensor by tensor, block by block, published atomically.
-
-    Nothing that opens is left behind by a writer that is abandoned or killed.
-
-    Args:
-        path: directory to make.
-        format: ``"safetensors"``, ``"npy"``, ``"hdf5"`` or ``"pt"``.
-        compression: HDF5 only.
-        config: written as ``config.json``.
-        overwrite: replace a dataset that is there.
-        samples: what a sample reads: ``{"fields": {...}, "splits": {...}}``, or the fields alone; written into
-            ``config.json``, and checked against the tensors before anything is published.
-
-    Raises:
-        ConversionError: the target is there already, cannot be written, or has no room.
-        DeclarationError: ``samples`` cannot be understood; on closing, that it does not fit the tensors.
-        DatasetNotFoundError, IntegrityError: on closing: ``config`` is that of a JASPER dataset, and tensors of one are
-            missing (the message names all of them) or contradict it.
-
-    Example:
-        >>> with js.DatasetWriter("out", samples={"emb": "embeddings[i]", "label": "labels[i]"}) as writer:  # doctest: +SKIP
-        ...     for block in embed(texts):
-        ...         writer.append("embeddings", block)
-    """
-
-    def __init__(
-        self,
-        path: str | PathLike[str],
-        format: str = "safetensors",  # noqa: A002
-        *,
-        compression: str | None = None,
-        config: dict[str, object] | None = None,
-        overwrite: bool = False,
-        samples: Mapping[str, Any] | None = None,
-    ) -> None:
-        declaration = None if samples is None else _declared(samples)
-        if declaration is not None:
-            config = {**(config or {}), CONFIG_KEY: declaration.to_config()}
-        super().__init__(
-            path,
-            format=format,
-            compression=compression,
-            config=config,
-            overwrite=overwrite,
-            # The names of a declared dataset are its author's.
-            schema=SCHEMA if declaration is None else None,
-            check=_whole(Path(path), declaration, config),
-        )
-
-
-def _declared(samples: Mapping[str, Any]) -> Declaration:
-    """A declaration in the form that ``config.json`` has, or its fields alone."""
-    if isinstance(samples.get("fields"), Mapping):
-        return Declaration.from_config({CONFIG_KEY: samples}, Path("samples=")) or Declaration.parse({})
-    return Declaration.parse(samples)
-
-
-def _whole(
-    path: Path, declaration: Declaration | None, config: Mapping[str, Any] | None
-) -> Callable[[Sequence[TensorSpec]], None] | None:
-    """What the tensors are checked for before they are published; nothing where nothing is known of them."""
-    if declaration is not None:
-        return partial(_require_fit, declaration)
-    if not {"embedding_dim", "n_neg"} <= (config or {}).keys():
-        return None
-    return partial(_require_jasper, parse_config(config or {}, path / CONFIG_NAME), path)
-
-
-def _require_jasper(config: Config, path: Path, specs: Sequence[TensorSpec]) -> None:
-    """Refuse to publish, under the configuration of a JASPER dataset, tensors that are none."""
-    by_name = {spec.name: spec for spec in specs}
-    require_structure(by_name, config, path)
-
-
-def _require_fit(declaration: Declaration, specs: Sequence[TensorSpec]) -> None:
-    """Refuse to publish tensors that the declaration does not fit."""
-    by_name = {spec.name: spec for spec in specs}
-    for split in declaration.parts:
-        build_graph(declaration, by_name, split)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from jasper_store.errors import DeclarationError, JasperStoreError, UnknownNameError
 from jasper_store.formats.base import Schema, TensorSpec
+from jasper_store.formats.generation import read_generation
+from jasper_store.formats.registry import base_name
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.schema import SCHEMA, TENSORS, declaration_for
 from jasper_store.jasper.steering import default_curriculum
@@ -81,5 +83,8 @@ def is_jasper(path: Path) -> bool:
         read_config(path)
     except JasperStoreError:
         stems = {entry.name.split(".")[0] for entry in path.iterdir()}
+        grown = read_generation(path)
+        if grown is not None:
+            stems |= {base_name(name) for name in (*grown.tensors, *grown.whole)}
         return bool(stems & TENSORS.keys()) or ((path / "dataset.h5").is_file() and config.is_file())
     return True

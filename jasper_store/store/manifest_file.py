@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.files.atomic import write_bytes
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import exclusive
+from jasper_store.formats.generation import Generation, safe_name
 from jasper_store.store.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
+    PARTS_VERSION,
     FileEntry,
     Manifest,
     SourceFile,
@@ -27,7 +29,7 @@ from jasper_store.store.manifest import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from jasper_store.formats.base import TensorSpec
     from jasper_store.formats.registry import Located
@@ -57,7 +59,9 @@ def read(directory: str | os.PathLike[str]) -> Manifest | None:
         return _parse(directory, json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         detail = f"missing {exc}" if isinstance(exc, KeyError) else str(exc)
-        msg = f"{path}: not a manifest that this release understands ({detail}); delete it and run jasper-store verify"
+        # Without a manifest that names parts, the dataset would be the files it began with.
+        advice = "restore it" if b'"generation"' in text else "delete it and run jasper-store verify"
+        msg = f"{path}: not a manifest that this release understands ({detail}); {advice}"
         raise CorruptFileError(msg, path=path) from exc
 
 
@@ -70,7 +74,10 @@ def read_and_check(directory: Path, located: Located) -> tuple[Manifest | None, 
     manifest = read(directory)
     if manifest is None:
         return None, list(located.warnings)
-    stale = manifest.check(located.specs)
+    try:
+        stale = manifest.check(located.specs)
+    except OSError as exc:
+        raise CorruptFileError(f"{exc.filename}: was removed while the dataset was opened; open it again") from exc
     # A manifest that knows what the files were made from judges by content; file times alone are a guess, and
     # copying a directory shuffles them.
     known = all(manifest.made_from_is_known(spec.path) for spec in located.specs)
@@ -79,15 +86,20 @@ def read_and_check(directory: Path, located: Located) -> tuple[Manifest | None, 
 
 def _parse(directory: Path, raw: Any) -> Manifest:
     version = raw["format_version"]
-    if version != FORMAT_VERSION:
-        msg = f"format_version {version!r}, expected {FORMAT_VERSION}"
+    if version != (PARTS_VERSION if "generation" in raw else FORMAT_VERSION):
+        msg = f"format_version {version!r}, expected {FORMAT_VERSION}, or {PARTS_VERSION} where it names parts"
         raise ValueError(msg)
-    files = {_safe_name(name): _parse_file(entry) for name, entry in raw["files"].items()}
+    files = {safe_name(name): _parse_file(entry) for name, entry in raw["files"].items()}
     verified = {
-        _typed(check, str): {_safe_name(name): _parse_fingerprint(mark) for name, mark in marks.items()}
+        _typed(check, str): {safe_name(name): _parse_fingerprint(mark) for name, mark in marks.items()}
         for check, marks in raw.get("verified", {}).items()
     }
-    return Manifest(directory, files, verified)
+    if version == FORMAT_VERSION:
+        pending = tuple(safe_name(name) for name in _typed(raw.get("pending", []), list))
+        return Manifest(directory, files, verified, pending=pending)
+    generation = Generation.from_json(raw["generation"], directory / MANIFEST_NAME)
+    passed = {_typed(check, str): str(_hex(mark)) for check, mark in _typed(raw["verified_parts"], dict).items()}
+    return Manifest(directory, files, verified, generation, passed)
 
 
 def _parse_file(raw: Any) -> FileEntry:
@@ -129,33 +141,27 @@ def _hex(value: Any) -> str | None:
     return str(value)
 
 
-def _safe_name(name: Any) -> str:
-    """A relative file name that stays inside the directory."""
-    path = PurePosixPath(_typed(name, str))
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        msg = f"file name {name!r:.60} leaves the dataset's directory"
-        raise ValueError(msg)
-    return str(path)
-
-
-def update(directory: str | os.PathLike[str], change: Callable[[Manifest], Manifest]) -> Manifest:
+def update(
+    directory: str | os.PathLike[str], change: Callable[[Manifest], Manifest], *, wait: float = _LOCK_SECONDS
+) -> Manifest:
     """Read, change and write a manifest while no other thread or process does.
 
     Args:
         directory: the dataset's directory, which exists.
         change: takes the manifest (empty if there was none) and returns the new one.
+        wait: seconds to wait for another process that is writing it.
 
     Returns:
         What was written.
 
     Raises:
-        ConversionError: the directory cannot be written, or another process kept the lock for 5 s.
+        ConversionError: the directory cannot be written, or another process kept the lock.
         CorruptFileError: the manifest that is there cannot be understood.
     """
     directory = Path(directory)
     # A file, and not the directory itself: network file systems lock only what is open for writing. Where there are no
     # locks at all, a lost update costs a check that is run again, which is not worth a warning at each opening.
-    with exclusive(directory / MANIFEST_LOCK, f"writing {directory / MANIFEST_NAME}", wait=_LOCK_SECONDS, warn=False):
+    with exclusive(directory / MANIFEST_LOCK, f"writing {directory / MANIFEST_NAME}", wait=wait, warn=False):
         changed = change(read(directory) or Manifest(directory))
         write(changed)
     return changed
@@ -167,7 +173,10 @@ def write(manifest: Manifest) -> None:
     Raises:
         ConversionError: the directory cannot be written; the old manifest, if any, is untouched.
     """
-    write_bytes(manifest.directory / MANIFEST_NAME, (json.dumps(manifest.to_json(), indent=1) + "\n").encode())
+    # With parts in columns: an element a line would be most of the file.
+    layout = 1 if manifest.generation is None else None
+    text = json.dumps(manifest.to_json(), indent=layout)
+    write_bytes(manifest.directory / MANIFEST_NAME, f"{text}\n".encode())
 
 
 def record_checks(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], checks: Sequence[str]) -> bool:
@@ -181,9 +190,13 @@ def record_checks(directory: str | os.PathLike[str], specs: Sequence[TensorSpec]
         CorruptFileError: the manifest that is there cannot be understood.
     """
     directory = Path(directory)
+    paths = dict.fromkeys(path for spec in specs for path in spec.paths)
     try:
+        known = read(directory)
+        if known is not None and known.generation is not None:
+            return _record_parts(directory, known, paths, checks)
         marks = {}
-        for path in dict.fromkeys(spec.path for spec in specs):
+        for path in paths:
             key = key_of(directory, path)
             if key is None:
                 return False
@@ -191,4 +204,15 @@ def record_checks(directory: str | os.PathLike[str], specs: Sequence[TensorSpec]
         update(directory, lambda old: replace(old, verified={**old.verified, **dict.fromkeys(checks, marks)}))
     except OSError:
         return False
+    return True
+
+
+def _record_parts(directory: Path, known: Manifest, paths: Collection[Path], checks: Sequence[str]) -> bool:
+    """Record that the newest generation passed some checks; not if the tensors are those of an older one."""
+    if known.generation is None or not known.holds_generation(paths):
+        return False
+    mark = known.generation.digest()
+    # A generation that was published meanwhile has another digest, so the mark says nothing of it.
+    passed = dict.fromkeys(checks, mark)
+    update(directory, lambda old: replace(old, verified_parts={**old.verified_parts, **passed}))
     return True

@@ -100,7 +100,9 @@ def open_store(
     for text in plan.warnings:
         warnings.warn(text, PerformanceWarning, stacklevel=3)
     digest = digest_of(located.specs, identities)
-    reopen_spec = ReopenSpec(where, located.format, schema, dtype, digest, opener=_reopened)
+    reopen_spec = ReopenSpec(
+        where, located.format, schema, dtype, digest, generation=located.generation, opener=_reopened
+    )
     return TensorStore(reopen_spec, located, plan, manifest=manifest, identities=identities, progress=progress)
 
 
@@ -133,7 +135,7 @@ def plan_store(
 
 def _reopened(spec: ReopenSpec) -> TensorStore:
     """Open a store where it was unpickled: everything that can be is mapped, and no warning is given twice."""
-    located = locate(spec.path, spec.format, spec.schema)
+    located = locate(spec.path, spec.format, spec.schema, generation=spec.generation)
     identities = identities_of(located.specs)
     spec.check(digest_of(located.specs, identities))
     plan = plan_for(located, spec.schema, use_mmap=True, dtype=spec.dtype)

@@ -47,6 +47,7 @@ class ReopenSpec:
         schema: what is known of the names.
         dtype: floating dtype that the store was opened with.
         digest: :func:`digest_of` the files; another one is refused on opening.
+        generation: of a directory whose manifest names parts, the generation that was opened; else 0.
         on_device: whether anything is resident on a CUDA device, which cannot be sent.
     """
 
@@ -58,6 +59,7 @@ class ReopenSpec:
         dtype: torch.dtype | None,
         digest: str,
         *,
+        generation: int = 0,
         opener: Callable[[ReopenSpec], Any],
     ) -> None:
         """``opener`` is a module's function that opens the store; given, because this file may not import the store."""
@@ -66,6 +68,7 @@ class ReopenSpec:
         self.schema = schema
         self.dtype = dtype
         self.digest = digest
+        self.generation = generation
         self.on_device = False
         self._opener = opener
 
@@ -108,7 +111,7 @@ class ReopenSpec:
             self.schema.stacks,
             self.schema.optional,
         )
-        return (_opened, (self.path, self.format, schema, self.dtype, self.digest, self._opener))
+        return (_opened, (self.path, self.format, schema, self.dtype, self.digest, self.generation, self._opener))
 
 
 def _opened(
@@ -117,7 +120,9 @@ def _opened(
     schema_parts: tuple[Any, ...],
     dtype: torch.dtype | None,
     digest: str,
+    generation: int,
     opener: Callable[[ReopenSpec], Any],
 ) -> Any:
     """The store, where its specification was unpickled."""
-    return opener(ReopenSpec(path, format, Schema(*schema_parts), dtype, digest, opener=opener))
+    spec = ReopenSpec(path, format, Schema(*schema_parts), dtype, digest, generation=generation, opener=opener)
+    return opener(spec)

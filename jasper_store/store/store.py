@@ -245,9 +245,9 @@ class TensorStore(Mapping[str, StoredTensor]):
         """
         for name in names:
             self[name]  # unknown names are refused before a file is opened
-        found = {
-            spec.name: spec for spec in locate(self._reopen_spec.path, self.format, self._reopen_spec.schema).specs
-        }
+        known = self._reopen_spec
+        located = locate(known.path, self.format, known.schema, generation=known.generation)
+        found = {spec.name: spec for spec in located.specs}
         for name in names:
             if name not in found:
                 msg = f"{self.path}: {name} is no longer there ({self.format}); the one in use stays"

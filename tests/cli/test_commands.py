@@ -13,7 +13,20 @@ import torch
 import jasper_store as js
 from tests.cli.conftest import Run
 
-COMMANDS = ("demo", "sample", "inspect", "plan", "convert", "warm", "verify", "train", "synth", "report", "bench")
+COMMANDS = (
+    "demo",
+    "sample",
+    "inspect",
+    "plan",
+    "convert",
+    "compact",
+    "warm",
+    "verify",
+    "train",
+    "synth",
+    "report",
+    "bench",
+)
 
 
 def test_help_lists_every_command(run: Run) -> None:
@@ -206,3 +219,19 @@ def test_output_in_a_pipe_has_no_escapes_and_no_bars(run: Run, data: Path, tmp_p
         result = run(*arguments)
         assert "\x1b" not in result.output
         assert not result.stderr
+
+
+def test_compact(run: Run, run_json: Callable[..., Any], tmp_path: Path) -> None:
+    with js.DatasetWriter(tmp_path / "set") as writer:
+        writer.append("emb", torch.zeros(3, 2))
+    with js.DatasetWriter(tmp_path / "set", mode="append") as writer:
+        writer.append("emb", torch.ones(3, 2))
+    result = run("compact", tmp_path / "set")
+    assert result.exit_code == 0
+    assert "emb (2 parts)" in result.stdout
+    assert "--remove-old" in result.stdout
+    found = run_json("compact", tmp_path / "set", "--remove-old")
+    assert found["parts"] == {}
+    assert (found["removed"], found["kept"]) == (2, 0)
+    assert run("verify", tmp_path / "set").exit_code == 0
+    assert run("compact", tmp_path).exit_code == 6

@@ -16,6 +16,8 @@ from typing import Any
 import h5py  # noqa: F401 - imported here once, not in every child
 import torch
 
+from jasper_store.conversion.commit import commit
+from jasper_store.conversion.compact import compact
 from jasper_store.conversion.converter import convert
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.formats.base import Schema
@@ -32,7 +34,41 @@ def run_write(dst: str, format: str, value: float) -> None:  # noqa: A002
                 writer.append(name, torch.full((500, 20), value))
 
 
-JOBS: dict[str, Callable[..., None]] = {"convert": run_convert, "write": run_write}
+def run_append(dst: str, format: str, value: float, rows: int) -> None:  # noqa: A002
+    with DirectoryWriter(dst, format, mode="append") as writer:
+        fill(writer, value, rows)
+
+
+def run_shard(dst: str, format: str, shard: int, shards: int, value: float, rows: int, mode: str) -> None:  # noqa: A002
+    with DirectoryWriter(dst, format, shard=shard, shards=shards, mode=mode) as writer:
+        fill(writer, value, rows)
+
+
+def fill(writer: DirectoryWriter, value: float, rows: int) -> None:
+    """The same value everywhere, in two tensors and in ragged rows of one element each."""
+    for start in range(0, rows, 500):
+        count = min(500, rows - start)
+        writer.append("a", torch.full((count, 20), value))
+        writer.append("b", torch.full((count,), int(value)))
+        writer.append_ragged("words", [[int(value)]] * count)
+
+
+def run_commit(dst: str) -> None:
+    commit(dst)
+
+
+def run_compact(dst: str, remove_old: bool) -> None:
+    compact(dst, remove_old=remove_old)
+
+
+JOBS: dict[str, Callable[..., None]] = {
+    "convert": run_convert,
+    "write": run_write,
+    "append": run_append,
+    "shard": run_shard,
+    "commit": run_commit,
+    "compact": run_compact,
+}
 
 
 def child(options: dict[str, Any]) -> None:

@@ -1,0 +1,400 @@
+"""The parts that a manifest names: a generation of a dataset, in columns, so that ten thousand parts parse in milliseconds.
+
+A dataset that has grown lies in several directories of files. Its manifest (``jasper_store.json``) names the file, the
+offset and the rows of each part, so opening reads no header of a part, and a file that the manifest does not name is
+invisible. Files are never changed. A part records the generation that it appeared in and the one that it was replaced
+in, so a reader finds the generation that it opened for as long as its files are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import numpy as np
+import torch
+import xxhash
+
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError
+from jasper_store.formats.base import Extent, FormatName, Parts, TensorSpec
+from jasper_store.formats.files import check_shape, dtype_name, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+
+    from jasper_store.formats.base import ReadFormat, Schema
+
+__all__ = ["MANIFEST_NAME", "Generation", "PartFiles", "PartedTensor", "WholeTensor", "read_generation", "safe_name"]
+
+MANIFEST_NAME: Final = "jasper_store.json"
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True, eq=False)
+class PartFiles:
+    """Columns about files; row i is file i.
+
+    Attributes:
+        names: relative to the dataset's directory, with forward slashes.
+        sizes: bytes, int64 [files].
+        mtimes: modification times in nanoseconds, int64 [files].
+        samples: hash of a sample of the content in hex, or ``None``.
+    """
+
+    names: tuple[str, ...] = ()
+    sizes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    mtimes: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    samples: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PartedTensor:
+    """Columns about the parts of one tensor, in the order of their rows; part i is row i.
+
+    Attributes:
+        dtype: torch dtype of all parts.
+        row_shape: shape of one row.
+        file_of: number of the file, int64 [parts].
+        offsets: byte offset of the first row in that file, int64 [parts].
+        rows: number of rows, int64 [parts].
+        since: generation that the part appeared in, int64 [parts]; 0 for the files of a dataset before it grew.
+        until: generation that no longer has it; 0 while the newest one has it, int64 [parts].
+        checksums: xxh3-128 of the part's values in hex, or ``None``.
+    """
+
+    dtype: torch.dtype
+    row_shape: tuple[int, ...]
+    file_of: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    since: NDArray[np.int64]
+    until: NDArray[np.int64]
+    checksums: tuple[str | None, ...]
+
+    def visible(self, number: int) -> NDArray[np.int64]:
+        """Positions of the parts that a generation has, in order."""
+        return np.flatnonzero((self.since <= number) & ((self.until == 0) | (self.until > number)))
+
+    def n_rows(self, number: int) -> int:
+        """Rows that the tensor has in a generation."""
+        return int(self.rows[self.visible(number)].sum())
+
+
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor that lies in one file and cannot grow; the file's header says where (a scalar, compressed, a list).
+
+    Attributes:
+        file: number of its file.
+        dtype: torch dtype.
+        shape: sizes.
+        checksum: xxh3-128 of its values in hex, or ``None``.
+    """
+
+    file: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    checksum: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What a manifest names.
+
+    Attributes:
+        number: of the newest generation, from 1.
+        format: format that most of the files have.
+        files: all files, those of older generations too while they are kept.
+        tensors: tensors in parts, by name.
+        whole: the other tensors, by name.
+    """
+
+    number: int
+    format: FormatName
+    files: PartFiles = field(default_factory=PartFiles)
+    tensors: Mapping[str, PartedTensor] = field(default_factory=dict)
+    whole: Mapping[str, WholeTensor] = field(default_factory=dict)
+
+    def files_of(self, number: int) -> NDArray[np.int64]:
+        """Numbers of the files that a generation reads, ascending."""
+        used = [tensor.file_of[tensor.visible(number)] for tensor in self.tensors.values()]
+        return np.unique(np.concatenate([np.array([w.file for w in self.whole.values()], np.int64), *used]))
+
+    def digest(self) -> str:
+        """Short text that changes with any file or part of the newest generation."""
+        facts: list[Any] = [self.number, *sorted((name, repr(whole)) for name, whole in self.whole.items())]
+        for name, tensor in sorted(self.tensors.items()):
+            columns = (tensor.file_of, tensor.offsets, tensor.rows, tensor.since, tensor.until)
+            facts += [name, dtype_name(tensor.dtype), tensor.row_shape, [_hash(column) for column in columns]]
+        facts += [self.files.names, _hash(self.files.sizes), self.files.samples]
+        return xxhash.xxh3_128_hexdigest(repr(facts).encode())
+
+    def locate(
+        self, root: Path, schema: Schema, format_for: Callable[[Path], ReadFormat | None], number: int | None = None
+    ) -> list[TensorSpec]:
+        """The tensors of a generation; reads headers of whole tensors only.
+
+        Args:
+            root: the dataset's directory.
+            schema: names, for the headers that are read.
+            format_for: format of a file by its name.
+            number: the generation; the newest by default.
+
+        Raises:
+            CorruptFileError: a file is missing or has another size than is recorded, or lacks a tensor.
+            DatasetNotFoundError: that generation is not there (any more).
+        """
+        number = self.number if number is None else number
+        if not 1 <= number <= self.number:
+            msg = f"{root}: expected generation 1 to {self.number}, found {number}; open the dataset again"
+            raise DatasetNotFoundError(msg, path=root)
+        paths = self._checked_paths(root, number)
+        specs = [_spec(name, tensor, paths, root, number) for name, tensor in self.tensors.items()]
+        for file in sorted({whole.file for whole in self.whole.values()}):
+            fmt = format_for(paths[file])
+            there = {spec.name: spec for spec in fmt.locate(paths[file], schema)} if fmt is not None else {}
+            for name, whole in self.whole.items():
+                if whole.file == file:
+                    specs.append(_whole_spec(name, whole, there, paths[file]))
+        return specs
+
+    def _checked_paths(self, root: Path, number: int) -> dict[int, Path]:
+        prefix = f"{root}{os.sep}"
+        paths: dict[int, Path] = {}
+        for file in self.files_of(number).tolist():
+            name, expected = self.files.names[file], int(self.files.sizes[file])
+            where = prefix + name
+            try:
+                size = os.stat(where).st_size  # noqa: PTH116 - ten thousand of them: twice as fast as Path.stat
+            except OSError as exc:
+                kept = "it was removed after a compaction" if number < self.number else "restore it"
+                msg = (
+                    f"{where}: expected the file that {MANIFEST_NAME} names in generation {number}, found none "
+                    f"({exc.strerror}); {kept}, or copy the dataset again"
+                )
+                raise CorruptFileError(msg, path=root / name) from exc
+            if size != expected:
+                msg = (
+                    f"{where}: expected {expected:,} bytes, as {MANIFEST_NAME} records, found {size:,}: it was truncated "
+                    "or replaced; copy the dataset again"
+                )
+                raise CorruptFileError(msg, path=root / name)
+            paths[file] = Path(where)
+        return paths
+
+    # ---- JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, one list per column."""
+        return {
+            "number": self.number,
+            "format": self.format,
+            "files": {
+                "names": list(self.files.names),
+                "sizes": self.files.sizes.tolist(),
+                "mtimes_ns": self.files.mtimes.tolist(),
+                "samples": list(self.files.samples),
+            },
+            "parts": {
+                name: {
+                    "dtype": dtype_name(tensor.dtype),
+                    "row_shape": list(tensor.row_shape),
+                    "files": tensor.file_of.tolist(),
+                    "offsets": tensor.offsets.tolist(),
+                    "rows": tensor.rows.tolist(),
+                    "since": tensor.since.tolist(),
+                    "until": tensor.until.tolist(),
+                    "xxh3_128": list(tensor.checksums),
+                }
+                for name, tensor in self.tensors.items()
+            },
+            "whole": {
+                name: {"file": w.file, "dtype": dtype_name(w.dtype), "shape": list(w.shape), "xxh3_128": w.checksum}
+                for name, w in self.whole.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any, path: Path) -> Generation:
+        """Check and build.
+
+        Args:
+            raw: what :meth:`to_json` gave.
+            path: the manifest, for errors.
+
+        Raises:
+            ValueError, TypeError, KeyError, CorruptFileError: it makes no sense.
+        """
+        number, chosen = raw["number"], raw["format"]
+        if type(number) is not int or not 1 <= number < 2**31:
+            raise ValueError(f"generation {number!r:.60}")
+        if chosen not in get_args(FormatName):
+            raise ValueError(f"format {chosen!r:.60}")
+        files = _parse_files(raw["files"])
+        tensors = {_text(name): _parse_tensor(name, each, files, number, path) for name, each in raw["parts"].items()}
+        whole = {_text(name): _parse_whole(name, each, files, path) for name, each in raw["whole"].items()}
+        if both := sorted(tensors.keys() & whole.keys()):
+            raise ValueError(f"tensor {both[0]!r:.60} both in parts and whole")
+        return cls(number, chosen, files, tensors, whole)
+
+
+def read_generation(root: Path) -> Generation | None:
+    """The generation that the manifest of a directory names; ``None`` where there is no manifest, or it names no parts.
+
+    Raises:
+        CorruptFileError: the manifest names parts, and what it says makes no sense.
+    """
+    path = root / MANIFEST_NAME
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return None  # one that is there and cannot be read is refused where the rest of it is read
+    if b'"generation"' not in text:
+        return None
+    try:
+        raw = json.loads(text)
+        return Generation.from_json(raw["generation"], path) if "generation" in raw else None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
+        if isinstance(exc, CorruptFileError):
+            raise
+        msg = (
+            f"{path}: the parts that it names cannot be understood ({exc!s:.200}); restore the file. Without it the "
+            "dataset cannot be put together"
+        )
+        raise CorruptFileError(msg, path=path) from exc
+
+
+def safe_name(name: object) -> str:
+    """A relative file name that stays inside its directory.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if type(name) is not str or not name or name[0] == "/" or "\0" in name:
+        raise ValueError(f"file name {name!r:.60} leaves the dataset's directory")
+    if not all(name.split("/")) or (".." in name and ".." in name.split("/")) or name in {".", ".."}:
+        raise ValueError(f"file name {name!r:.60} leaves the dataset's directory")
+    return name
+
+
+def _hash(column: NDArray[np.int64]) -> str:
+    return xxhash.xxh3_64_hexdigest(column.tobytes())
+
+
+def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, Path], root: Path, number: int) -> TensorSpec:
+    at = tensor.visible(number)
+    if not len(at):
+        msg = (
+            f"{root}: expected parts of {name!r} in generation {number}, found none: a compaction removed its files; open "
+            "the dataset again"
+        )
+        raise DatasetNotFoundError(msg, path=root, tensor=name)
+    rows = tensor.rows[at]
+    shape = (int(rows.sum()), *tensor.row_shape)
+    filled = at[rows > 0]
+    if len(filled) <= 1:
+        only = (filled if len(filled) else at)[0]
+        place = Extent(paths[int(tensor.file_of[only])], int(tensor.offsets[only]))
+        return TensorSpec(name, tensor.dtype, shape, place)
+    numbers, first, inverse = np.unique(tensor.file_of[filled], return_index=True, return_inverse=True)
+    order = np.argsort(first)  # files in the order in which their first rows come
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tensor.rows[filled])])
+    files = tuple(paths[file] for file in numbers[order].tolist())
+    return TensorSpec(name, tensor.dtype, shape, Parts(files, rank[inverse], tensor.offsets[filled], starts))
+
+
+def _whole_spec(name: str, whole: WholeTensor, there: Mapping[str, TensorSpec], path: Path) -> TensorSpec:
+    found = there.get(name)
+    if found is None or (found.dtype, found.shape) != (whole.dtype, whole.shape):
+        what = "none" if found is None else f"{dtype_name(found.dtype)} {list(found.shape)}"
+        msg = (
+            f"{path}: expected the tensor {name!r}, {dtype_name(whole.dtype)} {list(whole.shape)}, as {MANIFEST_NAME} "
+            f"records, found {what}; restore the file"
+        )
+        raise CorruptFileError(msg, path=path, tensor=name)
+    return found
+
+
+# ---- parsing
+
+
+def _parse_files(raw: Any) -> PartFiles:
+    names = tuple(safe_name(name) for name in raw["names"])
+    if len(set(names)) != len(names):
+        raise ValueError("a file is named twice")
+    sizes, mtimes = _ints(raw["sizes"], len(names), low=0), _ints(raw["mtimes_ns"], len(names))
+    return PartFiles(names, sizes, mtimes, _hexes(raw["samples"], len(names)))
+
+
+def _parse_tensor(name: str, raw: Any, files: PartFiles, number: int, path: Path) -> PartedTensor:
+    file_of = _ints(raw["files"], None, low=0)
+    count = len(file_of)
+    offsets, rows, since, until = (_ints(raw[key], count, low=0) for key in ("offsets", "rows", "since", "until"))
+    checksums = _hexes(raw["xxh3_128"], count)
+    tensor = PartedTensor(
+        _dtype(raw["dtype"]), tuple(raw["row_shape"]), file_of, offsets, rows, since, until, checksums
+    )
+    # The rows in all, also of parts that were replaced, are more than any generation has.
+    total = sum(tensor.rows.tolist())
+    shape, _ = check_shape((total, *tensor.row_shape), tensor.dtype.itemsize, path=path, tensor=name)
+    if not count or int(file_of.max()) >= len(files.names) or int(tensor.since.max()) > number:
+        raise ValueError(f"parts of {name!r:.60} that name no file, or a generation that is to come")
+    if int(tensor.until.max()) > number or bool(((tensor.until > 0) & (tensor.until <= tensor.since)).any()):
+        raise ValueError(f"parts of {name!r:.60} that end before they begin")
+    if not len(tensor.visible(number)):
+        raise ValueError(f"{name!r:.60} without a part")
+    row_nbytes = tensor.dtype.itemsize
+    for size in shape[1:]:
+        row_nbytes *= size
+    sizes = files.sizes[file_of]
+    # Divided, not multiplied: a claimed product may not fit 64 bits.
+    room = (sizes - tensor.offsets) // max(row_nbytes, 1)
+    if row_nbytes and bool(((tensor.rows > 0) & ((tensor.offsets > sizes) | (tensor.rows > room))).any()):
+        raise ValueError(f"parts of {name!r:.60} beyond the end of their files")
+    return tensor
+
+
+def _parse_whole(name: str, raw: Any, files: PartFiles, path: Path) -> WholeTensor:
+    dtype, file = _dtype(raw["dtype"]), raw["file"]
+    if type(file) is not int or not 0 <= file < len(files.names):
+        raise ValueError(f"{name!r:.60} in no file")
+    shape, _ = check_shape(raw["shape"], dtype.itemsize, path=path, tensor=name)
+    return WholeTensor(file, dtype, shape, _hexes([raw["xxh3_128"]], 1)[0])
+
+
+def _ints(raw: Any, count: int | None, *, low: int | None = None) -> NDArray[np.int64]:
+    values = np.array(raw) if isinstance(raw, list) and raw else np.zeros(0 if raw == [] else (0, 0), np.int64)
+    if values.dtype != np.int64 or values.ndim != 1 or (count is not None and len(values) != count):
+        raise ValueError(f"expected a list of {'' if count is None else f'{count} '}ints, found {shown(raw, 60)}")
+    if low is not None and len(values) and int(values.min()) < low:
+        raise ValueError(f"expected ints of at least {low}, found {int(values.min())}")
+    return values
+
+
+def _hexes(raw: Any, count: int) -> tuple[str | None, ...]:
+    if not isinstance(raw, list) or len(raw) != count:
+        raise ValueError(f"expected a list of {count} hashes, found {shown(raw, 60)}")
+    for value in raw:
+        if value is not None and (type(value) is not str or len(value) != 32 or not _HEX.issuperset(value)):
+            raise ValueError(f"expected 32 hex digits, found {shown(value, 60)}")
+    return tuple(raw)
+
+
+def _text(value: object) -> str:
+    if type(value) is not str or not value:
+        raise ValueError(f"expected a name, found {value!r:.60}")
+    return value
+
+
+def _dtype(name: object) -> torch.dtype:
+    found = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or "qint" in str(found) or "quint" in str(found):
+        raise ValueError(f"dtype {name!r:.60}")
+    return found

@@ -151,7 +151,7 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
     in_place = src.is_dir() and directory.is_dir() and src.samefile(directory)
     if source_format != "auto" or not in_place:
         try:
-            return _with_texts(locate(src, source_format, schema), schema)
+            return _with_texts(locate(src, source_format, schema), schema, src)
         except DatasetNotFoundError:
             only = _only_texts(src, source_format, schema)
             if only is None:
@@ -167,13 +167,13 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
         try:
             found = locate(src, name, schema)
         except DatasetNotFoundError:
-            texts, said = kept_texts(skipped_at(src, name, schema), name, schema)
+            texts, said = kept_texts(skipped_at(src, name, schema), name, schema, src)
             alone.extend(texts)
             notes.extend(said)
         except (CorruptFileError, IncompatibleOptionsError) as exc:
             refused.append(exc)
         else:
-            candidates.append(_with_texts(found, schema))
+            candidates.append(_with_texts(found, schema, src))
     if candidates:
         merged = _merge(candidates, [*notes, *(f"passed over: {exc}" for exc in refused)], schema)
         there = {spec.name for spec in merged.specs}
@@ -188,12 +188,11 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
     raise IncompatibleOptionsError(msg, path=src)
 
 
-def _with_texts(found: Located, schema: Schema) -> Sources:
+def _with_texts(found: Located, schema: Schema, src: Path) -> Sources:
     """Tensors, and strings beside them as tensors that keep them."""
     names = {base_name(spec.name) for spec in found.specs}
-    taken = [f"{skip}; a tensor has its name" for skip in found.skipped if skip.name in names]
-    kept, notes = kept_texts([skip for skip in found.skipped if skip.name not in names], found.format, schema)
-    return Sources(found.format, (*found.specs, *kept), (*found.warnings, *taken, *notes))
+    kept, notes = kept_texts(found.skipped, found.format, schema, src, names)
+    return Sources(found.format, (*found.specs, *kept), (*found.warnings, *notes))
 
 
 def _only_texts(src: Path, source_format: str, schema: Schema) -> Sources | None:
@@ -201,7 +200,7 @@ def _only_texts(src: Path, source_format: str, schema: Schema) -> Sources | None
     fmt = next((fmt for name, fmt in readable().items() if name == source_format), None) or format_for(src)
     if fmt is None or not src.is_file():
         return None
-    kept, notes = kept_texts(skipped_in(fmt, src, schema), fmt.name, schema)
+    kept, notes = kept_texts(skipped_in(fmt, src, schema), fmt.name, schema, src)
     return Sources(fmt.name, kept, tuple(notes)) if kept else None
 
 

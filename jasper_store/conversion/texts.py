@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -9,15 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from jasper_store.errors import CorruptFileError, IntegrityError
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError, IntegrityError
 from jasper_store.formats.base import Encoded, TensorSpec
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.numbered import group
-from jasper_store.formats.registry import files_of, format_for, readable
+from jasper_store.formats.registry import files_of, format_for, readable, skipped_in
 from jasper_store.formats.texts import SupportsTexts, Texts, hash_block, sort_hashes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -32,40 +33,64 @@ _BLOCK_ROWS = 1 << 17
 
 
 def kept_texts(
-    skipped: Iterable[Skipped], source: FormatName, schema: Schema
+    skipped: Sequence[Skipped], source: FormatName, schema: Schema, src: Path, taken: Collection[str] = ()
 ) -> tuple[tuple[TensorSpec, ...], list[str]]:
     """What a conversion makes of what is no tensor. All strings are read once, to count their bytes.
 
     Args:
-        skipped: what the source's files hold that is no tensor.
+        skipped: what the source's files hold that is no tensor; of a directory, what several files hold may be there once.
         source: format of a file whose name does not say it.
         schema: names and HDF5 paths.
+        src: the directory or the file that is converted.
+        taken: names of tensors, which strings cannot have.
 
     Returns:
         The tensors of the strings that can be kept, and a sentence for each column that is, or is not.
 
     Raises:
-        CorruptFileError: a file is damaged, or lacks strings that the files numbered like it have.
+        CorruptFileError: a file is damaged, lacks strings that the files numbered like it have, or has the same as another.
     """
-    specs: list[TensorSpec] = []
-    notes: list[str] = []
     columns: dict[Path, dict[str, Texts]] = {}
-    for skip in skipped:
-        if skip.path not in columns:
-            fmt = format_for(skip.path) or readable()[source]
-            found = fmt.texts(skip.path, schema) if isinstance(fmt, SupportsTexts) else []
-            columns[skip.path] = {texts.name: texts for texts in found}
-        if skip.name not in columns[skip.path]:
-            notes.append(str(skip))
+    for path in _files(skipped, schema, src):
+        fmt = format_for(path) or readable()[source]
+        found = fmt.texts(path, schema) if isinstance(fmt, SupportsTexts) else []
+        columns[path] = {texts.name: texts for texts in found}
+    notes = [str(skip) for skip in skipped if skip.name not in columns.get(skip.path, {})]
+    specs: list[TensorSpec] = []
+    kept: dict[str, Texts] = {}
     for texts in _joined([texts for found in columns.values() for texts in found.values()]):
+        first = texts.files[0]
+        known = kept.setdefault(texts.name, texts)
+        if known is not texts:
+            if format_for(known.files[0]) is format_for(first):
+                msg = f"{first}: holds the strings {texts.name!r:.100}, and so does {known.files[0]}; remove one"
+                raise CorruptFileError(msg, path=first, tensor=texts.name)
+            continue  # of two formats, the first that has a name is taken, as for tensors
+        if texts.name in taken:
+            notes.append(f"{first}: the strings {texts.name!r:.100} are skipped; a tensor has their name")
+            continue
         files = f" of {len(texts.files)} numbered files" if len(texts.files) > 1 else ""
         try:
             specs += _specs(texts)
         except IntegrityError as exc:
-            notes.append(f"{texts.files[0]}: {texts.name!r:.100} is skipped: {exc}")
+            notes.append(f"{first}: {texts.name!r:.100} is skipped: {exc}")
         else:
             notes.append(f"{texts.name}: {texts.rows:,} strings{files}, kept as UTF-8 for store.ids()")
     return tuple(specs), notes
+
+
+def _files(skipped: Sequence[Skipped], schema: Schema, src: Path) -> list[Path]:
+    """The files that hold what was skipped, all of them, also where one was named for several."""
+    if not src.is_dir():
+        return list(dict.fromkeys(skip.path for skip in skipped))
+    found: list[Path] = []
+    for name in dict.fromkeys(fmt.name for skip in skipped if (fmt := format_for(skip.path)) is not None):
+        for path in files_of(src, name):
+            # One that cannot be read was refused, or named, where the tensors were located.
+            with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
+                if skipped_in(readable()[name], path, schema):
+                    found.append(path)
+    return found
 
 
 def _joined(columns: list[Texts]) -> list[Texts]:

@@ -195,7 +195,7 @@ def test_strings_and_a_tensor_of_one_name(tmp_path):
     assert [skip.name for skip in locate(tmp_path, "auto", Schema()).skipped] == ["ids"]
     report = js.convert(tmp_path, tmp_path / "out")
     assert [row.name for row in report.tensors] == ["ids"]
-    assert "'ids' is skipped: it holds strings (<U5, shape [6]), not numbers; a tensor has its name" in str(report)
+    assert "ids.npy: the strings 'ids' are skipped; a tensor has their name" in str(report)
 
 
 @pytest.mark.parametrize("names", [("ids_00", "ids_01", "ids_02"), tuple(f"ids-{i}-of-11" for i in range(11))])
@@ -218,6 +218,37 @@ def test_numbered_files_of_strings_are_one(tmp_path, names):
     js.convert(tmp_path / f"{names[2]}.npy", tmp_path / "one")
     with js.open(tmp_path / "one") as store:
         assert store.ids(names[2]).of([0]) == ["2 a"]
+
+
+@pytest.mark.parametrize("fmt", ["pt", "hdf5"])
+def test_numbered_files_that_hold_strings_of_one_name(tmp_path, fmt):
+    """What is skipped in each of them is told once, and all of it is kept."""
+    for i in range(3):
+        rows = [f"{i} a", f"{i} b"]
+        if fmt == "pt":
+            torch.save({"embs": torch.full((2, 2), i), "ids": rows}, tmp_path / f"data_{i:02}.pt")
+        else:
+            with h5py.File(tmp_path / f"data_{i:02}.h5", "w") as file:
+                file["embs"], file["ids"] = np.full((2, 2), i), rows
+    js.convert(tmp_path, tmp_path / "out")
+    with js.open(tmp_path / "out") as store:
+        assert store.ids("ids").of(range(6)) == ["0 a", "0 b", "1 a", "1 b", "2 a", "2 b"]
+        assert store["embs"].take(store.ids("ids").rows(["2 a"])).tolist() == [[2, 2]]
+
+
+def test_two_files_that_hold_strings_of_one_name(tmp_path):
+    for name in "ab":
+        torch.save({name: torch.ones(1), "ids": [name]}, tmp_path / f"{name}.pt")
+    with pytest.raises(CorruptFileError, match=r"b\.pt: holds the strings 'ids', and so does .*a\.pt; remove one"):
+        js.convert(tmp_path, tmp_path / "out")
+
+
+def test_two_formats_that_hold_strings_of_one_name(tmp_path):
+    np.save(tmp_path / "ids.npy", np.array(["npy"]))
+    torch.save({"embs": torch.ones(1), "ids": ["pt"]}, tmp_path / "a.pt")
+    js.convert(tmp_path, tmp_path / "out")
+    with js.open(tmp_path / "out") as store:
+        assert store.ids("ids").of([0]) == ["npy"]
 
 
 def test_numbered_files_of_which_one_lacks_its_strings(tmp_path):

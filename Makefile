@@ -12,12 +12,12 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-min test-integrations lint format types layers check bench docs screenshot wheel clean
+.PHONY: help install demo test test-slow test-min test-integrations lint format types layers prose check bench docs screenshot wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml constraints.txt hatch_build.py $(wildcard jasper_store/native/*.[ch])
+$(STAMP): pyproject.toml constraints.txt hatch_build.py hatch_readme.py $(wildcard jasper_store/native/*.[ch])
 	@echo "Setting up $(VENV) (once; about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) hatchling editables
@@ -53,8 +53,8 @@ test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning
 	@$(BIN)/python -m pytest --slow tests/integrations $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
-	@$(BIN)/ruff check $(SOURCES) hatch_build.py
-	@$(BIN)/ruff format --check $(SOURCES) hatch_build.py
+	@$(BIN)/ruff check $(SOURCES) hatch_build.py hatch_readme.py
+	@$(BIN)/ruff format --check $(SOURCES) hatch_build.py hatch_readme.py
 
 format: $(STAMP) ## let ruff format, and fix what it can
 	@$(BIN)/ruff format $(SOURCES)
@@ -66,7 +66,10 @@ types: $(STAMP) ## mypy, strict
 layers: $(STAMP) ## imports run downwards only (import-linter)
 	@$(BIN)/lint-imports
 
-check: lint types layers ## lint, types and layers
+prose: $(STAMP) ## phrases that the documents and docstrings do not use (tools/prose.txt)
+	@$(BIN)/python -m tools.prose
+
+check: lint types layers prose ## lint, types, layers and prose
 
 bench: $(STAMP) ## measure on this machine: JSON first, plots after
 	@$(PIP) --no-build-isolation --editable '.[bench]'

@@ -64,7 +64,7 @@ def cached_share(files: Iterable[Path]) -> float | None:
 
 
 def make_cold(files: Iterable[Path]) -> float | None:
-    """Ask the page cache to let go of files; the share that stayed, or ``None`` where the system cannot say.
+    """Drop files from the page cache; the share that stayed, or ``None`` where the system cannot say.
 
     Files that others have mapped, or that lie in memory themselves (tmpfs), stay: compare with :data:`COLD`.
     """

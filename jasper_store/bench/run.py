@@ -109,7 +109,7 @@ def bench(
         storage_format: format to read.
         batch_sizes: batch sizes of the loader.
         seconds: about how long all of it may take.
-        cold: measure the disk too; for this the page cache is asked to let go of these files.
+        cold: measure the disk too; for this the files are dropped from the page cache.
         memory_limit: upper bound on what may be preloaded where the planner decides: bytes, or such as ``"8GiB"``.
         step: called with a few words as each part begins.
 

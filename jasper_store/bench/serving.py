@@ -46,7 +46,7 @@ class LoaderRate:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the warnings of the library: what a measurement does on purpose is not for its user to mend."""
+    """Without the library's warnings: a measurement does on purpose what they warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
         yield
@@ -137,7 +137,7 @@ class _Window:
         self._best = 0.0
 
     def add(self, count: int) -> float:
-        """So many more were served by now; the time."""
+        """Count so many more; returns the time."""
         self._count += count
         now = time.perf_counter()
         if now - self._began >= self.seconds:

@@ -12,7 +12,7 @@ __all__ = ["torch_load_seconds"]
 
 
 def torch_load_seconds(files: Sequence[Path]) -> float:
-    """Seconds to load all files, one after the other, each let go before the next."""
+    """Seconds to load all files, one after the other, each freed before the next."""
     began = time.perf_counter()
     for file in files:
         torch.load(file, map_location="cpu", weights_only=True)

@@ -22,6 +22,7 @@ from jasper_store.cli.errors import EXIT_CODES, reported
 from jasper_store.cli.inspect import inspect
 from jasper_store.cli.plan import plan
 from jasper_store.cli.report import report
+from jasper_store.cli.sample import sample
 from jasper_store.cli.synth import synth
 from jasper_store.cli.train import train
 from jasper_store.cli.verify import verify
@@ -64,7 +65,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (demo, inspect, plan, convert, warm, verify, train, synth, report, bench):
+for _command in (demo, sample, inspect, plan, convert, warm, verify, train, synth, report, bench):
     app.command(epilog=EXIT_CODES)(_command)
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 __all__ = ["bar", "errors", "print_json", "progress", "results", "table"]
 
-# In a pipe there is no window to fit; tables as wide as they need to be can be cut and searched.
+# A pipe has no window width; full-width tables can be cut and searched by other programs.
 _PIPE_WIDTH = 240
 
 
@@ -67,7 +67,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, 
             made.add_column(column, overflow="fold")
     for row in rows:
         made.add_row(*row)
-    # A title of the table's own would be broken at the table's width.
+    # Rich would wrap a title of the table at the table's width.
     return Group(Text(title, style="bold"), made)
 
 

@@ -17,7 +17,7 @@ _LARGEST = 2**48
 def parse_count(text: str | int) -> int:
     """How many a count means: ``k``, ``M`` and ``G`` are powers of 1000; ``_`` and ``,`` may part the digits.
 
-    A number is itself: Typer hands over an option's default, too.
+    A number is itself: Typer passes an option's default, too.
 
     Raises:
         typer.BadParameter: not a count, not a whole number, or more than 2**48.

@@ -20,13 +20,11 @@ from jasper_store.cli.convert import follow_bytes
 from jasper_store.cli.options import Json, Seed
 from jasper_store.cli.outputs import make_directory
 from jasper_store.cli.plan import show_plan
+from jasper_store.cli.sample import SAMPLE
 from jasper_store.errors import DatasetNotFoundError, PerformanceWarning
 from jasper_store.memory.sizes import format_bytes
 
 __all__ = ["SAMPLE", "demo"]
-
-SAMPLE = Path(__file__).parents[1] / "sample" / "wordnet-mini"
-"""The bundled dataset: WordNet 3.0 through all-MiniLM-L6-v2, as ``.pt`` files."""
 
 _BATCH = 32
 _SPEED_BATCH = 256

@@ -103,7 +103,7 @@ def reported(*, debug: bool, json: bool = False, known: Container[str] | None = 
             yield
             sys.stdout.flush()  # here, where a closed pipe is still caught
         except BrokenPipeError:
-            # The reader of the output (head, less) has seen enough; Python's own flush at exit must not fail.
+            # The reader of the output (head, less) has ended; Python's own flush at exit must not fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(ExitCode.DONE) from None
         except _UsageError as exc:

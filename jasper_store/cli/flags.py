@@ -1,6 +1,6 @@
 """Python's options in messages, as the flags of the command line.
 
-The library says ``pass overwrite=True``, because it does not know who calls. Here the caller typed a command.
+The library says ``pass overwrite=True``, because it cannot tell what called it. Here a command was typed.
 """
 
 from __future__ import annotations

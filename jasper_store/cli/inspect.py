@@ -28,7 +28,7 @@ class _Row:
 
     @property
     def lies(self) -> str:
-        from jasper_store.formats.base import Chunked, Extent, Parts
+        from jasper_store.formats.base import Chunked, Extent, Parts, Streamed
 
         location = self.spec.location
         if isinstance(location, Extent):
@@ -39,6 +39,9 @@ class _Row:
         if isinstance(location, Chunked):
             chunks = f"chunks {list(location.chunk_shape)}" if location.chunk_shape else "external"
             return f"{location.path.name}:{location.key}, {chunks} {location.filters}".rstrip()
+        if isinstance(location, Streamed):
+            more = f" and {len(location.files) - 1:,} more" if len(location.files) > 1 else ""
+            return f"{location.path.name}:{location.key}{more}, compressed"
         return f"{location.path.name}, with its header"
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +89,9 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
                 "config": facts,
                 "tensors": [row.to_dict() for row in rows],
                 "samples": None if samples is None else samples.to_dict(),
+                "skipped": [
+                    {"name": skip.name, "file": str(skip.path), "reason": skip.reason} for skip in located.skipped
+                ],
                 "warnings": warnings,
                 "error": None if problem is None else error_entry(problem),
             }
@@ -141,6 +147,8 @@ def _show(path: Path, located: Located, rows: list[_Row], facts: dict[str, Any],
     known = ("dataset_name", "embedding_dim", "n_neg", "n_clusters", "split_sizes")
     if facts:
         out.print(", ".join(f"{key} {facts[key]}" for key in known if key in facts), markup=False)
+    for skip in located.skipped:
+        out.print(f"skipped: {skip.name} in {skip.path.name}: {skip.reason}", markup=False, soft_wrap=True)
     for warning in warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 

@@ -30,7 +30,12 @@ Directory: TypeAlias = Annotated[
     Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensor files, or one file.")
 ]
 FormatOption: TypeAlias = Annotated[
-    str, typer.Option("--format", metavar="FORMAT", help="auto, safetensors, npy, hdf5 or pt.")
+    str,
+    typer.Option(
+        "--format",
+        metavar="FORMAT",
+        help="auto, safetensors, npy, hdf5, pt, or one that is only read: arrow, faiss, bin, npz, pickle, parquet.",
+    ),
 ]
 MemoryLimit: TypeAlias = Annotated[
     int | None,

@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["as_block", "as_json", "flatten"]
+__all__ = ["are_strings", "as_block", "as_json", "flatten"]
+
+
+def are_strings(rows: object) -> bool:
+    """Whether rows are strings: a list or tuple that begins with one, or an array of them."""
+    if isinstance(rows, np.ndarray):
+        first = rows.flat[0] if rows.dtype.kind in "OT" and rows.size else None
+        return rows.dtype.kind == "U" or isinstance(first, str)
+    return isinstance(rows, list | tuple) and bool(rows) and isinstance(rows[0], str)
 
 
 def as_block(name: str, rows: torch.Tensor | NDArray[Any] | Sequence[Any] | float) -> torch.Tensor:

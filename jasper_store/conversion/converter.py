@@ -11,11 +11,10 @@ from jasper_store.conversion.narrow import parse_dtype
 from jasper_store.conversion.plan import SourceFacts, find_sources, make_tasks, select, target_of
 from jasper_store.conversion.run import Run, finish_interrupted
 from jasper_store.conversion.transfer import Options
-from jasper_store.errors import UnknownNameError
 from jasper_store.files.atomic import clean_stale, map_os_errors
 from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
 from jasper_store.formats.base import Schema
-from jasper_store.formats.registry import FORMATS
+from jasper_store.formats.registry import writable
 from jasper_store.memory import budget
 from jasper_store.store.manifest_file import MANIFEST_LOCK
 
@@ -73,11 +72,7 @@ def convert(
     """
     started = time.perf_counter()
     schema = Schema() if schema is None else schema
-    chosen = next((name for name in FORMATS if name == format), None)
-    if chosen is None:
-        msg = f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}"
-        raise UnknownNameError(msg)
-    fmt, wanted_dtype = FORMATS[chosen], parse_dtype(dtype)
+    fmt, wanted_dtype = writable(format), parse_dtype(dtype)
     src = Path(src)
     directory, one_file = target_of(src, None if dst is None else Path(dst), fmt)
     sources = find_sources(src, directory, fmt, source_format, schema)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from jasper_store.conversion.narrow import narrowed
+from jasper_store.conversion.texts import kept_texts
 from jasper_store.errors import (
     ConversionError,
     CorruptFileError,
@@ -19,13 +20,24 @@ from jasper_store.errors import (
 from jasper_store.files.fingerprint import FileIdentity
 from jasper_store.formats.base import SupportsRagged
 from jasper_store.formats.files import check_name
-from jasper_store.formats.registry import AUTO_ORDER, base_name, locate
+from jasper_store.formats.registry import (
+    AUTO_ORDER,
+    READ_ONLY,
+    base_name,
+    format_for,
+    locate,
+    readable,
+    skipped_at,
+    skipped_in,
+)
+from jasper_store.formats.texts import PARTS, text_names
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from jasper_store.formats.base import Format, FormatName, Schema, TensorSpec
+    from jasper_store.formats.registry import Located
 
 __all__ = ["FileTask", "SourceFacts", "Sources", "find_sources", "make_tasks", "select", "target_of"]
 
@@ -53,7 +65,7 @@ class FileTask:
     """One file to be written.
 
     Attributes:
-        target: its name in the end.
+        target: its final name.
         specs: the tensors that go into it, in the source.
         ragged: base name of the ragged tensor that this file is (``.pt``), else ``None``.
         kept: tensors of the file that is replaced which go into the new one as they are.
@@ -84,7 +96,7 @@ class SourceFacts:
         self._identities = {path: _identity(path) for path in paths}
 
     def add(self, paths: Iterable[Path]) -> None:
-        """Remember more files as they are now."""
+        """Add files, as they are now."""
         self._identities.update({path: _identity(path) for path in paths})
 
     def check(self, paths: Iterable[Path]) -> None:
@@ -138,23 +150,34 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
     """
     in_place = src.is_dir() and directory.is_dir() and src.samefile(directory)
     if source_format != "auto" or not in_place:
-        found = locate(src, source_format, schema)
-        return Sources(found.format, found.specs, found.warnings)
+        try:
+            return _with_texts(locate(src, source_format, schema), schema)
+        except DatasetNotFoundError:
+            only = _only_texts(src, source_format, schema)
+            if only is None:
+                raise
+            return only
     candidates: list[Sources] = []
     refused: list[JasperStoreError] = []
-    for name in AUTO_ORDER:
+    alone: list[TensorSpec] = []  # strings in a format that has no tensors here
+    notes: list[str] = []
+    for name in (*AUTO_ORDER, *READ_ONLY):
         if name == fmt.name:
             continue
         try:
             found = locate(src, name, schema)
         except DatasetNotFoundError:
-            continue
-        except CorruptFileError as exc:
+            texts, said = kept_texts(skipped_at(src, name, schema), name, schema)
+            alone.extend(texts)
+            notes.extend(said)
+        except (CorruptFileError, IncompatibleOptionsError) as exc:
             refused.append(exc)
         else:
-            candidates.append(Sources(name, found.specs, found.warnings))
+            candidates.append(_with_texts(found, schema))
     if candidates:
-        return _merge(candidates, [f"passed over: {exc}" for exc in refused], schema)
+        merged = _merge(candidates, [*notes, *(f"passed over: {exc}" for exc in refused)], schema)
+        there = {spec.name for spec in merged.specs}
+        return replace(merged, specs=(*merged.specs, *(spec for spec in alone if spec.name not in there)))
     if refused:
         raise refused[0]
     locate(src, "auto", schema)  # raises where there is nothing at all
@@ -163,6 +186,23 @@ def find_sources(src: Path, directory: Path, fmt: Format, source_format: str, sc
         "be the same files. Name another directory as dst, or another format"
     )
     raise IncompatibleOptionsError(msg, path=src)
+
+
+def _with_texts(found: Located, schema: Schema) -> Sources:
+    """Tensors, and strings beside them as tensors that keep them."""
+    names = {base_name(spec.name) for spec in found.specs}
+    taken = [f"{skip}; a tensor has its name" for skip in found.skipped if skip.name in names]
+    kept, notes = kept_texts([skip for skip in found.skipped if skip.name not in names], found.format, schema)
+    return Sources(found.format, (*found.specs, *kept), (*found.warnings, *taken, *notes))
+
+
+def _only_texts(src: Path, source_format: str, schema: Schema) -> Sources | None:
+    """One file that was named, and that holds nothing but strings; ``None`` for anything else."""
+    fmt = next((fmt for name, fmt in readable().items() if name == source_format), None) or format_for(src)
+    if fmt is None or not src.is_file():
+        return None
+    kept, notes = kept_texts(skipped_in(fmt, src, schema), fmt.name, schema)
+    return Sources(fmt.name, kept, tuple(notes)) if kept else None
 
 
 def _merge(candidates: list[Sources], notes: list[str], schema: Schema) -> Sources:
@@ -202,7 +242,9 @@ def select(specs: Sequence[TensorSpec], wanted: Collection[str] | None) -> tuple
         if name not in known:
             msg = f"tensors: no tensor {name!r} in the source, found {', '.join(sorted(known))}"
             raise UnknownNameError(msg, tensor=name)
-    return tuple(spec for spec in specs if spec.name in wanted or base_name(spec.name) in wanted)
+    # Hashes follow the strings that they belong to.
+    texts = {f"{name}.{part}" for name in text_names(specs) if name in wanted for part in PARTS}
+    return tuple(spec for spec in specs if {spec.name, base_name(spec.name)} & set(wanted) or spec.name in texts)
 
 
 def make_tasks(specs: Sequence[TensorSpec], directory: Path, one_file: str | None, fmt: Format) -> list[FileTask]:

@@ -16,8 +16,9 @@ import torch
 
 from jasper_store.conversion.writeback import WINDOW_NBYTES, drop_pages
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Chunked, Extent, Inline, Parts, TensorSpec
+from jasper_store.formats.base import Chunked, Encoded, Extent, Inline, Parts, Streamed, TensorSpec
 from jasper_store.formats.parts import parts_of
+from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import mapping
 from jasper_store.store.tensors import block_rows
 
@@ -63,12 +64,15 @@ def open_rows(spec: TensorSpec, *, drop: bool = False) -> BlockReader:
         CorruptFileError: the file cannot be opened or is too short.
     """
     location = spec.location
+    assert not isinstance(location, Encoded), "strings are read from front to end, by read_blocks"
     if isinstance(location, Inline):
         return _InlineRows(location.values)
     if isinstance(location, Chunked):
         return _ChunkedRows(spec, drop=drop)
     if isinstance(location, Parts):
         return _PartRows(spec, drop=drop)
+    if isinstance(location, Streamed):
+        return _StreamedRows(spec)
     if spec.contiguous and spec.row_nbytes > 16 * BLOCK_NBYTES and mapping.mappable(location.offset, spec.dtype):
         return _HugeRows(spec, location)
     return _ExtentRows(spec, location, drop=drop)
@@ -85,6 +89,9 @@ def read_blocks(
     Raises:
         CorruptFileError: the file is shorter than its header says, or damaged.
     """
+    if isinstance(spec.location, Encoded):
+        yield from spec.location.blocks()
+        return
     rows = spec.n_rows
     suits = CHUNKED_NBYTES if isinstance(spec.location, Chunked) else BLOCK_NBYTES
     step = block_rows(spec, suits if nbytes is None else nbytes)
@@ -131,7 +138,7 @@ def _fill(
             out = buffer[: math.prod(shape)].view(shape) if reader.needs_buffer else buffer
             filled.put((buffer, reader.read(start, stop, out)))
         filled.put(None)
-    except BaseException as exc:  # noqa: BLE001 - handed over to the thread that asked, which raises it
+    except BaseException as exc:  # noqa: BLE001 - passed to the thread that asked, which raises it
         filled.put(exc)
 
 
@@ -175,6 +182,22 @@ class _ChunkedRows:
         self._reader.close()
         if self._file is not None:
             self._file.close()
+
+
+class _StreamedRows:
+    """Values that can only be read in order, which is how blocks are asked for."""
+
+    needs_buffer = True
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._stream = ByteStream(spec)
+
+    def read(self, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - the next rows are these
+        self._stream.fill(out)
+        return out
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class _ExtentRows:

@@ -34,6 +34,7 @@ from jasper_store.files.atomic import (
     temporary_name,
     untrack,
 )
+from jasper_store.formats.arrow.directory import lists_data_files
 from jasper_store.formats.base import Chunked
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.numbered import INDEX_SUFFIX
@@ -224,10 +225,11 @@ class Run:
         found = [
             path
             for path in sorted(self.src.glob("*.json"))
-            # An index of shards says where tensors lay, not where they will.
+            # These say where tensors lay, not where they will.
             if path.name != MANIFEST_NAME
             and path.name[0] != "."
             and not path.name.endswith(INDEX_SUFFIX)
+            and not lists_data_files(path)
             and path.is_file()
         ]
         wanted = []

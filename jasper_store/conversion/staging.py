@@ -16,7 +16,7 @@ from jasper_store.files.atomic import (
     temporary_name,
 )
 from jasper_store.files.lock import LOCK_NAME, exclusive
-from jasper_store.formats.registry import format_for
+from jasper_store.formats.registry import FORMATS, format_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,4 +87,6 @@ def _check_target(target: Path, *, overwrite: bool) -> None:
 
 def _replaceable(path: Path) -> bool:
     """Whether a file in a directory that is replaced is part of a dataset, and not another file of the user's."""
-    return path.is_file() and (format_for(path) is not None or path.suffix == ".json" or path.name.startswith("."))
+    fmt = format_for(path)
+    written = fmt is not None and fmt.name in FORMATS
+    return path.is_file() and (written or path.suffix == ".json" or path.name.startswith("."))

@@ -13,7 +13,7 @@ from jasper_store.conversion.narrow import Narrowing
 from jasper_store.conversion.rows import read_blocks
 from jasper_store.conversion.writeback import WINDOW_NBYTES, WriteBehind, drop_pages
 from jasper_store.errors import ConversionError
-from jasper_store.formats.base import Chunked, Extent, SupportsRagged
+from jasper_store.formats.base import Chunked, Extent, SupportsRagged, SupportsReference
 from jasper_store.formats.files import DATA_START
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jasper_store.conversion.plan import FileTask
     from jasper_store.formats.base import Format, Schema, TensorSpec
 
-__all__ = ["Options", "Stream", "Written", "compressed_nbytes", "matched", "write_file"]
+__all__ = ["Options", "Stream", "Written", "compressed_nbytes", "matched", "require_reference", "write_file"]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _prove(
     path: Path,
     options: Options,
 ) -> list[Written]:
-    """Read every value back and compare checksums."""
+    """Read every value back and compare checksums, and the header with what the format's own library makes of it."""
     if options.drop:
         with path.open("rb") as file:
             drop_pages(file.fileno())
@@ -224,7 +224,28 @@ def _prove(
             raise ConversionError(msg, path=task.target, tensor=spec.name)
         spent_in_all = spent + time.perf_counter() - started
         proven.append(Written(spec, target, stream.checksum, spent_in_all, stream.max_error))
+    require_reference(options.fmt, path, task.target)
     return proven
+
+
+def require_reference(fmt: Format, path: Path, target: Path) -> None:
+    """Compare a file that was written with what the library that defines its format reads in it, if there is one.
+
+    Args:
+        fmt: the format.
+        path: where the file lies for now.
+        target: where it is meant to lie, for messages.
+
+    Raises:
+        ConversionError: names, dtypes or shapes differ, or the library refuses the file.
+    """
+    differences = fmt.compare_with_reference(path) if isinstance(fmt, SupportsReference) else []
+    if differences:
+        msg = (
+            f"{target}: expected a file that the {fmt.name} library reads as it was written, found: "
+            f"{'; '.join(differences[:5])}. Nothing was published. This is a fault of jasper_store: please report it"
+        )
+        raise ConversionError(msg, path=target)
 
 
 def matched(task: FileTask, located: Sequence[TensorSpec], *, one_tensor: bool) -> dict[str, TensorSpec]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -16,22 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from jasper_store.conversion.checksum import checksum
-from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError, JasperStoreWarning
-from jasper_store.formats.base import Chunked, Schema
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
+from jasper_store.formats.base import Chunked, Schema, SupportsReference
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.flat import stem_of
-from jasper_store.formats.registry import base_name, format_for
+from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
+from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import read
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
-    from jasper_store.formats.base import Format, TensorSpec
+    from jasper_store.formats.base import ReadFormat, Skipped, TensorSpec
 
 __all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
 
@@ -166,10 +166,11 @@ class _Check:
         self.schema = schema
         self.visitor = visitor
         self.report = report
+        self.path = path
         self.root = path if path.is_dir() else path.parent
         self.manifest = self._read_manifest()
         if path.is_dir():
-            self.files = [file for file in sorted(path.iterdir()) if _is_data(file)]
+            self.files = _data_files(path)
             listed = [self.root / name for name in self.manifest.files]
         else:
             self.files = listed = [path]
@@ -177,6 +178,7 @@ class _Check:
             msg = f"{path}: expected a dataset directory or one file of a known format, found nothing of the kind"
             raise DatasetNotFoundError(msg, path=path)
         self.missing = [file for file in listed if not file.exists()]
+        self.skipped: list[Skipped] = []
         self.jobs: list[_Job] = []
         self.archives: list[Path] = []
 
@@ -203,11 +205,13 @@ class _Check:
     def headers(self) -> None:
         """Locate every file and compare it with its entry."""
         names: set[str] = set()
+        every: list[TensorSpec] = []
         for file in self.files:
             specs = self._locate(file)
             if specs is None:
                 continue
             names |= {spec.name for spec in specs}
+            every += specs
             entry = self.manifest.files.get(file.name)
             if entry is not None:
                 self._compare(file, entry, specs)
@@ -216,6 +220,7 @@ class _Check:
                     text = f"{file}: the manifest has no entry for it, so only its structure is checked"
                     self._add("warning", file.name, "manifest", text)
                 self._structure(file, specs)
+        self._name_skipped(every)
         for file in self.missing:
             lost = self.manifest.files[file.name].tensors.keys() - names
             text = f"{file}: the manifest lists it, and it is not there"
@@ -224,26 +229,38 @@ class _Check:
             else:
                 self._add("warning", file.name, "missing", f"{text}; other files hold its tensors")
 
+    def _name_skipped(self, specs: Sequence[TensorSpec]) -> None:
+        """Say what is no tensor, unless it was kept: then it is there as a text of its name."""
+        kept = text_names(specs)
+        skipped = [skip for skip in self.skipped if skip.name not in kept]
+        if skipped and not specs and not self.report.errors:
+            text = (
+                f"{self.path}: expected tensors, found none beside what is skipped: {'; '.join(map(str, skipped[:5]))}"
+            )
+            raise DatasetNotFoundError(text, path=self.path)
+        for skip in skipped:
+            self._add("warning", skip.name, "skipped", str(skip))
+
     def _locate(self, file: Path) -> list[TensorSpec] | None:
         fmt = format_for(file)
         if fmt is None:
             self._add("error", file.name, "header", f"{file}: its name does not say its format")
             return None
         try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", JasperStoreWarning)
-                specs = fmt.locate(file, self.schema)
+            specs = fmt.locate(file, self.schema)
+            self.skipped += skipped_in(fmt, file, self.schema)
+            differences = fmt.compare_with_reference(file) if isinstance(fmt, SupportsReference) else []
         except JasperStoreError as exc:
             if self._is_wanted(file, fmt):
                 self._add("error", file.name, "header", str(exc))
             else:
                 self._add("warning", file.name, "header", f"{file.name} is not part of the dataset: {exc}")
             return None
-        for warning in caught:
-            self._add("warning", file.name, "header", str(warning.message))
+        for text in differences:
+            self._add("error", file.name, "reference", f"{file}: {text}; convert it again")
         return specs
 
-    def _is_wanted(self, file: Path, fmt: Format) -> bool:
+    def _is_wanted(self, file: Path, fmt: ReadFormat) -> bool:
         """Whether a file that cannot be read is missed: opening skips, by the same rule, what no name asks for."""
         known = self.schema.required | self.schema.optional
         if not self.schema.required or file.name in self.manifest.files or fmt.one_file == file.name:
@@ -319,8 +336,15 @@ class _Check:
             self._add("fact", None, "records", f"the CRCs of {len(self.archives)} .pt files were compared")
 
 
-def _is_data(file: Path) -> bool:
-    return file.name[0] not in "._" and format_for(file) is not None and not file.is_dir()
+def _data_files(root: Path) -> list[Path]:
+    """Files of a directory that hold its tensors; what is only read counts where nothing else is."""
+    known = [
+        (path, fmt)
+        for path in sorted(root.iterdir())
+        if path.name[0] not in "._" and not path.is_dir() and (fmt := format_for(path)) is not None
+    ]
+    written = [path for path, fmt in known if fmt.name in FORMATS]
+    return written or [path for path, _ in known]
 
 
 def _verify_values(job: _Job, advance: Callable[[str, int], None], *, drop: bool) -> Finding | None:

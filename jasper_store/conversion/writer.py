@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 
 from jasper_store.conversion.checksum import Hasher
-from jasper_store.conversion.coerce import as_block, as_json, flatten
+from jasper_store.conversion.coerce import are_strings, as_block, as_json, flatten
 from jasper_store.conversion.plan import FileTask, make_tasks
 from jasper_store.conversion.staging import make_staging, publish
-from jasper_store.conversion.transfer import Options, write_file
-from jasper_store.errors import ClosedError, ConversionError, IntegrityError, UnknownNameError
+from jasper_store.conversion.transfer import Options, require_reference, write_file
+from jasper_store.errors import ClosedError, ConversionError, IntegrityError
 from jasper_store.files.atomic import (
     map_os_errors,
     remove,
@@ -27,7 +28,8 @@ from jasper_store.files.atomic import (
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.formats.base import Schema
 from jasper_store.formats.files import check_name, dtype_name
-from jasper_store.formats.registry import FORMATS, base_name, locate
+from jasper_store.formats.registry import FORMATS, base_name, locate, writable
+from jasper_store.formats.texts import encode, hash_block, sort_hashes
 from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry
 from jasper_store.store.manifest_file import write as write_manifest
 
@@ -47,7 +49,7 @@ _CONFIG: Final = "config.json"
 
 @dataclass
 class _Part:
-    """One tensor being appended to, in a file of its own."""
+    """One tensor being appended to, in its own file."""
 
     path: Path
     writer: FileWriter
@@ -102,11 +104,7 @@ class DirectoryWriter:
         overwrite: bool = False,
         check: Callable[[Sequence[TensorSpec]], None] | None = None,
     ) -> None:
-        chosen = next((name for name in FORMATS if name == format), None)
-        if chosen is None:
-            msg = f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}"
-            raise UnknownNameError(msg)
-        self._fmt: Format = FORMATS[chosen]
+        self._fmt: Format = writable(format)
         self._options = Options(self._fmt, Schema() if schema is None else schema, compression)
         self._config = None if config is None else as_json(config)
         # A link to a directory is followed: the dataset behind it is what gets replaced, not the link.
@@ -114,7 +112,9 @@ class DirectoryWriter:
         self._overwrite = overwrite
         self._check = check
         self._parts: dict[str, _Part] = {}
-        self._ragged: set[str] = set()
+        # Names of ragged tensors, and of ids with the hashes of those that came.
+        self._ragged: dict[str, list[NDArray[np.uint64]]] = {}
+        self._ids: dict[str, list[NDArray[np.uint64]]] = {}
         self._closed = False
         self._published = False
         with contextlib.ExitStack() as stack:
@@ -143,7 +143,7 @@ class DirectoryWriter:
 
         Args:
             name: the tensor.
-            rows: [n, ...] on any device, or a scalar (once).
+            rows: [n, ...] on any device, a scalar (once), or strings, which go to :meth:`append_ids`.
 
         Raises:
             IntegrityError: another dtype or row shape than before, or a second block of a scalar; nothing was written.
@@ -151,10 +151,11 @@ class DirectoryWriter:
             ConversionError: the disk is full, or the system refused otherwise; the writer is abandoned.
             ClosedError: it was published or abandoned.
         """
+        if are_strings(rows):
+            self.append_ids(name, rows)  # type: ignore[arg-type]
+            return
         self._check_open()
-        if base_name(name) in self._ragged or name in self._ragged:
-            msg = f"{name!r}: expected rows through append_ragged(), as before, found append(); the two cannot mix"
-            raise IntegrityError(msg, tensor=name)
+        self._check_kind(name, "append()")
         self._append(name, as_block(name, rows))
 
     def append_ragged(self, name: str, rows: Sequence[Sequence[int] | torch.Tensor]) -> None:
@@ -169,18 +170,60 @@ class DirectoryWriter:
             IntegrityError, IncompatibleOptionsError, ConversionError, ClosedError: as :meth:`append`.
         """
         self._check_open()
-        if name in self._parts or (f"{name}.values" in self._parts and name not in self._ragged):
-            msg = f"{name!r}: expected rows through append(), as before, found append_ragged(); the two cannot mix"
+        self._check_kind(name, "append_ragged()")
+        self._append_rows(name, *flatten(name, rows), self._ragged)
+
+    def append_ids(self, name: str, rows: Sequence[str] | NDArray[Any]) -> None:
+        """Append strings: ids of the rows of other tensors, which ``store.ids(name)`` finds rows by.
+
+        They are stored as UTF-8, ``name.values`` and ``name.offsets``, with sorted hashes, ``name.hashes`` and
+        ``name.order``. Memory is 8 bytes for each id until :meth:`close`, which takes 32 for sorting.
+
+        Args:
+            name: base name.
+            rows: strings; an id that is there twice can be written, and then not be looked up.
+
+        Raises:
+            IntegrityError: what is no string, or cannot be UTF-8; names its position in ``rows``. Nothing was written.
+            IncompatibleOptionsError, ConversionError, ClosedError: as :meth:`append`.
+        """
+        self._check_open()
+        self._check_kind(name, "append_ids()")
+        values, lengths = encode(name, rows.tolist() if isinstance(rows, np.ndarray) else rows)
+        self._append_rows(name, torch.from_numpy(values.copy()), torch.from_numpy(lengths), self._ids)
+        self._ids[name].append(hash_block(values, lengths))
+
+    def _check_kind(self, name: str, called: str) -> None:
+        """Refuse rows of another kind than those that were appended to a tensor before."""
+        base = base_name(name)
+        known = {"append_ragged()": self._ragged, "append_ids()": self._ids}
+        before = next((kind for kind, names in known.items() if name in names or base in names), None)
+        if before is None and (name in self._parts or f"{name}.values" in self._parts):
+            before = "append()"
+        if before not in {None, called}:
+            msg = f"{name!r}: expected rows through {before}, as before, found {called}; the two cannot mix"
             raise IntegrityError(msg, tensor=name)
-        values, lengths = flatten(name, rows)
-        if name not in self._ragged:
+
+    def _append_rows(
+        self, name: str, values: torch.Tensor, lengths: torch.Tensor, known: dict[str, list[NDArray[np.uint64]]]
+    ) -> None:
+        """Append rows of different lengths: their values one after another, and where each row ends."""
+        if name not in known:
             check_name(name)
-            self._ragged.add(name)
-            self._append(f"{name}.values", torch.empty(0, dtype=torch.int64))
+            known[name] = []
+            self._append(f"{name}.values", torch.empty(0, dtype=values.dtype))
             self._append(f"{name}.offsets", torch.zeros(1, dtype=torch.int64))
         offsets = lengths.cumsum(0) + self._parts[f"{name}.values"].rows
         self._append(f"{name}.values", values)
         self._append(f"{name}.offsets", offsets)
+
+    def _append_hashes(self) -> None:
+        """Write the sorted hashes of all ids."""
+        for name, blocks in self._ids.items():
+            hashes, order = sort_hashes(blocks)
+            blocks.clear()
+            self._append(f"{name}.hashes", torch.from_numpy(hashes))
+            self._append(f"{name}.order", torch.from_numpy(order))
 
     def _append(self, name: str, block: torch.Tensor) -> None:
         block = block.detach().cpu()
@@ -263,6 +306,7 @@ class DirectoryWriter:
             if not self._parts:
                 msg = f"{self._target}: expected at least one tensor before close(), found none; nothing was published"
                 raise ConversionError(msg, path=self._target)
+            self._append_hashes()
             for part in self._parts.values():
                 part.writer.end()
                 part.writer.close()
@@ -288,6 +332,7 @@ class DirectoryWriter:
             if part.path.parent != self._staging:
                 spooled.append(name)
                 continue
+            require_reference(self._fmt, part.path, self._target / part.path.name)
             tensor = TensorEntry(dtype_name(part.dtype), part.shape, part.hasher.hexdigest())
             entries[part.path.name] = FileEntry(FileFingerprint.of(part.path), {name: tensor})
         if spooled:

@@ -262,7 +262,7 @@ def _buried_errno(text: str) -> int | None:
 
 
 def swap_directory(new: Path, target: Path) -> None:
-    """Put a finished directory in the place of ``target``, and remove what was there.
+    """Replace ``target`` by a finished directory, and remove what was there.
 
     On Linux the two exchange their names in one step, so that there is no moment without a dataset. Elsewhere the
     old one is moved aside first; a kill between the two renames is repaired by :func:`recover_directory`.

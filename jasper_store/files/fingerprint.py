@@ -2,7 +2,7 @@
 
 :class:`FileIdentity` is what the system says of a file: it costs a microsecond, and holds on this machine.
 :class:`FileFingerprint` adds a sample of the content, so that a copy of a file is recognised; the manifest keeps it.
-Chunked HDF5 keeps an identity of its own (``formats/hdf5/index.py``): formats import nothing of this package but errors.
+Chunked HDF5 has its own identity (``formats/hdf5/index.py``): formats import nothing of this package but errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every format has in common: where the bytes of a tensor lie, and how rows are written.
 
 A format only says *where the bytes lie*. Reading a file means parsing its header once into
-:class:`TensorSpec` values; no data is read. Mapping, preloading, announcing and warming are done by the
+:class:`TensorSpec` values; no data is read. Mapping, preloading, prefetching and warming are done by the
 layers above, alike for every format, from the spec alone.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkabl
 import xxhash
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Chunked",
+    "Encoded",
     "Extent",
     "FileWriter",
     "Format",
@@ -29,14 +30,19 @@ __all__ = [
     "Inline",
     "Location",
     "Parts",
+    "ReadFormat",
     "Schema",
+    "Skipped",
+    "Streamed",
     "SupportsKeys",
     "SupportsRagged",
+    "SupportsReference",
+    "SupportsSkipped",
     "TensorSpec",
     "contiguous_strides",
 ]
 
-FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt"]
+FormatName: TypeAlias = Literal["safetensors", "npy", "hdf5", "pt", "arrow", "faiss", "bin", "npz", "pickle", "parquet"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,42 @@ class Parts:
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
-Location: TypeAlias = Extent | Chunked | Inline | Parts
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Values that can only be read from the first to the last: a deflated member of a ``.npz``, a Parquet column.
+
+    They are converted in bounded memory, or loaded whole; :class:`jasper_store.formats.streams.ByteStream` reads them.
+
+    Attributes:
+        files: the files, in the order of their rows.
+        kind: what reads them, ``"npz"`` or ``"parquet"``.
+        key: member or column, as it is called in each file.
+    """
+
+    files: tuple[Path, ...]
+    kind: Literal["npz", "parquet"]
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """The file of the first rows."""
+        return self.files[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A tensor that is made out of strings while they are read; only a conversion reads it, from front to end.
+
+    Attributes:
+        path: the file of the strings.
+        blocks: makes the values as 1-D blocks, in order; may be called again.
+    """
+
+    path: Path
+    blocks: Callable[[], Iterator[torch.Tensor]]
+
+
+Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed | Encoded
 
 
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -157,7 +198,7 @@ class TensorSpec:
     @property
     def paths(self) -> tuple[Path, ...]:
         """All files that hold the values."""
-        return self.location.files if isinstance(self.location, Parts) else (self.location.path,)
+        return self.location.files if isinstance(self.location, Parts | Streamed) else (self.location.path,)
 
     @property
     def n_rows(self) -> int:
@@ -186,6 +227,24 @@ class TensorSpec:
         return all(s == e for s, e, n in zip(strides, expected, self.shape, strict=True) if n > 1) or 0 in self.shape
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """Something in a file that is no tensor, or none that can be read, and that is passed over.
+
+    Attributes:
+        name: what the file calls it.
+        path: the file.
+        reason: what it is, and what to do to have it, for people.
+    """
+
+    name: str
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name!r:.100} is skipped: {self.reason}"
+
+
 @dataclass(frozen=True, slots=True)
 class Schema:
     """What a caller knows about the tensors of a dataset before any file is opened.
@@ -199,7 +258,7 @@ class Schema:
         hdf5_paths: tensor name to the HDF5 path it is written to and read from (base name for ragged ones).
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
-        stacks: tensors that a batch gathers together, each row from one of them; see ``store/stack.py``.
+        stacks: tensors that a batch gathers together, each row from one of them; see ``store/concat_buffer.py``.
     """
 
     required: frozenset[str] = frozenset()
@@ -249,14 +308,14 @@ class FileWriter(Protocol):
         """Release every handle without finishing; safe to call at any time, also twice."""
 
 
-class Format(Protocol):
-    """One file format. Stateless; every method may be called concurrently.
+class ReadFormat(Protocol):
+    """One file format that is read. Stateless; every method may be called concurrently.
 
     Attributes:
         name: the name users pass, e.g. ``"safetensors"``.
         suffixes: file name endings, lower case with the dot, the first being the one that is written.
         one_file: name of the single file that a dataset of this format lies in, or ``None`` if each tensor
-            has a file of its own.
+            has its own file.
     """
 
     name: FormatName
@@ -271,6 +330,10 @@ class Format(Protocol):
             DatasetNotFoundError: there is no such file.
         """
 
+
+class Format(ReadFormat, Protocol):
+    """One file format that is read and written."""
+
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
         """Create ``path`` (it must not exist) and return a writer for it.
 
@@ -280,16 +343,24 @@ class Format(Protocol):
 
 
 @runtime_checkable
+class SupportsSkipped(Protocol):
+    """A format whose files may hold more than tensors."""
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
+        """What :meth:`ReadFormat.locate` passes over in one file; errors as there."""
+
+
+@runtime_checkable
 class SupportsKeys(Protocol):
     """A format that names a file's only tensor by its file, although the file has a name for it."""
 
     def locate_keys(self, path: Path) -> list[TensorSpec]:
-        """As :meth:`Format.locate`, with the names that the file has."""
+        """As :meth:`ReadFormat.locate`, with the names that the file has."""
 
 
 @runtime_checkable
 class SupportsRagged(Protocol):
-    """A format with a form of its own for ragged tensors, beside a file of values and a file of offsets."""
+    """A format that has its own form for ragged tensors, beside a file of values and a file of offsets."""
 
     def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
         """Create ``path`` holding one ragged tensor, with memory bounded by one block.
@@ -301,4 +372,19 @@ class SupportsRagged(Protocol):
 
         Raises:
             IntegrityError: offsets that do not ascend from 0, or more or fewer values than they say.
+        """
+
+
+@runtime_checkable
+class SupportsReference(Protocol):
+    """A format that another library defines, whose view of a file is compared with ours."""
+
+    def compare_with_reference(self, path: Path) -> list[str]:
+        """Differences between the reference's view of a file and ours: names, dtypes and shapes.
+
+        Returns:
+            A sentence for each difference, or what the reference says of a file that it refuses; none where both agree.
+
+        Raises:
+            CorruptFileError, DatasetNotFoundError: as ``locate``.
         """

@@ -8,27 +8,33 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats.base import Extent, TensorSpec, contiguous_strides
+from jasper_store.formats.base import Extent, Skipped, TensorSpec, contiguous_strides
 from jasper_store.formats.files import DATA_START, check_shape, dtype_name, open_for_reading, read_at, shown
 from jasper_store.formats.flat import FlatWriter, stem_of
+from jasper_store.formats.texts import BLOCK_NBYTES, Texts, encode_bytes, encode_unicode
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.texts import Block
 
-__all__ = ["NpyFormat"]
+__all__ = ["MAX_PREFIX", "NpyFormat", "dtype_of", "parse_header", "strides_of"]
 
 _MAGIC = b"\x93NUMPY"
 _VERSIONS = {b"\x01\x00": (2, "latin1"), b"\x02\x00": (4, "latin1"), b"\x03\x00": (4, "utf-8")}
 # numpy itself refuses to parse longer headers: the literal parser was not made for hostile text.
 _MAX_HEADER = 10_000
+MAX_PREFIX = 12 + _MAX_HEADER
+"""The most bytes that stand before the values."""
 
 _DTYPES = {
     "|b1": torch.bool,
@@ -47,8 +53,14 @@ _DTYPES = {
     "<c16": torch.complex128,
 }
 _DESCRIPTIONS = {dtype: f"'{text}'" for text, dtype in _DTYPES.items()}
-# numpy has no bfloat16. A field of that name keeps the bits and says what they are to whoever reads the file.
+# numpy has no bfloat16. A field of that name keeps the bits and says what they are to any reader of the file.
 _DESCRIPTIONS[torch.bfloat16] = "[('bfloat16', '<u2')]"
+
+
+class _Header(TypedDict):
+    descr: object
+    fortran_order: bool
+    shape: tuple[object, ...]
 
 
 class NpyFormat:
@@ -62,19 +74,41 @@ class NpyFormat:
         """See :meth:`jasper_store.formats.base.Format.locate`. The array is named by its file."""
         name = stem_of(path, self.suffixes)
         header, data_start, size = _read_header(path)
-        dtype = _dtype(path, header["descr"])
-        fortran, claimed = header["fortran_order"], header["shape"]
-        if not isinstance(fortran, bool) or not isinstance(claimed, tuple):
-            _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
-        shape, nbytes = check_shape(claimed, dtype.itemsize, path=path, tensor=name)
-        if data_start + nbytes != size:
-            _corrupt(
-                path,
-                f"{dtype_name(dtype)} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
-                "(was it truncated or appended to?).",
+        if _is_text(header["descr"]):
+            return []
+        dtype = dtype_of(path, header["descr"])
+        shape = _check_sizes(path, header, dtype_name(dtype), dtype.itemsize, data_start, size)
+        return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides_of(header, shape)))]
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.base.SupportsSkipped`: an array of strings, or of Python objects."""
+        header, data_start, size = _read_header(path)
+        description = header["descr"]
+        if not _is_text(description):
+            return []
+        name = stem_of(path, self.suffixes)
+        if description == "|O":
+            reason = (
+                "it holds pickled Python objects, which are never executed; save strings with a dtype such as '<U12'"
             )
-        strides = contiguous_strides(shape[::-1])[::-1] if fortran and len(shape) > 1 else None
-        return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides))]
+            return [Skipped(name, path, reason)]
+        stored = np.dtype(str(description))
+        shape = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
+        return [Skipped(name, path, f"it holds strings ({stored.str}, shape {list(shape)}), not numbers")]
+
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: an array of fixed-width strings."""
+        header, data_start, size = _read_header(path)
+        description = header["descr"]
+        if not _is_text(description) or description == "|O":
+            return []
+        stored = np.dtype(str(description))
+        shape = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
+        # Strings without room for a character take no bytes, so their number may be anything.
+        if len(shape) != 1 or not stored.itemsize:
+            return []
+        name, rows = stem_of(path, self.suffixes), shape[0]
+        return [Texts(name, path, rows, partial(_read_texts, path, name, stored, rows, data_start))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
@@ -89,10 +123,19 @@ def _corrupt(path: Path, what: str, *, cause: BaseException | None = None) -> No
     raise CorruptFileError(msg, path=path) from cause
 
 
-def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
-    """The header's dictionary, the offset of the data and the size of the file."""
+def _read_header(path: Path) -> tuple[_Header, int, int]:
+    """The header, the offset of the data and the size of the file."""
     with open_for_reading(path) as (file, size):
-        raw = read_at(file, 0, 12 + _MAX_HEADER)
+        raw = read_at(file, 0, MAX_PREFIX)
+    return *parse_header(path, raw, size), size
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> tuple[_Header, int]:
+    """The header that begins with ``raw``, of ``size`` bytes in all; and where the values begin.
+
+    Raises:
+        CorruptFileError: it is not that of a ``.npy`` file.
+    """
     if not raw.startswith(_MAGIC):
         _corrupt(path, f"it must begin with {_MAGIC!r}, found {raw[:6]!r}.")
     version = raw[6:8]
@@ -109,11 +152,55 @@ def _read_header(path: Path) -> tuple[dict[str, object], int, int]:
         _corrupt(path, f"its header is not a Python literal: {type(exc).__name__}: {exc!s:.100}.", cause=exc)
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
         _corrupt(path, f"its header must hold descr, fortran_order and shape, found {shown(header, 200)}.")
-    return header, start, size
+    if not isinstance(header["fortran_order"], bool) or not isinstance(header["shape"], tuple):
+        _corrupt(path, f"its header must hold a truth value and a tuple of sizes, found {shown(header, 200)}.")
+    return cast("_Header", header), start
 
 
-def _dtype(path: Path, description: object) -> torch.dtype:
-    """Torch dtype of a ``descr`` entry."""
+def _check_sizes(path: Path, header: _Header, kind: str, itemsize: int, data_start: int, size: int) -> tuple[int, ...]:
+    """The shape, after it was compared with the bytes of the file."""
+    shape, nbytes = check_shape(header["shape"], itemsize, path=path, tensor=stem_of(path, NpyFormat.suffixes))
+    if data_start + nbytes != size:
+        _corrupt(
+            path,
+            f"{kind} {list(shape)} needs {nbytes} bytes of data, the file holds {size - data_start} "
+            "(was it truncated or appended to?).",
+        )
+    return shape
+
+
+def _is_text(description: object) -> bool:
+    """Whether ``descr`` says strings, or objects, which mostly are strings."""
+    return isinstance(description, str) and re.fullmatch(r"\|O|[<>=|][US]\d{1,9}", description) is not None
+
+
+def _read_texts(path: Path, name: str, stored: np.dtype[Any], rows: int, data_start: int) -> Iterator[Block]:
+    """The strings as UTF-8, some megabytes of the file at a time."""
+    step = max(BLOCK_NBYTES // stored.itemsize, 1)
+    with open_for_reading(path) as (file, _):
+        for first in range(0, rows, step):
+            n = min(step, rows - first)
+            raw = read_at(file, data_start + first * stored.itemsize, n * stored.itemsize)
+            if len(raw) != n * stored.itemsize:
+                _corrupt(path, "it was truncated while it was read.")
+            if stored.kind == "S":
+                yield encode_bytes(name, np.frombuffer(raw, np.uint8).reshape(n, -1), first)
+            else:
+                codes = np.frombuffer(raw, stored.byteorder.replace("=", "<") + "u4").astype(np.uint32)
+                yield encode_unicode(name, codes.reshape(n, -1), first)
+
+
+def strides_of(header: _Header, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Strides of an array in Fortran order; ``None`` in C order."""
+    return contiguous_strides(shape[::-1])[::-1] if header["fortran_order"] and len(shape) > 1 else None
+
+
+def dtype_of(path: Path, description: object) -> torch.dtype:
+    """Torch dtype of a ``descr`` entry.
+
+    Raises:
+        CorruptFileError: torch has none, or it is big-endian.
+    """
     # '<V2' is what numpy.save writes for the bfloat16 of the ml_dtypes package.
     if description in ("<V2", "|V2", [("bfloat16", "<u2")]):
         return torch.bfloat16

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Extent, Parts, TensorSpec
+from jasper_store.formats.base import Extent, Parts, Streamed, TensorSpec
 from jasper_store.formats.files import dtype_name
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
         specs: at least one; each an extent, or parts already.
 
     Returns:
-        A spec whose location is :class:`~jasper_store.formats.base.Parts`, or an ``Extent`` if only one has rows.
+        A spec whose location is :class:`~jasper_store.formats.base.Parts`, or an ``Extent`` if only one has rows; of
+        streams, a stream of all files.
 
     Raises:
         CorruptFileError: a part has another dtype or row shape than the first, is a scalar, or its rows are no runs of
@@ -37,6 +38,8 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
     rows = sum(spec.n_rows for spec in specs)
     shape = (rows, *first.shape[1:])
     filled = [spec for spec in specs if spec.n_rows] or [first]
+    if isinstance(first.location, Streamed):
+        return TensorSpec(name, first.dtype, shape, _streams(filled))
     if len(filled) == 1:
         return TensorSpec(name, first.dtype, shape, filled[0].location)
     numbers: dict[Path, int] = {}
@@ -62,7 +65,7 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
 
 
 def parts_of(spec: TensorSpec) -> Iterator[TensorSpec]:
-    """Each part of a tensor as a tensor of its own, made one at a time; a tensor in one place is its only part."""
+    """Each part of a tensor as a separate tensor, made one at a time; a tensor in one place is its only part."""
     place = spec.location
     if not isinstance(place, Parts):
         yield spec
@@ -72,11 +75,25 @@ def parts_of(spec: TensorSpec) -> Iterator[TensorSpec]:
         yield TensorSpec(spec.name, spec.dtype, (rows, *spec.shape[1:]), Extent(place.files[file], int(offset)))
 
 
+def _streams(specs: Sequence[TensorSpec]) -> Streamed:
+    """One stream after another; ``_check`` has seen that all are streams of one kind."""
+    first = specs[0].location
+    assert isinstance(first, Streamed)
+    return Streamed(tuple(path for spec in specs for path in spec.paths), first.kind, first.key)
+
+
+def _kind(spec: TensorSpec) -> tuple[str, str] | None:
+    place = spec.location
+    return (place.kind, place.key) if isinstance(place, Streamed) else None
+
+
 def _check(name: str, first: TensorSpec, spec: TensorSpec) -> None:
     if not spec.shape:
         found = "a scalar, which has no rows"
     elif (spec.dtype, spec.shape[1:]) != (first.dtype, first.shape[1:]):
         found = f"{dtype_name(spec.dtype)} rows of shape {list(spec.shape[1:])}"
+    elif isinstance(first.location, Streamed) and _kind(spec) == _kind(first):
+        return
     elif not isinstance(spec.location, Parts) and not spec.contiguous and spec.n_rows:
         found = "rows that are no runs of bytes in the file (compressed, in Fortran order, or a list); convert it"
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,28 +10,58 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
-from jasper_store.errors import CorruptFileError, DatasetNotFoundError, UnknownNameError
-from jasper_store.formats.base import SupportsKeys
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
+from jasper_store.formats.arrow.directory import dataset_files, splits_of
+from jasper_store.formats.arrow.format import ArrowFormat
+from jasper_store.formats.base import Skipped, Streamed, SupportsKeys, SupportsSkipped
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
+from jasper_store.formats.npz import NpzFormat
 from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
+from jasper_store.formats.parquet import ParquetFormat
 from jasper_store.formats.parts import join
+from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
+from jasper_store.formats.texts import text_names
+from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import Format, FormatName, Schema, TensorSpec
+    from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
 
-__all__ = ["AUTO_ORDER", "FORMATS", "Located", "base_name", "format_for", "locate"]
+__all__ = [
+    "AUTO_ORDER",
+    "FORMATS",
+    "READ_ONLY",
+    "Located",
+    "base_name",
+    "format_for",
+    "locate",
+    "readable",
+    "skipped_at",
+    "skipped_in",
+    "writable",
+]
 
 FORMATS: Mapping[FormatName, Format] = MappingProxyType(
     {"safetensors": SafetensorsFormat(), "npy": NpyFormat(), "hdf5": Hdf5Format(), "pt": PtFormat()}
 )
 AUTO_ORDER: tuple[FormatName, ...] = ("safetensors", "npy", "hdf5", "pt")
+READ_ONLY: Mapping[FormatName, ReadFormat] = MappingProxyType(
+    {
+        "arrow": ArrowFormat(),
+        "faiss": FaissFormat(),
+        "bin": BinFormat(),
+        "npz": NpzFormat(),
+        "pickle": PickleFormat(),
+        "parquet": ParquetFormat(),
+    }
+)
+"""Formats that others write, in the order in which ``"auto"`` asks them after those of :data:`AUTO_ORDER`."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +73,32 @@ class Located:
         root: the directory or file that was looked at.
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
+        skipped: what lies in the files or beside them and is no tensor, or none that is read.
     """
 
     format: FormatName
     root: Path
     specs: tuple[TensorSpec, ...]
     warnings: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+
+def readable() -> Mapping[FormatName, ReadFormat]:
+    """All formats by name, those that are written first."""
+    return {**FORMATS, **READ_ONLY}
+
+
+def writable(format: str) -> Format:  # noqa: A002 - the word that users pass
+    """The format of this name, to write it.
+
+    Raises:
+        UnknownNameError: there is none of this name, or it is only read.
+    """
+    for name, fmt in FORMATS.items():
+        if name == format:
+            return fmt
+    only = f"; {format} is read and never written" if format in READ_ONLY else ""
+    raise UnknownNameError(f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}{only}")
 
 
 def base_name(name: str) -> str:
@@ -56,10 +107,10 @@ def base_name(name: str) -> str:
     return base if dot and part in {"values", "offsets"} else name
 
 
-def format_for(path: Path) -> Format | None:
+def format_for(path: Path) -> ReadFormat | None:
     """The format that a file name's suffix says, or ``None``."""
     lower = path.name.lower()
-    return next((f for f in FORMATS.values() if lower.endswith(f.suffixes)), None)
+    return next((f for f in readable().values() if lower.endswith(f.suffixes)), None)
 
 
 def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002 - the word that users pass
@@ -68,7 +119,8 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
     Args:
         path: a directory, one file, or several files.
         format: ``"auto"`` or a format's name. In a directory, auto takes the first of :data:`AUTO_ORDER` that is
-            complete, else the most complete one, and fills the rest from the others.
+            complete, else the most complete one, and fills the rest from the others; the formats of :data:`READ_ONLY` fill
+            what none of these has, and what they hold that is unreadable or no tensor is then skipped.
         schema: its ``required`` names decide what complete means and which files are only extras. Without
             them, every name that any format has is wanted.
 
@@ -77,9 +129,10 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
         DatasetNotFoundError: nothing there, or nothing of that format.
         CorruptFileError: a file that is needed cannot be read, or two files hold the same tensor.
     """
-    asked = next((name for name in FORMATS if name == format), None)
+    known = readable()
+    asked = next((name for name in known if name == format), None)
     if asked is None and format != "auto":
-        raise UnknownNameError(f"unknown format {format!r}; use 'auto' or one of {', '.join(map(repr, FORMATS))}.")
+        raise UnknownNameError(f"unknown format {format!r}; use 'auto' or one of {', '.join(map(repr, known))}.")
     if isinstance(path, tuple):
         return _locate_files(path, format, schema)
     if path.is_dir():
@@ -90,16 +143,48 @@ def locate(path: Path | tuple[Path, ...], format: str, schema: Schema) -> Locate
             f"{path}: no such file or directory{there}; expected a dataset directory or one file.", path=path
         )
     chosen = _format_of(path, format)
-    return Located(chosen.name, path, tuple(chosen.locate(path, schema)))
+    specs = tuple(chosen.locate(path, schema))
+    return _require_tensors(Located(chosen.name, path, specs, skipped=tuple(skipped_in(chosen, path, schema))))
 
 
-def _format_of(path: Path, format: str) -> Format:  # noqa: A002
+def _format_of(path: Path, format: str) -> ReadFormat:  # noqa: A002
     """The format asked for, or the one that a file's name says."""
-    chosen = format_for(path) if format == "auto" else FORMATS.get(format)  # type: ignore[call-overload]
+    chosen = format_for(path) if format == "auto" else readable()[cast("FormatName", format)]
     if chosen is None:
-        known = ", ".join(suffix for f in FORMATS.values() for suffix in f.suffixes)
+        known = ", ".join(suffix for f in readable().values() for suffix in f.suffixes)
         raise UnknownNameError(f"{path}: its name does not say its format; expected one of {known}, or pass format=.")
-    return cast("Format", chosen)
+    return chosen
+
+
+def skipped_in(fmt: ReadFormat, path: Path, schema: Schema) -> list[Skipped]:
+    """What a file holds that is no tensor; errors as ``fmt.locate``."""
+    return fmt.skipped(path, schema) if isinstance(fmt, SupportsSkipped) else []
+
+
+def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
+    """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
+    return [skip for path in _files(directory)[name] for skip in skipped_in(readable()[name], path, schema)]
+
+
+def _require_tensors(located: Located) -> Located:
+    """Refuse files that hold nothing but what is no tensor."""
+    if not located.specs and located.skipped:
+        raise DatasetNotFoundError(
+            f"{located.root}: expected tensors, found {_told(located.skipped)}.", path=located.root
+        )
+    return located
+
+
+def _not_kept(skipped: Iterable[Skipped], specs: Iterable[TensorSpec]) -> tuple[Skipped, ...]:
+    """What was skipped, without strings that a conversion kept: these are there as tensors of their name."""
+    kept = text_names(specs)
+    return tuple(skip for skip in skipped if skip.name not in kept)
+
+
+def _told(skipped: Iterable[Skipped]) -> str:
+    """What was skipped, in words, the first of many."""
+    texts = [f"{one.name} ({one.reason})" for one in skipped]
+    return "; ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
 @dataclass
@@ -148,10 +233,11 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
         for spec in formats[path].locate(path, schema):
             found.setdefault(spec.name, []).append(spec)
     specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
-    return Located(formats[paths[0]].name, root, specs)
+    skipped = [skip for path, fmt in formats.items() for skip in skipped_in(fmt, path, schema)]
+    return _require_tensors(Located(formats[paths[0]].name, root, specs, (), _not_kept(skipped, specs)))
 
 
-def _with_stem(fmt: Format, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
+def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
     """A numbered file's name without suffix, and its tensors by the names that it has for them."""
     stem = stem_of(path, fmt.suffixes)
     return stem, fmt.locate_keys(path) if isinstance(fmt, SupportsKeys) else fmt.locate(path, schema)
@@ -161,15 +247,23 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     files = _files(root)
     order = AUTO_ORDER if asked is None else (asked,)
     scans: dict[FormatName, _Scan] = {}
+    skipped: list[Skipped] = []
+    if asked == "arrow":
+        files["arrow"], skipped = dataset_files(root, files["arrow"])
     known = schema.required | schema.optional
     for name in order:
         if files[name]:
-            scans[name] = _scan(FORMATS[name], files[name], schema)
+            scans[name] = _scan(readable()[name], files[name], schema)
             # The rest need not be opened (and h5py not be imported) once one format is known to be complete.
             if schema.required and known <= scans[name].names():
                 break
+    else:
+        if asked is None:
+            skipped = _add_read_only(root, scans, files, schema)
+    skipped += _skipped_in(scans, files, schema)
     if not any(scan.names() for scan in scans.values()):
-        raise DatasetNotFoundError(_nothing(root, asked), path=root)
+        raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
+    _require_numbers(skipped, scans.values(), schema)
     if not any(scan.specs for scan in scans.values()):
         # Also where none of them would be part of the dataset: there is nothing else.
         raise _together([error for scan in scans.values() for error in scan.errors.values()])
@@ -177,8 +271,76 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     if schema.required:
         wanted &= known
     chosen = max(scans, key=lambda name: len(wanted & scans[name].names()))
+    if chosen in READ_ONLY:
+        # What this library writes is the dataset, if there is any of it.
+        chosen = max(scans, key=lambda name: (name in FORMATS and bool(scans[name].names()), len(scans[name].names())))
     specs, notes = _gather(root, chosen, scans, wanted)
-    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])))
+    if not specs:
+        raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
+    return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
+
+
+def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[_Scan], schema: Schema) -> None:
+    """Refuse a required tensor that is there as what is none."""
+    there = set().union(*(scan.names() for scan in scans))
+    for skip in skipped:
+        if skip.name in schema.required - there:
+            raise CorruptFileError(
+                f"{skip.path}: expected the tensor {skip.name!r:.100}, found that {skip.reason}.",
+                path=skip.path,
+                tensor=skip.name,
+            )
+
+
+def _add_read_only(
+    root: Path, scans: dict[FormatName, _Scan], files: dict[FormatName, dict[Path, str]], schema: Schema
+) -> list[Skipped]:
+    """Scan the formats that are only read, and return what of them is passed over.
+
+    A directory of tensors may hold any other file. So where there are tensors in another format, a file that cannot be
+    read is skipped, and so are values that cannot be read in place.
+    """
+    added: dict[FormatName, _Scan] = {}
+    skipped: list[Skipped] = []
+    for name, fmt in READ_ONLY.items():
+        if not files[name]:
+            continue
+        try:
+            if name == "arrow":
+                files[name], passed = dataset_files(root, files[name])
+                skipped += passed
+            added[name] = _scan(fmt, files[name], schema)
+        except (CorruptFileError, DatasetNotFoundError) as exc:  # files that contradict each other
+            added[name] = _Scan(errors={name: exc})
+    main = max(added, key=lambda name: len(added[name].specs), default=None)
+    written = any(scan.names() for scan in scans.values())
+    for name, scan in added.items():
+        if written or (name != main and main is not None and added[main].specs):
+            skipped += [Skipped(stem, _path_of(exc, files[name]), str(exc)) for stem, exc in scan.errors.items()]
+            scan.errors.clear()
+            for spec in [spec for spec in scan.specs.values() if isinstance(spec.location, Streamed)]:
+                del scan.specs[spec.name]
+                skipped.append(Skipped(spec.name, spec.path, "compressed; open or convert its file alone to have it"))
+    scans.update(added)
+    return skipped
+
+
+def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
+    return next((path for path in files if str(path) == str(error.path)), next(iter(files)))
+
+
+def _skipped_in(
+    scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
+) -> list[Skipped]:
+    """What the files that were scanned hold besides tensors."""
+    skipped: list[Skipped] = []
+    for name, scan in scans.items():
+        for path, stem in files[name].items():
+            if base_name(stem) not in scan.errors:
+                # What cannot be read was reported where it was located.
+                with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
+                    skipped += skipped_in(readable()[name], path, schema)
+    return skipped
 
 
 def _gather(
@@ -215,7 +377,7 @@ def _together(errors: list[JasperStoreError]) -> JasperStoreError:
 
 def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
     """Files of each format with their base names; hidden and temporary ones are passed over."""
-    found: dict[FormatName, dict[Path, str]] = {name: {} for name in FORMATS}
+    found: dict[FormatName, dict[Path, str]] = {name: {} for name in readable()}
     for path in sorted(root.iterdir()):
         chosen = format_for(path)
         if chosen is not None and path.name[0] not in "._" and not path.is_dir():
@@ -227,12 +389,14 @@ def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
     return found
 
 
-def _scan(fmt: Format, files: Mapping[Path, str], schema: Schema) -> _Scan:
+def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
     scan = _Scan()
     for stem, located in _units(fmt, files, schema):
         try:
             specs = located()
-        except (CorruptFileError, DatasetNotFoundError) as exc:
+        except (CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError) as exc:
+            if isinstance(exc, IncompatibleOptionsError) and fmt.name not in READ_ONLY:
+                raise
             if exc.path is not None and fmt.one_file == Path(exc.path).name:
                 raise
             scan.errors[base_name(stem)] = exc
@@ -256,7 +420,7 @@ def _scan(fmt: Format, files: Mapping[Path, str], schema: Schema) -> _Scan:
 
 
 def _units(
-    fmt: Format, files: Mapping[Path, str], schema: Schema
+    fmt: ReadFormat, files: Mapping[Path, str], schema: Schema
 ) -> Iterator[tuple[str, Callable[[], Sequence[TensorSpec]]]]:
     """What is read as one: a name, and what locates its tensors. A file, numbered files, or what an index names."""
     files = dict(files)
@@ -275,7 +439,7 @@ def _units(
         yield stem, partial(fmt.locate, path, schema)
 
 
-def _numbered(fmt: Format, numbered: Numbered, schema: Schema) -> list[TensorSpec]:
+def _numbered(fmt: ReadFormat, numbered: Numbered, schema: Schema) -> list[TensorSpec]:
     return merge(numbered, [_with_stem(fmt, path, schema) for path in numbered.files])
 
 
@@ -304,12 +468,16 @@ def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[st
     ]
 
 
-def _nothing(root: Path, asked: FormatName | None) -> str:
+def _nothing(root: Path, asked: FormatName | None, skipped: Sequence[Skipped]) -> str:
     kinds = Counter(path.suffix.lower() or "(no suffix)" for path in root.iterdir() if path.is_file())
     there = (
         ", ".join(f"{n} {suffix}" for suffix, n in sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))[:8])
         or "no files"
     )
     wanted = "tensors in any known format" if asked is None else f"{asked} tensors"
-    known = ", ".join(s for name, f in FORMATS.items() if asked in (None, name) for s in f.suffixes)
-    return f"{root}: expected {wanted} ({known}), found {there}."
+    known = ", ".join(s for name, f in readable().items() if asked in (None, name) for s in f.suffixes)
+    splits = splits_of(root)
+    if splits:
+        there += f", and the splits of a datasets.DatasetDict; open one of them: {', '.join(str(root / s) for s in splits[:8])}"
+    more = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
+    return f"{root}: expected {wanted} ({known}), found {there}.{more}"

@@ -1,7 +1,8 @@
 """safetensors: an 8-byte length, a JSON header, then the bytes of every tensor without a gap.
 
 Source: https://github.com/huggingface/safetensors, format specification in its README. The header is parsed
-here rather than by the library, which would map the file (and refuse one larger than memory) to read it.
+here, since the library does not say where in the file a tensor lies. The library is the reference all the same: what
+it makes of a file that was written, or is verified, is compared with what this module makes of it.
 """
 
 from __future__ import annotations
@@ -73,6 +74,23 @@ class SafetensorsFormat:
             TensorSpec(name, dtype, shape, Extent(path, data_start + begin)) for name, dtype, shape, begin, _ in entries
         ]
 
+    def compare_with_reference(self, path: Path) -> list[str]:
+        """See :class:`jasper_store.formats.base.SupportsReference`: the safetensors library, which maps the file."""
+        from safetensors import SafetensorError
+
+        header, _, _ = _read_header(path)
+        entries = {name: _entry(path, name, value) for name, value in header.items()}
+        ours = {name: (_NAMES[dtype], shape) for name, (dtype, shape, _, _) in entries.items()}
+        try:
+            theirs = _reference_view(path)
+        except SafetensorError as exc:
+            return [f"the safetensors library refuses it: {exc}"]
+        return [
+            f"tensor {name!r:.100} is {_said(theirs.get(name))} to the safetensors library, {_said(ours.get(name))} to us"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
         if compression is not None:
@@ -84,6 +102,20 @@ class SafetensorsFormat:
 def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:
     msg = f"{path}: not a sound safetensors file: {what} Write it again, or convert it from its source."
     raise CorruptFileError(msg, path=path, tensor=tensor) from cause
+
+
+def _reference_view(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each tensor as the reference library reads them; no data is read."""
+    from safetensors import safe_open
+
+    # With any other framework than numpy the library would map the file a second time, writable.
+    with safe_open(path, framework="numpy") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - a file is no dictionary
+        return {name: (str(found.get_dtype()), tuple(found.get_shape())) for name, found in slices.items()}
+
+
+def _said(found: tuple[str, tuple[int, ...]] | None) -> str:
+    return "not there" if found is None else f"{found[0]} {list(found[1])}"
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -1,4 +1,4 @@
-"""The public functions over datasets: the storage layers' own, handed the names of a JASPER dataset.
+"""The public functions over datasets: those of the storage layers, with the names of a JASPER dataset.
 
 They work on any directory of tensor files, and on single files. The names only add what is known of a JASPER
 dataset: HDF5 paths, rows read per sample, which files belong to it, and what its values mean.
@@ -54,7 +54,8 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
     Args:
         path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, a file, or
             several files.
-        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
+        format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them; or one that is only
+            read: ``"arrow"``, ``"faiss"``, ``"bin"``, ``"npz"``, ``"pickle"``, ``"parquet"``.
         use_mmap: ``None`` plans; ``True`` maps everything; ``False`` preloads everything.
         device: ``None`` for host memory, ``"cuda"``, ``"cuda:N"``, or ``"auto"``.
         memory_limit: bytes; one more upper bound on what is preloaded.
@@ -67,7 +68,7 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
     Raises:
         IncompatibleOptionsError: options that are incompatible; before anything is touched.
         DatasetNotFoundError: no such path, or no tensors there.
-        CorruptFileError: a file is damaged, or not the one that the manifest vouches for.
+        CorruptFileError: a file is damaged, or not the one that the manifest records.
         InsufficientMemoryError: what must be preloaded does not fit; nothing was loaded.
 
     Example:
@@ -258,7 +259,7 @@ def _meaning(path: Path, known: Known) -> list[Finding]:
 
 
 def _quietly_opened(path: Path) -> TensorStore:
-    """A store that loads nothing, for looking at it; what a trainer would be warned of does not matter here."""
+    """A store that loads nothing, for inspection; warnings meant for training are suppressed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)
         return open_store(path, use_mmap=True, schema=known_at(path).schema)

@@ -34,7 +34,7 @@ class EmbeddingVisitor:
     zero: Tally = field(default_factory=Tally)
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
-        """See a block of rows [n, D]; of a tensor of another shape or dtype, which is reported elsewhere, nothing."""
+        """Check a block of rows [n, D]; another shape or dtype is ignored here, because it is reported elsewhere."""
         if rows.ndim != 2 or not rows.is_floating_point():
             return
         wide = rows.float() if rows.dtype.itemsize < 4 else rows  # half precision has no norm on every CPU
@@ -101,7 +101,7 @@ def visitor(name: str) -> Visitor | None:
 
 
 def relations(store: TensorStore, sizes: Mapping[str, int]) -> Iterator[Finding]:
-    """Everything that one tensor says of another: bounds, splits, positives among negatives, repeats.
+    """Every relation between two tensors: bounds, splits, positives among negatives, repeats.
 
     Args:
         store: an open store whose structure was checked.

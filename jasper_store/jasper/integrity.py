@@ -1,4 +1,4 @@
-"""What has to hold of the headers of a JASPER dataset: tensors, shapes and dtypes that agree with each other.
+"""Checks of a JASPER dataset's headers: tensors, shapes and dtypes have to agree with each other.
 
 Reads no data. Which values have to be rows of what follows from the declaration (:mod:`jasper_store.samples.graph`),
 but for the tensors that no sample reads: :func:`unread_bounds`.
@@ -85,7 +85,7 @@ def require_structure(tensors: Mapping[str, _Described], config: Config, where: 
 
 
 def unread_bounds(tensors: Mapping[str, _Described]) -> Iterator[Bound]:
-    """Which values are rows of what, of tensors that no sample reads or no sample follows."""
+    """Index bounds of tensors that no sample reads, or whose values no sample follows."""
     for name, rule in TENSORS.items():
         stored = f"{name}.values" if name == PAIR_KEYWORDS else name
         if rule.refers_to is not None and stored in tensors and rule.refers_to in tensors:

@@ -39,7 +39,7 @@ _OURS = ("batch_size", "num_workers", "epoch", "split", "distributed", "rank", "
 class JasperDataModule(LightningDataModule):
     """Training, validation and test loaders of a dataset, each rank with its share.
 
-    A run may be interrupted anywhere and go on with another number of processes, workers or batch size: the
+    A run may be interrupted anywhere and continue with another number of processes, workers or batch size: the
     checkpoint says how many samples of which epoch were trained on, and each of the others comes exactly once.
     Leave ``Trainer(use_distributed_sampler=True)`` as it is: it replaces only samplers that are not distributed.
 
@@ -131,7 +131,7 @@ class JasperDataModule(LightningDataModule):
         self._saved = state_dict.get("train")
 
     def _count_as_this_run_does(self, loader: Loader) -> None:
-        """Restate the batches that the interrupted epoch has had in batches of this run.
+        """Convert the interrupted epoch's count of batches to batches of this run.
 
         Lightning ends an epoch by count: batches of the run that was interrupted plus those of this one against the
         length of this one's loader. With other ranks or another batch size it would stop early.

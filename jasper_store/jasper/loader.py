@@ -49,9 +49,9 @@ def create_loader(
 ) -> Loader:
     """Make a DataLoader of a dataset, or of a directory that holds one.
 
-    A batch depends on the dataset's bytes, ``seed``, the epoch and the position in the epoch, and on nothing else
-    here. Training (the split ``"train"``, or a dataset without splits) shuffles and drops the last partial batch;
-    other splits do neither.
+    A batch depends only on the dataset's bytes, ``seed``, the epoch, ``order`` and the position in the epoch. Training
+    (the split ``"train"``, or a dataset without splits) shuffles and drops the last partial batch; other splits do
+    neither.
 
     Args:
         dataset: a :class:`Dataset`, or a directory: of a JASPER dataset, of one that declares its samples in
@@ -63,7 +63,7 @@ def create_loader(
         epoch: the epoch to begin with; 0, or that of the dataset.
         drop_last: leave out the last partial batch (and, over several ranks, up to ``world_size - 1`` samples);
             ``None`` does so for training.
-        pin_memory: pin batches; ``None`` does so when CUDA is there and the data is in host memory.
+        pin_memory: pin batches; ``None`` does so if CUDA is available and the data is in host memory.
         storage_format: ``"auto"``, ``"pt"``, ``"hdf5"``, ``"safetensors"`` or ``"npy"``.
         use_mmap: ``None`` plans, ``True`` maps everything, ``False`` preloads everything.
         device: where the data lives: ``None`` for the host, a CUDA device, or ``"auto"``.
@@ -71,12 +71,12 @@ def create_loader(
         seed: decides the shuffle and the draws; 42, or that of the dataset.
         order: ``"global"`` mixes all samples; ``"block"`` shuffles blocks, for data larger than memory;
             ``"auto"`` chooses by the plan (``"global"`` over several ranks, which must agree), and
-            ``loader.explain()`` says why. Only what is shuffled has one.
+            ``loader.explain()`` says why. Without ``shuffle`` it has no effect.
         padding: over several ranks without ``drop_last``: ``"wrap"`` repeats samples until all ranks have the
             same count, ``"none"`` serves every sample exactly once.
         rank: number of this rank, with ``world_size``; instead of what ``distributed`` finds.
         world_size: number of ranks.
-        shuffle: shuffle; ``None`` does so for training.
+        shuffle: whether to shuffle; ``None`` shuffles training only.
         dtype: floating dtype that embeddings are served in; ``None`` keeps what is stored.
         **dataloader_options: more of ``torch.utils.data.DataLoader``: ``collate_fn``, ``worker_init_fn``,
             ``prefetch_factor``, ``persistent_workers``, ``multiprocessing_context``, ``timeout``, ``generator``...
@@ -113,7 +113,7 @@ def create_loader(
 def _open(
     path: Path, split: str | None, storage_format: str, options: LoaderOptions, opening: Mapping[str, Any]
 ) -> Dataset:
-    """The dataset in a directory, of the kind that it declares itself to be."""
+    """The dataset in a directory: a JASPER dataset, or any other."""
     more = {**opening, "seed": 42 if options.seed is None else options.seed, "admit": options.admit}
     if is_jasper(path) or not path.exists():
         return JASPERSteeringDataset(path, check_split(split), storage_format=storage_format, **more)

@@ -19,7 +19,7 @@ __all__ = ["Known", "is_jasper", "known_at"]
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the tensors at a path before they are looked at.
+    """What is known of the tensors at a path before their headers are read.
 
     Attributes:
         schema: their names.
@@ -43,7 +43,7 @@ class Known:
             try:
                 return describe(declaration, by_name, served, base=self.schema)
             except (DeclarationError, UnknownNameError):
-                # Tensors may be looked at though they are no whole dataset; the dataset itself insists on it.
+                # An incomplete dataset may still be inspected; only JASPERSteeringDataset requires all tensors.
                 return replace(self.schema, reads_per_sample=dict.fromkeys(by_name, 1.0))
 
         return describing

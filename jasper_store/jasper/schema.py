@@ -1,7 +1,7 @@
 """The tensors of a JASPER dataset: names, shapes, HDF5 paths, and what a sample reads of them.
 
-This table and the modules beside it are the only places that know a JASPER name; the engine is handed
-:data:`SCHEMA` and :func:`declaration_for`, and sees nothing but names.
+This table and the modules beside it are the only places that know a JASPER name; the engine receives
+:data:`SCHEMA` and :func:`declaration_for`, and knows no more than these.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TensorRule:
             and any other symbol (``"pairs"``, ``"questions"``, ...) is one count shared by all tensors that name it.
         kind: ``"float"`` (any floating dtype) or ``"int"`` (any integer dtype).
         hdf5_path: path in ``dataset.h5``.
-        refers_to: the tensor that the values are rows of, where no sample reads them.
+        refers_to: the tensor whose rows the values name, for tensors that no sample reads.
         optional: a dataset may lack it, because no sample reads it.
     """
 
@@ -94,10 +94,10 @@ def split_tensor(split: Split) -> str:
 
 
 def check_split(split: str | None) -> Split:
-    """The split, if it is one.
+    """Check the name of a split.
 
     Raises:
-        UnknownNameError: it is not; the message lists those that are.
+        UnknownNameError: there is no such split; the message lists the splits.
     """
     for known in SPLITS:
         if split == known:
@@ -131,7 +131,7 @@ SCHEMA: Final = Schema(
     hdf5_paths={name: rule.hdf5_path for name, rule in TENSORS.items()},
     hdf5_aliases=dict(_ALIASES),
 )
-"""What the storage layers are told of the names of a JASPER dataset."""
+"""What the storage layers know of the names of a JASPER dataset."""
 
 NOUNS: Final = MappingProxyType(
     {
@@ -142,4 +142,4 @@ NOUNS: Final = MappingProxyType(
         **{name: ("pair", "pairs") for name, rule in TENSORS.items() if rule.shape[0] == "pairs"},
     }
 )
-"""What a row of each tensor is called, one and several."""
+"""What a row of each tensor is called, singular and plural."""

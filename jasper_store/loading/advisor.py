@@ -1,7 +1,7 @@
 """What a loader waited for, in milliseconds per batch, and what to change.
 
-Each batch costs a few clock readings, also in workers, which write their sums into shared memory. Where a gather
-takes longer than the processor time it used, and the kernel counted major faults meanwhile, it waited for pages.
+Each batch costs a few clock readings, also in workers, which write their sums into shared memory. A gather that takes
+longer than the processor time it used, while the kernel counts major faults, waited for pages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Meter", "Stopwatch", "WorkerClock", "advise"]
 
 _BATCHES, _WALL, _CPU, _FAULTS = range(4)
-#: A loader that takes less than this share of an epoch is not what the epoch waits for.
+#: A loader that takes less than this share of an epoch's time is not the bottleneck.
 _NEGLIGIBLE: Final = 0.05
 
 
@@ -45,7 +45,7 @@ class Meter:
     _began: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def add_quick(self, seconds: float) -> None:
-        """Count a batch that was there already: nothing was gathered for it, so it waited for no page."""
+        """Count a batch that was gathered before, so that it waited for no page."""
         self.batches += 1
         self.wall += seconds
         self.cpu += seconds
@@ -68,8 +68,8 @@ class WorkerClock:
     the trainer's dataset stays as it is.
 
     Args:
-        workers: how many there are.
-        then: the user's own ``worker_init_fn``, called first.
+        workers: number of workers.
+        then: the user's ``worker_init_fn``, called first.
     """
 
     def __init__(self, workers: int, then: Callable[[int], None] | None = None) -> None:
@@ -103,14 +103,14 @@ class WorkerClock:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """What one pass over a loader cost; seconds, all of them sums over its batches.
+    """What one pass over a loader cost, in seconds; sums over its batches.
 
     Attributes:
-        wait: the trainer's waiting for batches, as it sees it.
-        prefetch: asking for rows ahead; part of ``wait`` without workers.
-        transfer: starting copies to a device (``to_device``).
+        wait: time that the trainer waited for batches.
+        prefetch: time for prefetching rows; part of ``wait`` without workers.
+        transfer: time for starting copies to a device (``to_device``).
         began: clock when the first batch was asked for.
-        ended: clock when the last one was handed over.
+        ended: clock when the last one was returned.
     """
 
     wait: Meter = field(default_factory=Meter)
@@ -133,7 +133,7 @@ class _Costs:
     wait: float
     pages: float
     gather: float
-    hand_over: float
+    sending: float
     prefetch: float
     transfer: float
     faults: float
@@ -148,15 +148,15 @@ def _costs(watch: Stopwatch, gathers: Meter, workers: int) -> _Costs:
     gather = (gathers.wall - prefetched.wall) / done
     blocked = gather - (gathers.cpu - prefetched.cpu) / done
     pages = max(blocked, 0.0) if gathers.faults else 0.0
-    # A worker that is never idle spends on handing over whatever it does not spend on gathering.
+    # A worker that is never idle sends batches for all of the time that it does not gather.
     busy = workers * interval - gather
-    hand_over = max(busy, 0.0) if workers and wait > _NEGLIGIBLE * interval else 0.0
+    sending = max(busy, 0.0) if workers and wait > _NEGLIGIBLE * interval else 0.0
     return _Costs(
         interval=1e3 * interval,
         wait=1e3 * wait,
         pages=1e3 * pages,
         gather=1e3 * max(gather - pages, 0.0),
-        hand_over=1e3 * hand_over,
+        sending=1e3 * sending,
         prefetch=1e3 * watch.prefetch.wall / batches,
         transfer=1e3 * watch.transfer / batches,
         faults=gathers.faults / done,
@@ -180,7 +180,7 @@ def advise(watch: Stopwatch, gathers: Meter, *, workers: int, mapped: bool, pinn
     where = f"in {workers} worker{'s' if workers != 1 else ''}" if workers else "in the trainer's process"
     waits = (
         f"per batch: pages {cost.pages:.3f} ms ({cost.faults:.1f} major faults), gather {cost.gather:.3f} ms {where},"
-        f" worker transfer {cost.hand_over:.3f} ms, prefetching {cost.prefetch:.3f} ms,"
+        f" worker transfer {cost.sending:.3f} ms, prefetching {cost.prefetch:.3f} ms,"
         f" device copy {cost.transfer:.3f} ms"
     )
     lines = [
@@ -203,7 +203,7 @@ def _remedies(cost: _Costs, *, workers: int, mapped: bool, pinned: bool, block: 
         found.append((cost.pages, f"pages: the disk is what it waits for; {remedy}"))
     if workers:
         remedy = "num_workers=0 saves it; data in memory is gathered faster than it is sent"
-        found.append((cost.hand_over, f"worker transfer: batches travel between processes; {remedy}"))
+        found.append((cost.sending, f"worker transfer: batches travel between processes; {remedy}"))
         if cost.gather > workers * cost.interval / 2:
             cores = os.cpu_count() or 1
             more = (

@@ -2,9 +2,9 @@
 
 A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
 samples. So a loader without workers gathers some batches together (measured in docs/notes-paging.md). The parts
-are disjoint, each with a version counter of its own, so that a trainer may write to a batch as it likes. What the
-trainer sets meanwhile, an epoch, a forced variant, reloaded tensors, holds from its next batch on: what was
-gathered before is gathered anew.
+are disjoint and each has its own version counter, so a trainer may write to a batch. What the trainer changes
+between two batches (the epoch, a forced variant, reloaded tensors) takes effect with the next batch: batches that were
+gathered ahead are gathered again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CoalescingIterator:
     Args:
         dataset: what they are gathered from.
         indices: of the samples of each batch.
-        collate: makes of a :class:`~jasper_store.samples.batch.Batch` what the trainer gets.
+        collate: turns a :class:`~jasper_store.samples.batch.Batch` into what the trainer receives.
         at_once: batches that are gathered together.
         pin: copy them to pinned memory.
     """
@@ -71,12 +71,12 @@ class CoalescingIterator:
     ) -> None:
         self._dataset = dataset
         self._indices = indices
-        # To ask the default collation, which looks at a sample first, costs 20 us.
+        # Calling the default collation costs 20 us, because it inspects a sample first.
         self._collate = attrgetter("tensors") if _is_identity_collate(collate) else collate
         self._at_once = at_once
         self._pin = pin
         self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not served yet
-        self._parts: deque[Batch] = deque()  # what was gathered for them
+        self._parts: deque[Batch] = deque()  # parts that were gathered for them
         self._made_for: object = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -99,7 +99,7 @@ class CoalescingIterator:
         return self._collate(self._parts.popleft())
 
     def close(self) -> None:
-        """Release rows that were read ahead for batches that nothing will ask for."""
+        """Release rows that were read ahead for batches that will not be served."""
         self._indices.close()
 
     def _gather(self) -> None:
@@ -117,7 +117,7 @@ class CoalescingIterator:
             context = replace(context, pinned=True)
         batch = self._dataset.gather(wanted, context)
         if self._pin:
-            # Each is itself where it is pinned already.
+            # pin_memory() returns a tensor itself if it is pinned already.
             batch = Batch({key: value.pin_memory() for key, value in batch.tensors.items()}, len(batch), batch.ragged)
         self._parts = _split(batch, [len(indices) for indices in self._waiting])
 
@@ -126,7 +126,7 @@ def _split(batch: Batch, sizes: list[int]) -> deque[Batch]:
     """The tensors of each batch, in order."""
     if len(sizes) == 1:
         return deque([batch])
-    # .data: a view that autograd does not know to be one, so writing to one batch is no write to another.
+    # .data: autograd does not track it as a view, so a write to one batch does not count as a write to another.
     columns = [[part.data for part in _cut(batch, key, value, sizes)] for key, value in batch.tensors.items()]
     keys, ragged = tuple(batch.tensors), batch.ragged
     parts = zip(sizes, zip(*columns, strict=True), strict=True)

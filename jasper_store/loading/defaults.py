@@ -26,7 +26,7 @@ def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefe
         batch_size=batch_size,
         rely_on_faults=num_workers == 0,
         drop_behind=mapped > left,
-        # Workers have memory of their own: what is staged here is not there.
+        # Workers cannot see rows that are staged in this process's memory.
         stage=mapped > left and num_workers == 0 and left >= _staged_nbytes(dataset),
     )
 
@@ -51,7 +51,7 @@ def choose_order(dataset: Dataset, asked: str, ranks: int) -> tuple[str, str]:
     if asked != "auto":
         return asked, "it was asked for"
     if ranks > 1:
-        # Ranks that each chose by the memory of their own machine could choose differently, and repeat samples.
+        # Each rank measures only its own machine: ranks that chose differently would repeat samples.
         return (
             "global",
             "several ranks share the epoch; pass order='block' to all of them where the data is larger than memory",

@@ -16,7 +16,7 @@ def to_device(loader: Any, device: torch.device | str) -> DeviceLoader:
 
     Args:
         loader: any iterable of batches (tensors, or dicts, lists and tuples of them), usually a ``DataLoader``.
-        device: where to; on a CUDA device copies run on a stream of their own, from pinned memory, so that neither
+        device: where to; on a CUDA device copies run on a separate stream, from pinned memory, so that neither
             the step nor the next gather waits for them. On the CPU batches pass through untouched.
 
     Returns:
@@ -124,7 +124,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
 
 
 def _record(batch: Any, stream: torch.cuda.Stream) -> None:
-    """Tell the allocator that a stream uses these tensors, so that it does not hand their memory out too early."""
+    """Tell the allocator that a stream uses these tensors, so that it does not reuse their memory too early."""
     if isinstance(batch, torch.Tensor):
         if batch.is_cuda:
             batch.record_stream(stream)

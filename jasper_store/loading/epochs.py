@@ -62,15 +62,15 @@ def _tell(thing: Any, epoch: int, seen: set[int]) -> bool:
 
 
 def _is_wrapped(part: Any) -> bool:
-    """Whether an attribute is a thing of its own; data that merely bears such a name is left alone."""
+    """Whether an attribute can hold a wrapped object; plain data that happens to have such a name is skipped."""
     return part is not None and not isinstance(part, (str, bytes, int, float, dict))
 
 
 def warn_same_epoch(epoch: int) -> None:
-    """Say that an epoch begins with the number of the one before."""
+    """Warn that a pass begins with the epoch of the pass before it."""
     warnings.warn(
         f"a second pass begins with epoch {epoch} again, so it serves the same batches in the same order with the same"
         " steering; call jasper_store.set_epoch(loader, epoch) before each epoch",
         JasperStoreWarning,
-        stacklevel=4,  # whoever asked for the first batch
+        stacklevel=4,  # the caller that asked for the first batch
     )

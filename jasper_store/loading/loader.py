@@ -83,7 +83,7 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
 
 
 def _require_batches(sampler: EpochSampler, batch_size: int, split: str | None) -> None:
-    """Refuse an epoch without a batch: a training loop over it would do nothing, without a word."""
+    """Refuse an epoch without a batch: a training loop over it would silently do nothing."""
     if sampler.batches(batch_size):
         return
     of = "the dataset" if split is None else f"split {split!r}"
@@ -140,7 +140,7 @@ class Loader(DataLoader[Any]):
         )
         # PyTorch refuses a batch sampler together with a sampler, and trainers look at `loader.sampler`.
         object.__setattr__(self, "batch_sampler", batches)
-        # Any: programs call what is a JASPER dataset's own on it.
+        # Any: programs call methods on it that only a JASPER dataset has.
         self.dataset_obj: Any = dataset
         self.sampler_obj = sampler
         self.stopwatch = Stopwatch()
@@ -167,7 +167,7 @@ class Loader(DataLoader[Any]):
         return _EpochIterator(self)
 
     def begin_pass(self) -> tuple[Iterator[Any], _Progress, Stopwatch]:
-        """What :class:`_EpochIterator` needs at its first batch: PyTorch's iterator, and where to write down how it goes."""
+        """What :class:`_EpochIterator` needs at its first batch: PyTorch's iterator, and the record of its progress."""
         previous, sampler = self._progress, self.sampler_obj
         repeated = previous is not None and previous.delivered > 1 and previous.epoch == sampler.epoch
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
@@ -212,7 +212,7 @@ class Loader(DataLoader[Any]):
         return sampler.state(sampler.samples if finished else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Let the next iteration serve the rest of an epoch, of which another run was given a part.
+        """Let the next iteration serve the rest of an epoch that another run has begun.
 
         Batch size, workers and ranks may differ from that run's; each remaining sample comes exactly once. The
         state of a finished epoch leaves nothing to serve: call :func:`set_epoch` for the next one.
@@ -236,7 +236,7 @@ class Loader(DataLoader[Any]):
     # --- what a person wants to know --------------------------------------------------------------------------
 
     def explain(self) -> str:
-        """Why this loader is as it is: order, ranks, prefetching, workers, pinning; a line each."""
+        """How this loader is set up and why: order, ranks, prefetching, workers, pinning; a line each."""
         sampler = self.sampler_obj
         ahead, block = self._prefetcher, self.order == "block"
         lines = [
@@ -293,7 +293,7 @@ class Loader(DataLoader[Any]):
 
 @dataclass(slots=True)
 class _Progress:
-    """How far a pass has come. The loader keeps this, and not the pass, whose workers end with it.
+    """Progress of a pass. The loader keeps this and not the pass itself, which would keep its workers alive.
 
     Attributes:
         epoch: the epoch that it serves.
@@ -301,7 +301,7 @@ class _Progress:
         batches: how many it has, on the rank that has the most.
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
-        finished: whether one more was asked for than there are; trainers that count do not.
+        finished: whether the trainer asked for a batch after the last; trainers that count batches do not.
     """
 
     epoch: int
@@ -318,7 +318,7 @@ class _EpochIterator:
     def __init__(self, loader: Loader) -> None:
         self._length = len(loader)
         self._waiting: Loader | None = loader
-        # Weak from the first batch on: an abandoned pass, or loader, must go at once and take its workers with it.
+        # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
         self._progress: _Progress

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jasper_store.store.placement import Plan
 
-__all__ = ["LoaderOptions", "LoaderOrder", "Padding", "check_int", "warn_of_small_shared_memory"]
+__all__ = ["LoaderOptions", "LoaderOrder", "Padding", "warn_of_small_shared_memory"]
 
 LoaderOrder: TypeAlias = Literal["auto", "global", "block"]
 Padding: TypeAlias = Literal["wrap", "none"]

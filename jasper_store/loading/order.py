@@ -34,7 +34,7 @@ __all__ = ["BlockOrder", "GlobalOrder", "Order", "SequentialOrder", "block_order
 BLOCK, WINDOW = 64, 128
 #: Below this a sorted table of hashes is exact, better mixed than a Feistel network of a few bits, and still small.
 TABLE_LIMIT = 4096
-#: Places that are computed at a time on the host: their intermediate results stay in the cache.
+#: Positions that are computed at a time on the host: their intermediate results stay in the cache.
 CHUNK = 8192
 #: Four rounds make a Feistel network pseudo-random; two more leave nothing for a statistical test to find.
 ROUNDS = 6
@@ -128,7 +128,7 @@ def _where(mask: _Numbers) -> _Numbers:
 
 
 def _like(table: np.ndarray[Any, Any], numbers: _Numbers) -> _Numbers:
-    """A table as what the numbers are that index it: an array, or a tensor on their device."""
+    """A table in the form of the numbers that index it: an array, or a tensor on their device."""
     return torch.from_numpy(table).to(numbers.device) if isinstance(numbers, torch.Tensor) else table
 
 
@@ -148,7 +148,7 @@ class Order:
     Attributes:
         n: how many indices are ordered.
         seed: decides the shuffle, together with the epoch.
-        epoch: number of the epoch; each has a shuffle of its own.
+        epoch: number of the epoch; each has its own shuffle.
     """
 
     n: int
@@ -215,12 +215,12 @@ class Order:
         return computed
 
     def _at(self, positions: _Numbers) -> _Numbers:
-        """Indices at positions, as an array or a tensor of their own."""
+        """Indices at positions, as a new array or tensor."""
         return positions + 0
 
 
 class SequentialOrder(Order):
-    """The dataset as it lies: position i holds index i, in every epoch."""
+    """The order of the file: position i holds index i, in every epoch."""
 
 
 class GlobalOrder(Order):
@@ -277,7 +277,7 @@ class BlockOrder(Order):
 
     @cached_property
     def _shuffle(self) -> _Feistel | _Table:
-        # The full blocks share the remaining slots; only so need nobody search for the ragged one.
+        # The full blocks share the remaining slots, so that no search is needed for the partial block's slot.
         return _bijection(self._slots - 1, "blocks", self.block, self.seed, self.epoch)
 
     @property
@@ -304,7 +304,7 @@ class BlockOrder(Order):
 
     def _blocks_of(self, number: int) -> np.ndarray[Any, Any]:
         slots = np.arange(number * self.window, min((number + 1) * self.window, self._slots))
-        # Whatever the ragged slot itself is mapped to is replaced; it only has to be within bounds.
+        # What the partial block's slot is mapped to is replaced; it only has to be within bounds.
         others = np.minimum(slots - (slots > self._partial_block_slot), max(self._slots - 2, 0))
         blocks = self._shuffle.apply(others) if self._slots > 1 else slots
         found: np.ndarray[Any, Any] = np.where(slots == self._partial_block_slot, self._slots - 1, blocks)
@@ -330,7 +330,7 @@ class BlockOrder(Order):
         inner = mix.apply(positions - start)
         slot = self._partial_block_slot - number * self.window
         if self._missing and 0 <= slot < self.window:
-            # Behind the ragged block every row lies as if that block were full.
+            # After the partial block every row lies as if that block were full.
             inner += (inner >= slot * self.block + self.block - self._missing) * self._missing
         within = inner // self.block
         inner -= within * self.block
@@ -362,8 +362,8 @@ def block_order(n: int, seed: int, epoch: int, block: int = BLOCK, window: int =
     """A permutation of ``range(n)`` that reads runs of ``block`` rows: for data that is larger than memory.
 
     The dataset is cut into blocks of consecutive rows; the blocks are shuffled over the whole dataset, and the
-    rows of ``window`` blocks that came to lie side by side are shuffled with each other. So a batch draws from
-    up to ``window`` places of the dataset, two rows that are neighbours in the file come within
+    rows of ``window`` blocks that are now adjacent are shuffled with each other. So a batch draws from
+    up to ``window`` regions of the dataset, two rows that are neighbours in the file come within
     ``block * window`` samples of each other, and each window can be read block by block before it is needed.
     With at most ``window`` blocks it is a full shuffle.
 

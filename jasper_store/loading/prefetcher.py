@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GROUP_SAMPLES", "PrefetchSource", "PrefetchedBatches", "Prefetcher", "depth_for", "stageable_nodes"]
 
-# What a stage makes of some batches on the trainer's thread: work for the prefetching thread, or none.
+# Made from some batches on the trainer's thread: work for the prefetching thread, or none.
 _Job: TypeAlias = "Callable[[], None]"
 _Stage: TypeAlias = "Callable[[Any], _Job | None]"
 
@@ -94,15 +94,15 @@ class Prefetcher:
     """Asks for the rows of a loader's batches ahead of time. Not for concurrent use.
 
     Args:
-        dataset: whose rows; only its mapped tensors are prefetched.
+        dataset: the dataset; only its mapped tensors are prefetched.
         depth: batches between prefetching a row and reading it.
         batch_size: samples per batch; small batches are prefetched several at a time.
-        rely_on_faults: the rows are gathered in this process, where page faults are noticed and prefetching begins
-            again by itself; with workers, rows are named to the store also while it asks for none.
-        drop_behind: give back the pages of each window of a block order that was served, for data that the page cache
+        rely_on_faults: the rows are gathered in this process, so its page faults tell when prefetching has to start
+            again; with workers, rows are passed to the store even while it prefetches none.
+        drop_behind: drop the pages of each window of a block order that was served, for data that the page cache
             cannot hold.
         stage: there is memory to read the rows of a block order past the page cache instead of prefetching them.
-        stopwatch: where the time is written down that batches wait for being prefetched.
+        stopwatch: records the time that batches wait for prefetching.
     """
 
     def __init__(
@@ -142,9 +142,9 @@ class Prefetcher:
             order: the order that they come from, if it is known; a block order is prefetched window by window.
             first: position of the first batch's first sample in the order.
             step: positions from one batch's first sample to the next one's; 0 if it is not known.
-            ranks: every how many positions this rank takes one.
+            ranks: how many there are; this rank takes every ``ranks``-th position.
             staged: the batches are gathered in this process with the context of the result, so that rows may be
-                read into memory of their own.
+                read into separate buffers.
         """
         dataset, graph = self.dataset, self.dataset.graph
         mapped = {name for name, tensor in dataset.store.items() if tensor.placement == "mmap"}
@@ -232,7 +232,7 @@ class Prefetcher:
         dataset = self.dataset
         names = {name for number in numbers for name in dataset.graph.nodes[number].tensors}
         names = {name for name in names if dataset.store[name].placement == "mmap"}
-        # Calls since it was last read; what was given up in an earlier epoch gets another chance in this one.
+        # Calls since it was last read; a tensor that was ignored in an earlier epoch is considered again.
         idle = self._idle_calls
         idle.update({name: min(idle.get(name, 0), _IDLE_CALL_LIMIT - 2) for name in names})
 
@@ -245,7 +245,7 @@ class Prefetcher:
                     dataset.store[name].prefetch(rows)
 
         def prefetch(indices: torch.Tensor) -> _Job | None:
-            # A variant that is never drawn prefetches nothing, so nothing is ever known of its pages.
+            # A variant that is never drawn prefetches nothing, so the state of its pages stays unknown.
             wanted = self._wanted(name for name in names if idle[name] < _IDLE_CALL_LIMIT)
             return partial(prefetch_rows, indices) if wanted else None
 
@@ -313,7 +313,7 @@ class Prefetcher:
                 store[name].drop_runs(starts[runs], stops[runs])
 
     def _wanted(self, names: Iterable[str]) -> bool:
-        """Whether any of these tensors has a use for prefetching now, as far as can be known here."""
+        """Whether prefetching pays for any of these tensors now, as far as this process can tell."""
         return not self.rely_on_faults or any(self.dataset.store[name].prefetching for name in names)
 
     def _timed(self) -> AbstractContextManager[None]:
@@ -325,7 +325,7 @@ class PrefetchedBatches:
 
     Attributes:
         batches: the batches.
-        context: what the gather of a batch is told of it.
+        context: passed to the gather of each batch.
     """
 
     def __init__(self, batches: Iterator[Any], context: GatherContext) -> None:
@@ -361,6 +361,6 @@ def _rows_at(dataset: PrefetchSource, indices: torch.Tensor, *, prefetch: bool =
 
 
 def _end(threads: ThreadPoolExecutor, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-    """Stop threads and what they have not begun. At the interpreter's end they are gone, and so is what this needs."""
+    """Stop threads and drop their pending work. When the interpreter ends, they and this module's names are gone."""
     if not _ending():
         threads.shutdown(cancel_futures=True)

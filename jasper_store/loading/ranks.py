@@ -57,7 +57,8 @@ def find_ranks(
         environ: environment variables; the process's own by default.
 
     Raises:
-        IncompatibleOptionsError: half an answer, an impossible one, or ``distributed=True`` without any.
+        IncompatibleOptionsError: one of ``rank`` and ``world_size`` without the other, a rank that is out of range, or
+            ``distributed=True`` where nothing says the rank.
     """
     if (rank is None) != (world_size is None):
         raise IncompatibleOptionsError(

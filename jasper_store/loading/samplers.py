@@ -42,14 +42,14 @@ class EpochSampler(DistributedSampler[int]):
     """Serves one rank's share of an epoch: every ``num_replicas``-th position of the order, from position ``rank`` on.
 
     A drop-in ``torch.utils.data.DistributedSampler``: iterating yields ints, lazily, in constant memory.
-    :class:`~jasper_store.loading.batches.BatchSampler` takes whole tensors from it instead. Iterating does not change it, except that a resume
-    point set by :meth:`resume` is used once.
+    :class:`~jasper_store.loading.batches.BatchSampler` takes whole tensors from it instead. Iterating does not change
+    it, except that a resume point set by :meth:`resume` is used once.
 
     Args:
         dataset: anything with a length; told the epoch if it has ``set_epoch``.
         num_replicas: ranks that share the epoch; by default from the process group or torchrun, else 1.
         rank: this one's number; goes with ``num_replicas``.
-        shuffle: shuffle by ``order``, or serve the dataset as it lies.
+        shuffle: shuffle by ``order``, or serve the dataset in the order of its file.
         seed: decides the shuffle together with the epoch; the same on every rank.
         drop_last: give every rank the same count by leaving out up to ``num_replicas - 1`` samples.
         padding: without ``drop_last``: ``"wrap"`` gives every rank the same count by repeating samples from the
@@ -59,7 +59,7 @@ class EpochSampler(DistributedSampler[int]):
 
     Raises:
         UnknownNameError: no such order or padding.
-        IncompatibleOptionsError: a rank that cannot be.
+        IncompatibleOptionsError: a rank that is out of range.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ def _knows_ranks() -> bool:
 
 
 class Draws:
-    """Hands out one rank's indices in slices of a larger computation. Not for concurrent use."""
+    """Serves one rank's indices in slices of a larger computation. Not for concurrent use."""
 
     def __init__(self, sampler: EpochSampler, start: int) -> None:
         self.sampler = sampler

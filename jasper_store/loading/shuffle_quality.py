@@ -20,7 +20,7 @@ class ShuffleQuality:
     """How well an order mixes, against a full shuffle of the same length. All are shares, free of units.
 
     Attributes:
-        displacement: mean of |place in the file - place in the epoch| over n; a full shuffle has 1/3.
+        displacement: mean of |position in the file - position in the epoch| over n; a full shuffle has 1/3.
         displacement_gap: largest difference between the distribution of that distance and a full shuffle's
             (Kolmogorov-Smirnov); 0 is the same, 1 the farthest.
         neighbours: mean distance in the epoch of two rows that are neighbours in the file, over n; a full
@@ -42,7 +42,7 @@ def shuffle_quality(permutation: Order) -> ShuffleQuality:
     """Measure an order by computing all of it: about 50 bytes of memory per sample.
 
     Raises:
-        IncompatibleOptionsError: the order has fewer than two places, so there is nothing to compare.
+        IncompatibleOptionsError: the order has fewer than two positions, so there is nothing to compare.
     """
     n = permutation.n
     if n < 2:

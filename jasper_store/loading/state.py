@@ -1,8 +1,8 @@
 """Where in which epoch a run stands: six numbers and words, whatever the size of the dataset.
 
-An epoch is an order of places, and ranks take turns in it: after the same number of steps on every rank, what
-has been consumed is a prefix of the order, whichever worker made the batches. So one number says where the run
-stands, and any number of ranks, with any batch size, goes on from there with each remaining sample exactly once.
+An epoch is an order of positions, and ranks take turns in it: after the same number of steps on every rank, the
+samples served so far are a prefix of the order, whichever worker made the batches. So the state is one number, and a
+run with any number of ranks and any batch size serves each remaining sample exactly once.
 """
 
 from __future__ import annotations

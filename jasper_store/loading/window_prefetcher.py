@@ -33,7 +33,7 @@ READERS: Final = 3
 
 
 class PrefetchSource(Protocol):
-    """A dataset, as far as prefetching is concerned."""
+    """What prefetching needs of a dataset."""
 
     @property
     def store(self) -> Mapping[str, Any]:
@@ -48,7 +48,7 @@ class PrefetchSource(Protocol):
         """How it is read."""
 
     def draw_now(self) -> VariantSampler | None:
-        """What decides the variants of batches from now on."""
+        """The draw that decides the variants of the next batches."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class StagedNode:
     """A node of the sample graph whose rows are read ahead.
 
     Attributes:
-        number: of the node.
-        readers: of its tensors, :data:`READERS` of them; closed with the :class:`WindowPrefetcher`.
+        number: number of the node.
+        readers: readers of its tensors, :data:`READERS` of them; closed with the :class:`WindowPrefetcher`.
         addresses: where the row of each position of a held window lies; -1 where none is held.
         idle: readers that read nothing at present.
     """
@@ -73,10 +73,10 @@ class _Window:
     """A window that is held, or is being read.
 
     Attributes:
-        number: of the order's windows.
-        blocks: of indices, that are in it.
-        slots: of its indices among the addresses.
-        readers: that read it, one for each staged node.
+        number: number of the window in the order.
+        blocks: blocks of indices in it.
+        slots: slots of its indices in the table of addresses.
+        readers: the readers that read it, one for each staged node.
     """
 
     number: int
@@ -111,7 +111,7 @@ class WindowPrefetcher:
         self._reads: deque[_Window] = deque()
         staged = {node.number: self._staged_rows(node) for node in self._nodes}
         self._staged_gather = _gather_of(staged)
-        # The disk reads, without this thread, while the tables of the compiled gather are drawn.
+        # The disk reads in the background while this thread draws the tables of the compiled gather.
         self._submit_until(self._first)
         self._batch_gather = dataset.reader.compile(self._draw, staged)
 
@@ -121,9 +121,10 @@ class WindowPrefetcher:
         return StagedRows(source_of(node.addresses), reader.anywhere, reader.dtype)
 
     def wrap(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches, each once its rows are there; the next windows are being read meanwhile.
+        """Yield the same batches, each as soon as its rows are in memory, while the next windows are read.
 
-        Closes when it is left before its end, by an error too. At its end there are batches to be gathered yet.
+        Leaving the generator early, also by an error, closes this object. Exhausting it does not, because the last
+        batches are still to be gathered.
         """
         try:
             yield from self._wrapped(batches)
@@ -143,7 +144,7 @@ class WindowPrefetcher:
         """Evict finished windows, submit the next two, wait for the current one.
 
         Returns:
-            The position up to which all of this holds.
+            The position up to which no further call is needed.
         """
         order = self._order
         now = order.window_of(min(self._position, order.n) - 1)
@@ -180,7 +181,7 @@ class WindowPrefetcher:
         return _Window(number, blocks.numpy(), within.numpy() + first, readers)
 
     def _complete(self, last: int) -> None:
-        """Wait for windows up to a number, and make their rows known."""
+        """Wait for windows up to a number, and enter the addresses of their rows."""
         while self._reads and self._reads[0].number <= last:
             window = self._reads.popleft()
             order, slot = self._order, window.number % WINDOWS
@@ -195,7 +196,7 @@ class WindowPrefetcher:
             self._held.append((window, memories))
 
     def _evict(self, before: int) -> None:
-        """Forget the windows below a number."""
+        """Evict the windows below a number."""
         while self._held and self._held[0][0].number < before:
             self._slots[self._held.popleft()[0].blocks] = -1
 
@@ -222,15 +223,15 @@ class WindowPrefetcher:
             slots += named % block
             return gather.run(positions, torch.from_numpy(slots))
         except IndexError:
-            return None  # another rank's position, perhaps; if a row does not exist, going step by step says which
+            return None  # perhaps another rank's position; a row that does not exist is named by the steps
 
-    # Of the class: at the interpreter's end this module's names are gone.
+    # A class attribute, because this module's names are gone when the interpreter ends.
     _ending = staticmethod(sys.is_finalizing)
 
     def close(self) -> None:
         """The pass has ended or was abandoned. May be called twice."""
         if self._ending():
-            return  # files go with the process
+            return  # the end of the process closes the files
         for node in self._nodes:
             for reader in node.readers:
                 reader.close()
@@ -243,7 +244,7 @@ def _listed(dataset: PrefetchSource) -> Any:
 
 
 def _gather_of(staged: Mapping[int, StagedRows]) -> CompiledGather:
-    """Staged rows alone: their addresses by the second input, then the rows at these."""
+    """A gather of staged rows alone: the second input selects addresses, and these select the rows."""
     found = [Step("staged rows", rows.addresses, SECOND_INPUT, torch.int64, result=False) for rows in staged.values()]
     read = [
         Step("staged rows", rows.memory, IndexRef(number), rows.dtype) for number, rows in enumerate(staged.values())

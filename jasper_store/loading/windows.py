@@ -1,4 +1,4 @@
-"""What of a block order's windows is due, as a pass moves through them."""
+"""Which rows and blocks of a block order are due, as a pass moves through its windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Windows"]
 
 
 class Windows:
-    """What of a block order's windows is due to be read or dropped, for the positions that one rank takes."""
+    """Says which rows of a block order one rank has to read next, and which blocks it can drop."""
 
     def __init__(self, order: BlockOrder, first: int, ranks: int) -> None:
         self.order, self.first, self.ranks = order, first, ranks
@@ -25,14 +25,14 @@ class Windows:
         self._dropped = _Cursor(order.blocks_of, begin, order.n_windows)
 
     def due(self, position: int) -> list[torch.Tensor]:
-        """Indices to read that were not returned yet, in the order of the file.
+        """Indices that are due to be read and were not returned yet, in the order of the file.
 
-        If ``position`` is x % into its window: everything up to x % of the next window.
+        If ``position`` is x % into its window, everything up to x % of the next window is due.
         """
         return self._read.until(self._when(position) + 1)
 
     def done(self, position: int) -> list[torch.Tensor]:
-        """Blocks to drop that were not returned yet: everything up to x % of the window before."""
+        """Blocks to drop that were not returned yet: up to x % of the window before that of ``position``."""
         return self._dropped.until(self._when(position) - 1)
 
     def _when(self, position: int) -> float:
@@ -50,11 +50,11 @@ class Windows:
         return self.order.at(torch.arange(start, max(start, stop), self.ranks)).sort().values
 
     def members(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is in a window, in the order of the file; quickly where this rank is the only one.
+        """What is in a window, in the order of the file. With one rank it needs no sorting of indices.
 
         Returns:
-            Its blocks; indices in them, this rank's among them; and the slot of each index if the blocks were
-            concatenated.
+            Its blocks; indices in them (of this rank, or all with one rank); the slot of each index among the
+            concatenated blocks.
         """
         block = self.order.block
         blocks = self.order.blocks_of(number).sort().values
@@ -62,13 +62,13 @@ class Windows:
             indices = self.indices(number)
             return blocks, indices, torch.searchsorted(blocks, indices // block) * block + indices % block
         indices = (blocks[:, None] * block + torch.arange(block)).view(-1)
-        # Only the last block of the file may be shorter, and it is the last here too.
+        # Only the last block of the file may be shorter; the blocks are sorted, so it is the last one here.
         indices = indices[: len(indices) - max(int(indices[-1]) + 1 - self.order.n, 0)]
         return blocks, indices, torch.arange(len(indices))
 
 
 class _Cursor:
-    """Moves through the windows and returns what it passes, in portions."""
+    """Moves through the windows and returns the items that it passes."""
 
     def __init__(self, items: Callable[[int], torch.Tensor], window: int, windows: int) -> None:
         self._items, self._window, self._windows = items, window, windows
@@ -76,7 +76,7 @@ class _Cursor:
         self._given = 0
 
     def until(self, when: float) -> list[torch.Tensor]:
-        """The items between where it was and ``when``, a number of windows."""
+        """The items from the current point to ``when``, in windows."""
         found: list[torch.Tensor] = []
         while self._window < min(when, self._windows):
             if self._present is None:

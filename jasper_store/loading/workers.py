@@ -1,4 +1,4 @@
-"""What to say when a worker process dies, and seeing to it that the others go too."""
+"""Reports a worker process that died, and stops the others."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from jasper_store.errors import WorkerDiedError
 
 __all__ = ["DEATH_SIGNS", "WorkerDiedError", "raise_if_worker_died"]
 
-#: What PyTorch's iterator raises when a worker dies: its own RuntimeError, or, if the worker was about to hand over a
-#: batch, whatever the broken connection gives.
+#: What PyTorch's iterator raises when a worker dies: its own RuntimeError, or, if the worker was sending a batch,
+#: the error of the broken connection.
 DEATH_SIGNS: Final = (RuntimeError, OSError, EOFError)
 #: A connection may break some moments before the process is gone.
 _PATIENCE: Final = 0.5

@@ -1,1 +1,1 @@
-"""What the operating system does: how much memory there is, maps of files, and their pages."""
+"""How much memory there is: budget, sizes, mount table, memory report."""

@@ -1,4 +1,4 @@
-"""Training the predictor: epochs, learning rate, and checkpoints after which a run goes on as if never stopped."""
+"""Training the predictor: epochs, learning rate, and checkpoints from which an interrupted run continues exactly."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ class Trainer:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint of :meth:`save`.
+        """Continue from a checkpoint of :meth:`save`.
 
         Raises:
             DatasetNotFoundError: there is no such file.

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["UNMAPPED", "PartTable", "PlacedParts"]
 
 UNMAPPED: Final = -(2**63)
-"""Stands in the place of the address of a part that is not mapped."""
+"""Stands for the address of a part that is not mapped."""
 IN_PARTS: Final = -1
-"""In the place of a stride, as ``rows.c`` knows it."""
+"""Given instead of a stride; ``rows.c`` has the same value."""
 
 
 class _Parts(ctypes.Structure):

@@ -29,7 +29,7 @@ enum {
     LOCATED_ROWS = 256,             /* rows whose addresses are found before they are copied */
 };
 
-/* In the place of a stride: `source` is a struct parts, all of whose parts are mapped. */
+/* Given instead of a stride: `source` is a struct parts, all of whose parts are mapped. */
 #define IN_PARTS UINT64_MAX
 
 /* One gather. gather.py packs it as ten 64-bit numbers. */

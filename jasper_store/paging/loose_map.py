@@ -21,7 +21,7 @@ _PROT_READ, _PROT_WRITE, _MAP_PRIVATE, _FAILED = 1, 2, 2, 2**64 - 1
 def _call(name: str, *kinds: Any) -> Any:
     """A function of the C library that takes an address first and returns one.
 
-    By a prototype of its own: types that are set on a function of a library are seen by everyone who uses it.
+    By a separate prototype: types that are set on a function of a library apply to every user of the library.
     """
     if sys.platform != "linux":
         return None

@@ -259,7 +259,7 @@ class MadviseBatcher:
         """Advise by process_madvise.
 
         Returns:
-            The ranges left over if the system refuses the call from now on, and whether it accepted any range.
+            The ranges that remain if the system refuses the call from now on, and whether it accepted any range.
         """
         refused, taken = 0, False
         while len(array) and refused <= _MAX_REFUSED:

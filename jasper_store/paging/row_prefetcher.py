@@ -1,7 +1,7 @@
 """Prefetching of the rows of one mapped tensor: for its own gathers, and for callers that name rows ahead of them.
 
 Two policies decide, because the two kinds of use learn different things. A gather prefetches its own rows and sees its
-own page faults. A look-ahead caller prefetches rows of later batches, which another process may gather.
+own page faults. A caller that prefetches ahead asks for rows of later batches, which another process may gather.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CHUNK_ROWS: Final = 256
 """Rows that are prefetched at once while prefetching alternates with gathers. A large batch that is prefetched at once
 fills the disk's queue and waits for it, and while it is gathered, the queue runs empty: 2,048 rows at a time gave
 101 k rows/s, alternating chunks 118 k, where single reads of the disk gave 97 k (docs/notes-paging.md)."""
-# Prefetch calls that a look-ahead caller can be ahead of the gathers and still be relied on.
+# Prefetch calls that such a caller may be ahead of the gathers and still be relied on.
 _MAX_CALLS_AHEAD: Final = 64
-# A look-ahead caller whose gathers run in another process detects evicted pages by a prefetch now and then.
+# If its gathers run in another process, evicted pages are detected by a prefetch now and then.
 _PROBE_EVERY: Final = 64
 # Rows between two reads of the fault counters, which cost as much as gathering a few rows.
 _RECORD_ROWS: Final = 1024
@@ -116,7 +116,7 @@ class RowPrefetcher:
         return madvise.row_ranges(self._address, self._row_stride, self._row_nbytes, wanted)
 
     def before_gather(self, rows: torch.Tensor) -> None:
-        """Prefetch the rows of a gather, unless a look-ahead caller has prefetched these rows, or rows like them."""
+        """Prefetch the rows of a gather, unless :meth:`prefetch_ahead` has prefetched these rows, or rows like them."""
         if self._calls_ahead:
             self._calls_ahead -= 1
         elif self._own.should_prefetch():

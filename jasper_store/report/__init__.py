@@ -1,1 +1,1 @@
-"""What there is to see in a dataset, as plain values; drawing them is somebody else's business."""
+"""What a report shows of a dataset: plain values, and the page that is drawn from them."""

@@ -157,7 +157,7 @@ def project(
         torch.manual_seed(0)
         _, strength, axes = torch.pca_lowrank(centred, q=min(6, *values.shape), center=False)
     axes = axes[:, :2]
-    # An axis has no direction of its own: let its largest component point up, so that pictures can be compared.
+    # The sign of an axis is arbitrary: make its largest component positive, so that pictures can be compared.
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0, keepdim=True)).sign()
     return Projection(
         points=_points(centred @ axes, clusters),

@@ -53,7 +53,7 @@ def make_report(
 ) -> DatasetReport:
     """Look at a dataset: of JASPER, of one that declares its samples, or of any tensors. Writes nothing beside it.
 
-    Where tensors contradict each other, or the declaration does not fit them, the report says so in the place of what
+    Where tensors contradict each other, or the declaration does not fit them, the report says so instead of what
     cannot be shown, and among the findings of verify.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the values of a declared dataset mean: rows that do not exist, and numbers that are none."""
+"""Checks of a declared dataset's values: indices of rows that do not exist, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class FiniteVisitor:
     not_finite: Tally = field(default_factory=Tally)
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
-        """See a block of rows [n, ...]; of another dtype, nothing."""
+        """Check a block of rows [n, ...]; another dtype is ignored."""
         if rows.ndim and rows.is_floating_point():
             self.not_finite.add(start, ~torch.isfinite(rows.reshape(len(rows), -1)).all(dim=1))
 

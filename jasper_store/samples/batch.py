@@ -1,4 +1,4 @@
-"""A batch that was gathered once, and yet is a sequence of ordinary samples for whoever asks.
+"""A batch that is gathered once and also is a sequence of ordinary samples.
 
 PyTorch's fetcher calls ``dataset.__getitems__(indices)`` and hands the result to ``collate_fn``. A user's own
 ``collate_fn`` expects a list of samples; the default one would stack them again, tensor by tensor. :class:`Batch`
@@ -18,7 +18,7 @@ __all__ = ["Batch", "Sample", "collate_samples"]
 
 
 class Sample(dict[str, torch.Tensor]):
-    """One sample: a plain dictionary of tensors, of a type of its own so that default collation knows it.
+    """One sample: a plain dictionary of tensors, with its own type, so that default collation recognises it.
 
     Attributes:
         ragged: keys whose number of rows differs from sample to sample.
@@ -69,7 +69,7 @@ class Batch(Sequence[Sample]):
             return Batch({key: value[index] for key, value in self.tensors.items()}, len(range(self._size)[index]))
         if not -self._size <= index < self._size:
             raise IndexError(f"sample {index} is out of range for a batch of {self._size}")
-        # Default collation asks for one of each batch, to see what it is.
+        # Default collation asks each batch for one sample, to see its type.
         if not self.ragged:
             return Sample([(key, value[index]) for key, value in self.tensors.items()])
         return self._ragged_sample(range(self._size)[index])
@@ -116,7 +116,7 @@ def collate_samples(
 def collated(
     samples: Iterable[Sample], collate_fn_map: dict[type | tuple[type, ...], Callable[..., Any]] | None = None
 ) -> Batch:
-    """Samples put together to a batch; ragged fields one after the other."""
+    """Samples collated to a batch; ragged fields are concatenated."""
     samples = list(samples)
     ragged = samples[0].ragged if samples else ()
     found: dict[str, torch.Tensor] = {}

@@ -16,7 +16,7 @@ __all__ = ["DIRECT", "PREFETCHED", "GatherContext", "PrefetchedIndices", "Staged
 
 
 class StagedBatches(Protocol):
-    """Rows that a loader has read ahead of its batches, as far as a dataset is concerned."""
+    """Rows that a loader has read ahead of its batches, as a dataset sees them."""
 
     def batch(self, positions: torch.Tensor, draw: VariantSampler | None) -> list[torch.Tensor] | None:
         """A whole batch in the order of the graph's keys; ``None`` if it has to be gathered step by step."""

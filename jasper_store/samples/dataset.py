@@ -63,7 +63,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         path: a directory of tensor files in any format, one file, or several files.
         fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
             Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
-            is a field of its own name.
+            is a field of the same name.
         splits: name of each split to the tensor that lists its rows; then ``i`` is a sample's position in the split,
             and ``row`` its row. Goes with ``fields``.
         split: the split to serve; ``None`` serves all rows.
@@ -234,7 +234,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         for number in self.reader.last_nodes:
             node = self.graph.nodes[number]
             for variant, name in enumerate(node.tensors, start=1):
-                # A variant that is never drawn prefetches nothing, so nothing is ever known of its pages.
+                # A variant that is never drawn prefetches nothing, so the state of its pages stays unknown.
                 if store[name].prefetching and not (node.choice and draw is not None and not draw.draws(variant)):
                     cold.setdefault(number, []).append(name)
         if cold:
@@ -248,7 +248,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         return positions if device.type == "cpu" else positions.to(device, non_blocking=True)
 
     def draw_now(self) -> VariantSampler | None:
-        """What decides the variants of batches from now on; also follows tensors that were reloaded."""
+        """The draw that decides the variants of the next batches; also picks up reloaded tensors."""
         epoch, forced, generation = self._state.read()
         if generation != self._generation_seen:
             self._follow_reload(generation)
@@ -267,7 +267,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         return next(value for value in fields if isinstance(value, Choice))
 
     def _compiled_now(self, draw: VariantSampler | None) -> CompiledGather | None:
-        """The whole gather as one call, where everything is in memory; of the present draw and tensors."""
+        """The whole gather as one call, for the current draw and tensors; ``None`` unless all is in memory."""
         generation, known = self.store.generation, self._compiled
         if known is None or known[0] is not draw or known[1] != generation:
             self._compiled = known = (draw, generation, self.reader.compile(draw))
@@ -413,7 +413,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         return self._sharing({name: value for name, value in self.__dict__.items() if name not in _OWN})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A dataset with an epoch of its own over the same open store, wherever its tensors live.
+        """A dataset with a separate epoch over the same open store, wherever its tensors live.
 
         The tensors are never written to, so there is nothing to copy; the store closes with the last of its datasets.
         """

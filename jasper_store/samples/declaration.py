@@ -15,6 +15,7 @@ import torch
 
 from jasper_store.errors import DeclarationError
 from jasper_store.formats.registry import base_name
+from jasper_store.formats.texts import text_parts
 from jasper_store.samples.expression import POSITION, ROW, Lookup, Rows, closest, lookups, parse_field, parse_rows
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ CONFIG_KEY: Final = "samples"
 """Key of ``config.json`` that a declaration stands under."""
 
 Probabilities: TypeAlias = "Sequence[float] | Callable[[int], Sequence[float]]"
-"""Of each variant of a choice, or a function of the epoch that returns them."""
+"""Probability of each variant of a choice, or a function of the epoch that returns them."""
 
 _EVEN: Final = 1e-6
 _DEEPEST: Final = 64
@@ -101,7 +102,7 @@ class Choice:
             values = tuple(float(value) for value in found)
         except (TypeError, ValueError, OverflowError):
             values = ()
-        # NaN is in no range, so what is asked is whether they are right, not whether they are wrong.
+        # NaN is in no range, so the test is for valid values and not for invalid ones.
         if not (len(values) == wanted and all(value >= 0 for value in values) and abs(sum(values) - 1) <= _EVEN):
             raise DeclarationError(
                 f"a choice among {wanted - 1} tensors needs {wanted} probabilities that add up to 1 (the first is that of"
@@ -144,7 +145,7 @@ class Declaration:
 
     @classmethod
     def parse(cls, fields: Mapping[str, FieldLike], splits: Mapping[str, str] | None = None) -> Declaration:
-        """Check a declaration as far as that goes without tensors.
+        """Check what can be checked of a declaration without the tensors.
 
         Raises:
             DeclarationError: an expression that does not parse, names that do not exist, a circle, nothing to serve.
@@ -230,7 +231,7 @@ class Declaration:
         return [*chosen, *(lookup.tensor for lookup in lookups(self.expanded(name)))]
 
     def expanded(self, name: str) -> Rows:
-        """What a field reads, with the fields that it names put in their places."""
+        """What a field reads, with the fields that it names substituted."""
 
         def inside(rows: Rows) -> Rows:
             if isinstance(rows, Lookup):
@@ -283,7 +284,7 @@ def _require_names(what: str, given: object) -> None:
 
 
 def _parts(found: object) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
-    """Fields and splits of what stands under :data:`CONFIG_KEY`."""
+    """Fields and splits of the value under :data:`CONFIG_KEY`."""
     if not isinstance(found, Mapping) or not found.keys() <= {"fields", "splits"} or "fields" not in found:
         raise DeclarationError(f'expected {{"fields": {{...}}, "splits": {{...}}}}, found {found!r:.120}')
     texts = found["fields"]
@@ -295,11 +296,16 @@ def _parts(found: object) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
 def everything(specs: Sequence[TensorSpec]) -> Declaration:
     """The declaration of tensors about which nothing is said: each of the common number of rows is a field.
 
+    Strings are no fields, since a batch of numbers has no use for their bytes; a declaration may name them.
+
     Raises:
         DeclarationError: no number of rows is more common than the others.
     """
     rows: dict[str, int] = {}
+    texts = text_parts(specs)
     for spec in specs:
+        if spec.name in texts:
+            continue
         name = base_name(spec.name)
         if name == spec.name and spec.shape:
             rows[name] = spec.n_rows

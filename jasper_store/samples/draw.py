@@ -1,6 +1,6 @@
 """The draw of a choice: which of several tensors a sample takes its row from, by a hash of (seed, epoch, row).
 
-The draw is a counter-based hash, not a stream of random numbers, so that it is the same in any order of asking: one
+The draw is a counter-based hash, not a stream of random numbers, so the order of the calls does not change it: one
 worker or eight, one rank or many, batch by batch or sample by sample. The mixer is the finaliser of SplitMix64
 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), used on a counter as in Salmon et
 al.: "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["VariantSampler", "draw_variants"]
 
 _TABLE_ROWS: Final = 1 << 20
-"""Up to this many rows the variants of an epoch are drawn at once and looked up: part of another gather instead of
-fourteen operations (30 us at B=256 on a core of the machine in docs/notes-paging.md). Five bytes per row; beyond it,
-memory would grow with the dataset, and each batch is drawn by itself."""
+"""Up to this many rows the variants of an epoch are drawn once and looked up: part of another gather instead of
+fourteen operations (30 us at B=256 on a core of the machine in docs/notes-paging.md). A table takes five bytes per row. Larger
+datasets are drawn batch by batch, so that memory does not grow with them."""
 
 _MASK64: Final = (1 << 64) - 1
 _GOLDEN: Final = 0x9E3779B97F4A7C15
@@ -39,7 +39,7 @@ class VariantSampler:
     Args:
         seed: the dataset's seed.
         epoch: number of the epoch.
-        probabilities: of each variant; they add up to 1.
+        probabilities: probability of each variant; they add up to 1.
         forced: a variant that every row gets instead, or ``None``.
         n_rows: how many rows there are to draw for.
     """
@@ -60,7 +60,7 @@ class VariantSampler:
         return len(self._probabilities) - 1
 
     def draws(self, variant: int) -> bool:
-        """Whether any row may get a variant."""
+        """Whether a row may get this variant."""
         return self.forced == variant if self.forced is not None else self._probabilities[variant] > 0
 
     def requests(self, rows: torch.Tensor) -> list[GatherRequest]:
@@ -69,7 +69,7 @@ class VariantSampler:
         return [] if tables is None else [GatherRequest(table, rows, torch.int64) for table in tables]
 
     def tables(self, device: torch.device) -> tuple[Source, Source] | None:
-        """Of every row: its variant, int8, and its row of the concatenated tensors, int32."""
+        """The variant of every row, int8, and its row of the concatenated tensors, int32; ``None`` beyond the limit."""
         if self._tables is None and 0 < self._n_rows <= _TABLE_ROWS:
             rows = torch.arange(self._n_rows, device=device)
             variants = self._of(rows)
@@ -79,7 +79,7 @@ class VariantSampler:
 
     def variants(self, rows: torch.Tensor) -> torch.Tensor:
         """Variant of each row [B], int64, on the device of ``rows``."""
-        # Tables pay for those who ask often; the first call is not made to wait for them.
+        # Tables pay off for repeated calls; the first call does not wait for them to be made.
         if self._tables is None:
             return self._of(rows)
         return gather_many([GatherRequest(self._tables[0], rows, torch.int64)])[0]
@@ -116,7 +116,7 @@ def draw_variants(rows: torch.Tensor, seed: int, epoch: int, probs: Sequence[flo
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same 64 bits, for torch has no unsigned arithmetic."""
+    """The int64 with the same 64 bits, because torch has no unsigned arithmetic."""
     value &= _MASK64
     return value - (1 << 64) if value >> 63 else value
 
@@ -139,7 +139,7 @@ def _uniform_32(rows: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
     value = rows.mul(_signed(_GOLDEN)).add_(key)
     value = value.bitwise_xor_(_shifted(value, 30)).mul_(_signed(_MIX_1))
     value = value.bitwise_xor_(_shifted(value, 27)).mul_(_signed(_MIX_2))
-    # The top half is all that is used, and the last xor-shift of the mixer does not reach it in bits 33 to 63.
+    # Only the upper 32 bits are used, and the last xor-shift of the mixer changes none of bits 33 to 63.
     value = value.bitwise_xor_(_shifted(value, 31))
     return _shifted(value, 32)
 

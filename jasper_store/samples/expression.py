@@ -115,7 +115,7 @@ def _is_plain(word: str) -> bool:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """The names that are near another one, as the end of a message; else all that there are."""
+    """The end of a message: the names that are similar to a given one, else all names."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:

@@ -1,4 +1,4 @@
-"""Whether values are rows of what they index, read once in blocks and remembered in the manifest."""
+"""Index checks: whether values are rows of what they index. Read in blocks, once; the manifest records the result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def unrecorded() -> Iterator[None]:
 
 
 def distinct_bounds(bounds: Iterable[Bound]) -> dict[str, Bound]:
-    """Bounds by what they demand of the values; several tensors of as many rows demand the same."""
+    """Bounds, one for each different check; targets with the same number of rows need the same check."""
     return {str(bound): bound for bound in reversed(list(bounds))}
 
 
@@ -70,8 +70,8 @@ def check_bound(tensor: StoredTensor, bound: Bound, nouns: Nouns | None = None) 
     """Check that the values of one tensor, or of one of its columns, are rows of another.
 
     Args:
-        tensor: whose values.
-        bound: what they are rows of.
+        tensor: the index tensor.
+        bound: what its values are rows of.
         nouns: what rows are called in the message.
 
     Raises:

@@ -1,8 +1,8 @@
-"""A sample graph carried out on a store: positions -> rows of each tensor -> the rows taken -> tensors by key.
+"""Executes a sample graph on a store: positions -> row numbers of each tensor -> gathered rows -> tensors by key.
 
-Two steps, because the rows of the large tensors stand in the small ones: :meth:`SampleReader.resolve` reads index
-tensors, level by level, and :meth:`SampleReader.gather` everything else at once. A prefetcher runs the first step alone.
-Where everything is in memory, :meth:`SampleReader.compile` makes both one native call.
+There are two steps, because index tensors hold the row numbers of the others: :meth:`SampleReader.resolve` reads index
+tensors level by level, then :meth:`SampleReader.gather` reads everything else. A prefetcher runs the first step alone.
+If everything is in memory, :meth:`SampleReader.compile` makes one native call of both.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["BatchIndices", "Ragged", "SampleReader", "StagedRows"]
 
 
 class Ragged(NamedTuple):
-    """Rows of which each sample has another number.
+    """Rows whose number differs from sample to sample.
 
     Attributes:
-        values: of all samples, one after the other, [total, ...].
+        values: of all samples, concatenated, [total, ...].
         offsets: where each sample begins, int64 [B + 1].
     """
 
@@ -44,13 +44,13 @@ _Values: TypeAlias = "torch.Tensor | Ragged"
 
 @dataclass(frozen=True, slots=True)
 class BatchIndices:
-    """What the index tensors say about a batch of B samples.
+    """The row numbers that a batch of B samples reads, from the index tensors.
 
     Attributes:
-        positions: of the samples [B].
-        values: of each index node that was read, int64 [B, *shape].
-        variants: that the choice has drawn [B]; ``None`` without one.
-        concatenated: rows of the choice's concatenated tensors [B], where they were looked up.
+        positions: positions of the samples [B].
+        values: values of each index node that was read, int64 [B, *shape].
+        variants: variants that the choice drew [B]; ``None`` without a choice.
+        concatenated: rows of the choice's concatenated tensors [B], if they were looked up.
     """
 
     positions: torch.Tensor
@@ -64,8 +64,8 @@ class StagedRows(NamedTuple):
 
     Attributes:
         addresses: table of the address of each staged row, indexed by the second input of a compiled gather.
-        memory: rows named by their address.
-        dtype: of the rows.
+        memory: a source whose row numbers are addresses.
+        dtype: dtype of the rows.
     """
 
     addresses: Source
@@ -74,7 +74,7 @@ class StagedRows(NamedTuple):
 
 
 class SampleReader:
-    """Reads the samples of a graph from a store. Safe to use from several threads; keeps no state but caches.
+    """Reads the samples of a graph from a store. Safe to use from several threads; its only state is caches.
 
     Args:
         graph: what a sample reads; built from the tensors of ``store``.
@@ -86,7 +86,7 @@ class SampleReader:
         self.store = store
         self._levels = _levels(graph)
         served = dict.fromkeys(out.node for out in graph.outputs if not out.variant)
-        #: Nodes that are read last: served, and no rows of others.
+        #: Nodes that are read last: they are served and index nothing.
         self.last_nodes = [number for number in served if number not in set(graph.index_nodes)]
         self._columns: dict[tuple[str, int], tuple[Source, Source]] = {}
 
@@ -99,8 +99,8 @@ class SampleReader:
 
         Args:
             positions: int64 [B], on the store's device.
-            draw: of the epoch, for a graph with a choice; ``None`` leaves the choice alone.
-            depth: read only what nodes of this depth need; all by default.
+            draw: the epoch's draw, for a graph with a choice; ``None`` does not resolve the choice.
+            depth: read only the index tensors that nodes of this depth need; all by default.
 
         Raises:
             IndexError: a row out of range.
@@ -136,8 +136,8 @@ class SampleReader:
         """Read a batch: tensors in memory by one call, the others one by one.
 
         Args:
-            indices: all of them, as :meth:`resolve` found them.
-            draw: that they were resolved with.
+            indices: result of :meth:`resolve` for all depths.
+            draw: the draw that they were resolved with.
             staged: rows [B, ...] of nodes that were read ahead.
 
         Returns:
@@ -183,7 +183,7 @@ class SampleReader:
         return batch
 
     def rows_by_tensor(self, indices: BatchIndices, numbers: Collection[int]) -> dict[str, torch.Tensor]:
-        """Rows that some nodes read of each stored tensor, int64 [n]; of a choice only the rows of the variant drawn."""
+        """Rows that nodes read of each stored tensor, int64 [n]; of a choice only the rows of the drawn variant."""
         found: dict[str, list[torch.Tensor]] = {}
         for number in numbers:
             node = self.graph.nodes[number]
@@ -211,7 +211,7 @@ class SampleReader:
         return GatherRequest(tensor, rows, dtype)
 
     def _index(self, node: Node, got: torch.Tensor, positions: torch.Tensor, values: Mapping[int, _Values]) -> _Values:
-        """What a node's values are to those that take rows from it."""
+        """A node's values in the form in which they index other nodes."""
         if node.span:
             return _span(node, got)
         got = _narrowed(got, node)
@@ -258,11 +258,11 @@ class SampleReader:
     def compile(
         self, draw: VariantSampler | None = None, staged: Mapping[int, StagedRows] | None = None
     ) -> CompiledGather | None:
-        """What :meth:`resolve` and :meth:`gather` do, as one native call; its results are in the order of the graph's keys.
+        """One native call for :meth:`resolve` and :meth:`gather`; its results are in the order of the graph's keys.
 
         Args:
-            draw: of the epoch, for a graph with a choice.
-            staged: nodes whose rows are read ahead; the others are looked for in memory.
+            draw: the epoch's draw, for a graph with a choice.
+            staged: nodes whose rows are read ahead; the rows of all others must be in memory.
 
         Returns:
             ``None`` if a tensor is not in memory or of a dtype that the kernel does not know, or if rows are ragged.
@@ -297,8 +297,8 @@ class _Steps:
 
     def __init__(self, reader: SampleReader) -> None:
         self._reader, self._graph = reader, reader.graph
-        self._numbers: dict[int, int] = {}  # of the step that finds what a node names
-        self._found: dict[int, int] = {}  # of the step that finds the rows of a choice or a staged node
+        self._numbers: dict[int, int] = {}  # step that reads an index node
+        self._found: dict[int, int] = {}  # step that finds the rows of a choice or a staged node
         self.steps: list[Step] = []
 
     def add(self, step: Step) -> int:
@@ -317,12 +317,12 @@ class _Steps:
         return True
 
     def table(self, number: int, table: Source) -> None:
-        """Find a choice's rows in a table of them."""
+        """Look up a choice's rows in a table."""
         rows = self.rows_of(self._graph.nodes[number])
         self._found[number] = self.add(Step("variants", table, rows, torch.int64, result=False))
 
     def staged(self, number: int, rows: StagedRows) -> None:
-        """Find the addresses of rows that were read ahead."""
+        """Look up the addresses of rows that were read ahead."""
         name = self._graph.nodes[number].tensor
         self._found[number] = self.add(Step(name, rows.addresses, SECOND_INPUT, torch.int64, result=False))
 
@@ -356,7 +356,7 @@ class _Steps:
 
 
 def _levels(graph: SampleGraph) -> list[list[int]]:
-    """Index nodes, those of one depth together."""
+    """Index nodes, grouped by depth."""
     levels: dict[int, list[int]] = {}
     for number in graph.index_nodes:
         levels.setdefault(graph.nodes[number].depth, []).append(number)
@@ -364,7 +364,7 @@ def _levels(graph: SampleGraph) -> list[list[int]]:
 
 
 def _rows(node: Node, positions: torch.Tensor, values: Mapping[int, _Values]) -> torch.Tensor:
-    """Rows that a node reads, int64 [n]; strided where they are a column of something."""
+    """Rows that a node reads, int64 [n]; strided if they are a column of a tensor."""
     if node.rows.node < 0:
         return positions
     found = values[node.rows.node]
@@ -374,7 +374,7 @@ def _rows(node: Node, positions: torch.Tensor, values: Mapping[int, _Values]) ->
 
 
 def _span(node: Node, ends: torch.Tensor) -> Ragged:
-    """Rows of values between the offsets of each sample: ``ends`` has where they begin, then where they end."""
+    """Rows of the values of each sample: ``ends`` holds all begins, then all ends."""
     starts, stops = ends.view(2, -1)
     lengths = stops - starts
     if lengths.device.type == "cpu" and lengths.numel() and int(lengths.min()) < 0:
@@ -389,7 +389,7 @@ def _span(node: Node, ends: torch.Tensor) -> Ragged:
 
 
 def _narrowed(got: torch.Tensor, node: Node) -> torch.Tensor:
-    """The column of rows that were read whole, because their tensor is not in memory."""
+    """The column that a node reads, if its rows were read whole because their tensor is not in memory."""
     if node.column is None or got.ndim == 1 + len(node.row_shape):
         return got
     return got.select(1, node.column).contiguous()

@@ -24,9 +24,9 @@ def reopened_tensors(
     """Open tensors as they now stand on disk and check them; the ones in use are not touched.
 
     Args:
-        store: whose tensors.
-        names: which of them.
-        bounds: what values have to be rows of; those of other tensors are passed over.
+        store: the open store.
+        names: the tensors to read again.
+        bounds: what values have to be rows of; bounds of other tensors are ignored.
         nouns: what rows are called in errors.
 
     Raises:

@@ -26,6 +26,6 @@ class ArraySubset(Subset[dict[str, torch.Tensor]]):
         self._array = indices
 
     def __getitems__(self, indices: Sequence[int] | torch.Tensor) -> Batch:  # type: ignore[override]
-        """The samples at these places of the subset, gathered at once."""
+        """The samples at these positions of the subset, gathered at once."""
         batch: Batch = self.dataset.__getitems__(self._array[np.asarray(indices)])  # type: ignore[attr-defined]
         return batch

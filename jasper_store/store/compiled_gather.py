@@ -1,8 +1,8 @@
-"""A fixed sequence of gathers over tensors in memory, each by rows that the one before it found: one call a batch.
+"""A fixed sequence of gathers in memory, each step's output indexing the next; one native call per batch.
 
-Where the rows of one tensor stand in another, every step would need a few calls of torch or numpy before the next one
-can begin, and at 256 rows these cost as much as the gathers. A chain is laid out once: what changes from batch to
-batch is where the input and the results lie, and everything in between is done by the kernel.
+If one tensor holds the row numbers of another, each step takes a few calls of torch or numpy before the next can begin,
+and at 256 rows these cost as much as the gathers. So the steps are laid out once per batch size. From batch to batch only
+the addresses of the input and the results change, and the gather kernel does everything in between.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class IndexRef(NamedTuple):
     """What names the rows of a step.
 
     Attributes:
-        step: number of the step that found them; -1 is the input, -2 the extra one.
-        column: which of its numbers for each sample; ``None`` is all of them.
+        step: number of the step that found them; -1 is the input, -2 the second input.
+        column: which of the step's values for each sample; ``None`` is all of them.
     """
 
     step: int
@@ -50,10 +50,10 @@ class Step:
 
     Attributes:
         name: of the tensor, for errors.
-        source: where from; one with numbers.
+        source: the source of the rows; its ``numbers`` must not be empty.
         rows: what names the rows; of an earlier step, which must be one that is not a result.
         dtype: what the values are made: int64 for steps that name rows.
-        result: whether the values are handed out; else they only name rows.
+        result: whether the values are returned; else they only name rows.
     """
 
     name: str
@@ -87,8 +87,8 @@ class CompiledGather:
     """Steps to gather by. May be run from several threads at once.
 
     Args:
-        steps: in an order in which none needs a later one. A step that stands behind one that has to wait for rows
-            waits with it, and then they share the threads.
+        steps: in an order in which none needs a later one. A step after one that needs the rows of an earlier step
+            runs in its stage or a later one, so that they share the threads.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -106,7 +106,7 @@ class CompiledGather:
 
         Args:
             rows: int64 [B] in host memory.
-            extra: as many, for the steps that ask for :data:`SECOND_INPUT`.
+            extra: int64 [B], for the steps that read :data:`SECOND_INPUT`.
             empty: makes a result's memory, on the host, of a shape, a dtype and its bytes.
 
         Returns:

@@ -1,8 +1,8 @@
-"""Tensors that are gathered together lie one behind the other, so that one index reaches all of them.
+"""Tensors that are gathered together, concatenated, so that one gather selects from any of them.
 
 A batch that takes each row from one of several tensors (a steering variant per sample) would need a gather per
-tensor, and rows put together again afterwards. Where the tensors are preloaded anyway, they are read into one
-buffer: row r of the k-th tensor is row ``rows of those before it + r`` of the stack, and one gather does it all.
+tensor, and then a merge of the rows. If the tensors are preloaded anyway, they are read into one buffer instead: row
+r of the k-th tensor is row ``rows of those before it + r`` of the buffer, and one gather selects all rows.
 A last row of zeros stands for "none of them".
 """
 
@@ -33,7 +33,7 @@ class ConcatBuffer:
     Attributes:
         names: the tensors, in the order in which they lie.
         tensor: all their rows, and a last row of zeros.
-        parts: the place of each tensor in the buffer, to be filled by whoever loads it.
+        parts: the place of each tensor in the buffer, to be filled when it is loaded.
     """
 
     names: tuple[str, ...]
@@ -53,7 +53,7 @@ def allocate_concat_buffers(
         groups: names of tensors that are gathered together.
         specs: all tensors by name.
         plan: where they go.
-        dtypes: dtype that each is handed out in.
+        dtypes: dtype that each is served in.
     """
     return [_allocate(names, specs, plan, dtypes) for names in groups if _fits(names, specs, plan, dtypes)]
 

@@ -1,9 +1,9 @@
-"""Rows of mapped tensors read ahead past the page cache, into memory of their own.
+"""Rows of mapped tensors read ahead past the page cache, into separate buffers.
 
 A block order names the rows of a window beforehand, and they lie in runs. Through the page cache such a run costs far
-more processor time than disk time: each page is allocated, announced, mapped by a fault and let go again, 5 us a page
-where two cores also gather. Here runs are read directly (O_DIRECT), many at a time, without the interpreter; the rows
-that are wanted are gathered out of them, and the rest is forgotten: memory for the rows alone.
+more processor time than disk time: each page is allocated, prefetched, mapped by a fault and evicted, 5 us a page
+where two cores also gather. Here runs are read directly (O_DIRECT), many at a time, without the interpreter. Only the
+rows that are needed are copied out of them, so memory holds these rows alone.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[Dire
     """Staging for tensors of one row shape and dtype, of which some are mapped and the others in memory.
 
     Returns:
-        ``count`` of them; none where nothing is mapped, rows are no runs of bytes as they are handed
-        out, the kernel was not built, or the file system does not read directly.
+        ``count`` of them; none where nothing is mapped, rows are no runs of bytes in the dtype that
+        is served, the kernel was not built, or the file system does not read directly.
     """
     kinds = {(tensor.dtype, tensor.row_shape) for tensor in tensors}
     if kernel() is None or not hasattr(os, "O_DIRECT") or len(kinds) != 1:
@@ -91,7 +91,7 @@ class DirectRowReader:
     For one thread at a time.
 
     Args:
-        tensors: whose rows; see :func:`direct_readers_for`. Those in memory need not be read.
+        tensors: the tensors; see :func:`direct_readers_for`. Those in memory need not be read.
 
     Attributes:
         anywhere: memory as a source: rows are named by their address.
@@ -122,7 +122,7 @@ class DirectRowReader:
             self._open = undo.pop_all()
 
     def begin(self, which: np.ndarray, rows: np.ndarray) -> None:
-        """Begin to have rows in memory; :meth:`finish` it before the next.
+        """Begin to read rows into memory; call :meth:`finish` before the next.
 
         Args:
             which: tensor number of each, [n]; -1 is a row of zeros.
@@ -148,7 +148,7 @@ class DirectRowReader:
         return places, rows
 
     def finish(self) -> tuple[np.ndarray, torch.Tensor]:
-        """Wait for what was begun.
+        """Wait for the rows of :meth:`begin`.
 
         Returns:
             The address of each row, int64 [n], and the memory that has to be kept as long as it is used.
@@ -166,10 +166,10 @@ class DirectRowReader:
             raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
 
     def close(self) -> None:
-        """Let go of the files, when what was begun is over; may be called twice."""
+        """Close the files once the pending read is done. May be called twice."""
         self._open.close()
 
-    # Of the class: at the interpreter's end this module's names are gone.
+    # A class attribute, because this module's names are gone when the interpreter ends.
     _ending = staticmethod(sys.is_finalizing)
 
     def __del__(self) -> None:

@@ -36,7 +36,7 @@ class TensorMemory:
     Attributes:
         name: the tensor's name.
         placement: where it lives.
-        held: bytes of its own in this process's memory, or the device's; 0 where the page cache holds it.
+        held: bytes that it holds in this process's memory, or the device's; 0 where the page cache holds it.
         cached: bytes of its file that are in the page cache, which every process shares and the kernel may take
             back; of the whole file where it is chunked.
         nbytes: bytes of its values.

@@ -27,7 +27,7 @@ class GatherRequest(NamedTuple):
     Attributes:
         tensor: where from; a plain tensor, wherever it is, is given as a :class:`~jasper_store.native.gather.Source`.
         rows: int64 [n], on the tensor's device.
-        dtype: to hand them out in; ``None`` keeps the tensor's.
+        dtype: dtype of the rows returned; ``None`` keeps the tensor's.
         name: what an error calls a plain tensor.
     """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.formats.base import Chunked, Extent, Inline, Parts
+from jasper_store.formats.base import Chunked, Encoded, Extent, Inline, Parts, Streamed
 from jasper_store.formats.parts import parts_of
+from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import preload
 from jasper_store.store.tensors import block_rows, span_nbytes
 
@@ -51,6 +53,7 @@ def load(
         InsufficientMemoryError: the system refused the memory.
     """
     location = spec.location
+    assert not isinstance(location, Encoded), "only a conversion reads strings"
     if isinstance(location, Inline):
         return location.values.to(dtype) if out is None else out.copy_(location.values)
     if out is None:
@@ -62,6 +65,8 @@ def load(
             start += part.n_rows
     elif isinstance(location, Chunked):
         _unpack(spec, out, on_bytes)
+    elif isinstance(location, Streamed):
+        _stream(spec, out, on_bytes)
     elif spec.contiguous:
         preload.read_converted(
             location.path, location.offset, spec.dtype, out, drop_behind=drop_behind, on_bytes=on_bytes
@@ -71,6 +76,20 @@ def load(
         preload.read_into(location.path, location.offset, span, drop_behind=drop_behind, on_bytes=on_bytes)
         out.copy_(span.as_strided(spec.shape, location.strides or ()))
     return out
+
+
+def _stream(spec: TensorSpec, out: torch.Tensor, on_bytes: Callable[[int], None] | None) -> None:
+    """Read values that can only be read in order, in blocks of rows."""
+    step = block_rows(spec)
+    with contextlib.closing(ByteStream(spec)) as stream:
+        for start in range(0, spec.n_rows if spec.nbytes else 0, step):
+            target = out[start : start + step] if out.ndim else out.reshape(1)
+            block = target if spec.dtype == out.dtype else torch.empty(target.shape, dtype=spec.dtype, device="cpu")
+            stream.fill(block)
+            if block is not target:
+                target.copy_(block)
+            if on_bytes is not None:
+                on_bytes(block.nbytes)
 
 
 def _unpack(spec: TensorSpec, out: torch.Tensor, on_bytes: Callable[[int], None] | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from jasper_store.errors import PerformanceWarning, StaleDataWarning
+from jasper_store.errors import JasperStoreWarning, PerformanceWarning, StaleDataWarning
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file
@@ -75,6 +75,7 @@ def open_store(
         InsufficientMemoryError: what must be loaded does not fit; before anything is loaded.
 
     Warns:
+        JasperStoreWarning: a file holds strings, or what else is no tensor; it is skipped.
         PerformanceWarning: what was asked for works, but slowly; says what would make it fast.
         StaleDataWarning: a file is older than what it was made from.
     """
@@ -90,6 +91,10 @@ def open_store(
     plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
     if admit is not None:
         admit(plan)
+    if located.skipped:
+        more = f"; and {len(located.skipped) - 5} more" if len(located.skipped) > 5 else ""
+        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings of .npy, .pt and HDF5"
+        warnings.warn(text, JasperStoreWarning, stacklevel=3)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
     for text in plan.warnings:

@@ -1,7 +1,7 @@
 """Maps of the files that the parts of a tensor lie in, made when a part is first read.
 
-A process may have 65,530 maps by default, and a tensor may lie in 100,000 files. Where too many are made, all are let go
-of together: who still reads from them holds them.
+A process may have 65,530 maps by default, and a tensor may lie in 100,000 files. When too many are made, all are released
+together; a reader that still uses some keeps these alive.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class PartMaps:
         found = state.placed.locate(rows, addresses)
         if found != -2:
             return addresses, found, state
-        # The table is complete after this even if another thread lets go of maps meanwhile: `state` is ours.
+        # The table is complete after this even if another thread releases maps meanwhile: `state` is ours.
         missing = rows[addresses == UNMAPPED].numpy()
         held = [state]
         for part in np.unique(self._file_of[self.table.parts_of(missing)]).tolist():
@@ -114,7 +114,7 @@ class PartMaps:
                 held.append(state)
         if len(held) == 1:
             return addresses, state.placed.locate(rows, addresses), held
-        # Maps were let go of in the middle: of each row the last address that was found.
+        # Maps were released in the middle: of each row the last address that was found.
         for each in held:
             again = torch.empty_like(addresses)
             each.placed.locate(rows, again)
@@ -152,7 +152,7 @@ class PartMaps:
             self._refuse(fmap.path, fmap.nbytes, facts.st_size)
 
     def close(self) -> None:
-        """Let go of all maps; who reads from them still holds them."""
+        """Release all maps; readers that still use them keep them alive."""
         self._state = _State(self.table)
 
     def _with_map(self, number: int, state: _State) -> _State:

@@ -111,7 +111,7 @@ class PartedTensor(PagedTensor):
             target[places] = self._slice(part, first, last).view(target.dtype)[rows[places] - first]
 
     def _locate(self, rows: np.ndarray) -> np.ndarray:
-        """Addresses of rows for prefetching, which may be wrong if maps are let go of meanwhile."""
+        """Addresses of rows for prefetching, which may be wrong if maps are released meanwhile."""
         addresses, _, _held = self._maps.locate(torch.from_numpy(rows))
         found: np.ndarray = addresses.numpy()
         return found
@@ -240,7 +240,7 @@ class PartedTensor(PagedTensor):
         return self._plain and self._row_nbytes > 0
 
     def close(self) -> None:
-        """Let go of the maps; existing views stay valid and keep theirs as long as they live."""
+        """Release the maps; existing views stay valid and keep theirs as long as they live."""
         super().close()
         self._maps.close()
         self._placed = (None, None)

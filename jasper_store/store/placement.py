@@ -34,7 +34,7 @@ class Item:
         reads_per_sample: rows of it that one training sample reads, on average.
         row_nbytes: bytes of one row, as ``nbytes``.
         mappable: whether rows can be read through a map of its file.
-        chunked: whether it needs a reader of its own (chunked or compressed HDF5), so that it cannot be mapped.
+        chunked: whether it needs its own reader (chunked or compressed HDF5), so that it cannot be mapped.
         inline: whether its values came with the file's header and are in memory already.
         remark: what is special about it in a few words, e.g. ``"gzip chunks of 109 MiB"``; ``""`` if nothing is.
     """

@@ -11,6 +11,7 @@ import torch
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.formats.base import Chunked, Extent, Inline, Parts
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.texts import text_parts
 from jasper_store.memory.budget import device_budget, format_bytes, measure
 from jasper_store.memory.mounts import file_system
 from jasper_store.paging.mapping import mappable
@@ -47,9 +48,14 @@ def plan_for(
         IncompatibleOptionsError: a CUDA device was asked for and there is none.
         InsufficientMemoryError: what must be loaded does not fit.
     """
-    items = [_item(spec, schema, dtype) for spec in located.specs]
+    # Bytes of strings, which no sample reads unless it is declared to.
+    texts = text_parts(located.specs)
+    unread = {name: 0.0 for name in texts if name not in schema.reads_per_sample}
+    known = replace(schema, reads_per_sample={**unread, **schema.reads_per_sample})
+    items = [_item(spec, known, dtype) for spec in located.specs]
     fstype, network = file_system(located.root)
-    notes = (f"{located.root} lies on a network file system ({fstype})",) if network else ()
+    notes = [f"{located.root} lies on a network file system ({fstype})"] if network else []
+    notes += map(str, located.skipped)
     wanted = normalize_device(device)
     if wanted == "auto":
         budgets = {}
@@ -66,7 +72,7 @@ def plan_for(
 
 
 def target_dtype(spec: TensorSpec, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor is handed out in when a store is opened with ``dtype``.
+    """The dtype that a tensor is served in when a store is opened with ``dtype``.
 
     Rows that are single numbers (scores, distances) keep theirs: narrowing them saves next to nothing.
     """

@@ -70,7 +70,7 @@ class ReopenSpec:
         self._opener = opener
 
     def copy(self) -> ReopenSpec:
-        """The same, for a store of its own: each store keeps the digest of what it has read."""
+        """The same, for a separate store: each store keeps the digest of what it has read."""
         made = ReopenSpec(self.path, self.format, self.schema, self.dtype, self.digest, opener=self._opener)
         made.on_device = self.on_device
         return made

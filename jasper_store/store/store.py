@@ -16,10 +16,12 @@ from jasper_store.errors import (
     InsufficientMemoryError,
 )
 from jasper_store.formats.registry import Located, base_name, locate
+from jasper_store.formats.texts import PARTS, is_text, text_names
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.store import manifest_file
 from jasper_store.store.build import Builder, Progress
 from jasper_store.store.explain import explain, memory_of, summary
+from jasper_store.store.ids import Ids
 from jasper_store.store.ragged import RaggedTensor
 from jasper_store.store.reopen import ReopenSpec, digest_of, identities_of
 from jasper_store.store.tensors import StoredTensor
@@ -62,6 +64,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         format: the format chosen.
         plan: where each tensor lives, and why.
         specs: what the headers say, one per tensor.
+        skipped: what else the files hold, which is no tensor.
         manifest: the directory's manifest as it was on opening, if it had one.
     """
 
@@ -79,6 +82,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         self.format: FormatName = located.format
         self.plan = plan
         self.specs = located.specs
+        self.skipped = located.skipped
         self.manifest = manifest
         self._reopen_spec = reopen_spec
         self._identities = dict(identities)
@@ -113,6 +117,11 @@ class TensorStore(Mapping[str, StoredTensor]):
         return tensor
 
     def _unknown(self, name: str) -> str:
+        skip = next((skip for skip in self.skipped if skip.name == name), None)
+        if skip is not None:
+            return str(skip)
+        if name in text_names(self.specs):
+            return f"{name!r} holds strings; use store.ids({name!r})"
         if f"{name}.values" in self._tensors:
             return f"{name!r} is ragged; use store.ragged({name!r})"
         near = difflib.get_close_matches(str(name), self._tensors, n=3, cutoff=0.5)
@@ -145,6 +154,27 @@ class TensorStore(Mapping[str, StoredTensor]):
             raise KeyError(msg)
         return RaggedTensor(name, self._tensors[f"{name}.values"], self._tensors[f"{name}.offsets"])
 
+    def ids(self, name: str) -> Ids:
+        """The string ids in this store by their base name: rows for ids, and ids for rows.
+
+        Raises:
+            KeyError: no strings of this name; says whether the files hold some that a conversion would keep.
+            IntegrityError: bytes and offsets do not fit together.
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        parts = [self._tensors.get(f"{name}.{part}") for part in PARTS]
+        values, offsets, hashes, order = parts
+        if values is None or offsets is None or not is_text(values.spec, offsets.spec):
+            skip = next((skip for skip in self.skipped if skip.name == name), None)
+            known = ", ".join(sorted(text_names(self.specs))) or "none"
+            found = (
+                f"{skip}; jasper-store convert keeps strings of .npy, .pt and HDF5" if skip else f"there are {known}"
+            )
+            msg = f"no strings {name!r} in {self.path}; {found}"
+            raise KeyError(msg)
+        return Ids(name, values, offsets, hashes, order)
+
     def stacked(self, names: tuple[str, ...]) -> StoredTensor | None:
         """Several tensors as one, for gathering each row from one of them: see :mod:`jasper_store.store.concat_buffer`.
 
@@ -156,7 +186,7 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as they are handed out."""
+        """Bytes of all tensors as they are served."""
         return self.plan.nbytes
 
     @property
@@ -299,7 +329,7 @@ class TensorStore(Mapping[str, StoredTensor]):
     def close(self) -> None:
         """Release maps, handles and memory. May be called twice.
 
-        What ``take`` handed out is owned and stays; views stay valid and hold what they show.
+        What ``take`` returned is owned and stays; views stay valid and hold what they show.
         """
         self._closed = True
         self.generation += 1
@@ -321,7 +351,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         return self.__deepcopy__({})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A store of its own in this process, by the same plan: what is preloaded here is preloaded there, again.
+        """A separate store in this process, by the same plan: what is preloaded here is preloaded there, again.
 
         Raises:
             CorruptFileError: the files changed since this store was opened.

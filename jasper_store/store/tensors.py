@@ -10,7 +10,7 @@
 ========================  ===========================  ==========================  ======================
 
 A view of a map is private: writing to it changes neither the file nor what other processes see. A view of a
-resident tensor is that tensor: write to a copy. Four kinds of mapped data have no view to give and hand out
+resident tensor is that tensor: write to a copy. Four kinds of mapped data have no view to give and return
 copies instead: data that lies unaligned in its file, data narrowed to another dtype on the way, maps of a
 system that refuses writable ones, and of a tensor in several parts whatever reaches across two of them.
 
@@ -62,7 +62,7 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
     Attributes:
         name: its name in the store.
         shape: sizes; ``torch.Size([])`` for a scalar, which counts as one row.
-        dtype: torch dtype of the rows that are handed out.
+        dtype: torch dtype of the rows that are returned.
         placement: ``"mmap"``, ``"ram"``, ``"chunked"`` or a device such as ``"cuda:0"``.
         path: the file that it was found in; of several, the first.
         spec: what the file's header says.
@@ -91,17 +91,17 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one row as it is handed out."""
+        """Bytes of one row as it is returned."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows as they are handed out."""
+        """Bytes of all rows as they are returned."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
-        """Where the rows that are handed out live."""
+        """Where the rows that are returned live."""
         return torch.device("cpu")
 
     def __len__(self) -> int:
@@ -355,7 +355,7 @@ def byte_runs(spec: TensorSpec) -> Iterator[ByteRun]:
 
 
 def resident_nbytes(spec: TensorSpec) -> int | None:
-    """Bytes of a tensor's values in the page cache; ``None`` where they have no place of their own, or nobody can say."""
+    """Bytes of a tensor's values in the page cache; ``None`` where they have no extent, or the system cannot say."""
     if not isinstance(spec.location, (Extent, Parts)):
         return None
     found = [residency.cached_bytes(*run) for run in byte_runs(spec)]

@@ -84,7 +84,7 @@ def test_a_file_where_a_directory_should_be(refused: Refused, data: Path, tmp_pa
 
 @pytest.mark.parametrize("command", ["inspect", "plan", "train"])
 def test_unknown_format(refused: Refused, data: Path, command: str) -> None:
-    assert "parquet" in refused(2, command, data, "--format", "parquet")
+    assert "zarr" in refused(2, command, data, "--format", "zarr")
 
 
 @pytest.mark.parametrize("text", ["lots", "-1", "8GiBs"])
@@ -136,7 +136,7 @@ def test_convert_onto_other_values(run: Run, refused: Refused, data: Path, tmp_p
 
 
 def test_convert_to_an_unknown_format(refused: Refused, data: Path) -> None:
-    assert "parquet" in refused(2, "convert", data, "--to", "parquet")
+    assert "zarr" in refused(2, "convert", data, "--to", "zarr")
     assert "compression" in refused(2, "convert", data, "--compression", "gzip")
 
 

@@ -122,7 +122,7 @@ def test_the_system_that_cannot_say(data: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_bad_input(refused: Callable[..., str], run: Run, data: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused(3, "bench", tmp_path / "nowhere")
-    assert "parquet" in refused(2, "bench", data, "--format", "parquet")
+    assert "zarr" in refused(2, "bench", data, "--format", "zarr")
     assert run("bench", data, "--batch-size", "0").exit_code == 2
     assert run("bench", data, "--seconds", "0").exit_code == 2
     (data / "source_embs.pt").write_bytes(b"PK")

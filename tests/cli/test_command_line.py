@@ -67,7 +67,7 @@ def test_every_error_of_the_tree_has_its_code() -> None:
     ("arguments", "code", "kind"),
     [
         (["inspect", "{}/nowhere"], 3, "DatasetNotFoundError"),
-        (["plan", "{}/data", "--format", "parquet"], 2, "UnknownNameError"),
+        (["plan", "{}/data", "--format", "zarr"], 2, "UnknownNameError"),
         (["plan", "{}/data", "--preload", "--memory-limit", "1KiB"], 5, "InsufficientMemoryError"),
         (["plan", "{}/data", "--memory-limit", "lots"], 2, "BadParameter"),
         (["verify", "{}/data", "--nonsense"], 2, "NoSuchOption"),
@@ -144,7 +144,7 @@ def test_an_option_without_a_flag_here_is_pythons() -> None:
     [
         (["convert", "{}/other", "{}/out"], "--overwrite"),
         (["convert", "{}/data", "{}/x", "--to", "npy", "--compression", "gzip"], "--format hdf5"),
-        (["convert", "{}/data", "{}/x", "--to", "parquet"], "--format parquet"),
+        (["convert", "{}/data", "{}/x", "--to", "zarr"], "--format zarr"),
         (["plan", "{}/data", "--device", "cuda", "--mmap"], "--device cuda"),
         (["plan", "{}/data", "--preload", "--memory-limit", "1KiB"], "--preload"),
         (["plan", "{}/data", "--preload"], "--preload"),

@@ -13,7 +13,7 @@ import torch
 import jasper_store as js
 from tests.cli.conftest import Run
 
-COMMANDS = ("demo", "inspect", "plan", "convert", "warm", "verify", "train", "synth", "report", "bench")
+COMMANDS = ("demo", "sample", "inspect", "plan", "convert", "warm", "verify", "train", "synth", "report", "bench")
 
 
 def test_help_lists_every_command(run: Run) -> None:

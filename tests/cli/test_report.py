@@ -383,7 +383,7 @@ def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> N
     assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "expected tensors" in refused(3, "report", tmp_path / "empty")
-    assert "parquet" in refused(2, "report", data, "--format", "parquet")
+    assert "zarr" in refused(2, "report", data, "--format", "zarr")
     assert "is a directory" in refused(6, "report", data, "--out", tmp_path)
     assert "no directory" in refused(6, "report", data, "--out", tmp_path / "no" / "where.html")
     (data / "source_embs.pt").write_bytes(b"PK")

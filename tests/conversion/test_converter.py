@@ -272,7 +272,7 @@ def test_nothing_to_convert(tmp_path):
 
 def test_unknown_and_impossible_options(source, tmp_path):
     with pytest.raises(UnknownNameError, match="'safetensors', 'npy', 'hdf5', 'pt'"):
-        convert(source, tmp_path / "out", "parquet")
+        convert(source, tmp_path / "out", "zarr")
     with pytest.raises(UnknownNameError, match="float16"):
         convert(source, tmp_path / "out", dtype="float17")
     with pytest.raises(IncompatibleOptionsError, match="only floating"):

@@ -20,7 +20,7 @@ from jasper_store.errors import (
     IncompatibleOptionsError,
     IntegrityError,
 )
-from jasper_store.formats.base import Chunked, Extent, FileWriter, Format, FormatName, Schema, TensorSpec
+from jasper_store.formats.base import Chunked, Extent, FileWriter, Format, FormatName, Inline, Schema, TensorSpec
 from jasper_store.formats.files import tensor_bytes
 from jasper_store.formats.hdf5.chunks import ChunkedReader
 from jasper_store.formats.registry import FORMATS
@@ -67,6 +67,7 @@ def read(spec: TensorSpec) -> torch.Tensor:
         reader.close()
         return out
     if not isinstance(location, Extent):
+        assert isinstance(location, Inline)
         assert location.values.dtype == spec.dtype
         assert tuple(location.values.shape) == spec.shape
         return location.values

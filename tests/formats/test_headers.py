@@ -214,7 +214,11 @@ def test_npy_headers(tmp_path, description, fortran, shape, nbytes, version):
         nbytes = 8
     write_npy(path, repr(header), bytes(nbytes if 0 <= nbytes <= 1000 else 8), version)
     if damage.opened("npy", path) == "opened":
-        (spec,) = NpyFormat().locate(path, Schema())
+        specs = NpyFormat().locate(path, Schema())
+        if not specs:
+            assert len(NpyFormat().skipped(path, Schema())) == 1
+            return
+        (spec,) = specs
         theirs = np.load(path, allow_pickle=False)
         if spec.dtype == torch.bfloat16:
             theirs = theirs.view("<u2")

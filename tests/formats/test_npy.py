@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats.base import Extent, Schema
+from jasper_store.formats.registry import skipped_in
 from tests.formats.conformance import FormatSuite, read, same, values
 
 
@@ -49,8 +52,6 @@ class TestNpy(FormatSuite):
         ("array", "why"),
         [
             (np.arange(3, dtype=">i4"), "big-endian.*newbyteorder"),
-            (np.array([{}, None], dtype=object), "pickled Python objects"),
-            (np.array(["a"]), "no torch equal"),
             (np.array([(1, 2.0)], dtype=[("a", "<i4"), ("b", "<f4")]), "structured"),
             (np.array([1], dtype="datetime64[s]"), "no torch equal"),
             (np.zeros(2, dtype=np.longdouble), "no torch equal"),
@@ -60,6 +61,22 @@ class TestNpy(FormatSuite):
         np.save(tmp_path / "x.npy", array, allow_pickle=True)
         with pytest.raises(CorruptFileError, match=why):
             self.format.locate(tmp_path / "x.npy", Schema())
+
+    @pytest.mark.parametrize(
+        ("array", "why"),
+        [
+            (np.array([{}, None], dtype=object), "pickled Python objects"),
+            (np.array(["a", "bc"]), r"strings \(<U2, shape \[2\]\)"),
+            (np.array([[b"a"]]), r"strings \(\|S1, shape \[1, 1\]\)"),
+        ],
+    )
+    def test_what_is_skipped(self, tmp_path, array, why):
+        path = tmp_path / "x.npy"
+        np.save(path, array, allow_pickle=True)
+        assert self.format.locate(path, Schema()) == []
+        (skip,) = skipped_in(self.format, path, Schema())
+        assert (skip.name, skip.path) == ("x", path)
+        assert re.search(why, skip.reason)
 
     def test_nothing_may_follow_the_data(self, tmp_path):
         path = self.written(tmp_path, torch.ones(3))

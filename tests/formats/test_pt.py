@@ -160,10 +160,8 @@ class TestPt(FormatSuite):
     @pytest.mark.parametrize(
         "saved",
         [
-            "text",
             None,
             {"a": {"b": torch.ones(2)}},
-            {"a": "text"},
             {1: torch.ones(2)},
             [[1], ["a"]],
             [[1], [1.5]],

@@ -265,8 +265,10 @@ def test_one_hdf5_file_is_the_dataset(tmp_path):
 
 
 def test_an_unknown_format(tmp_path):
-    with pytest.raises(UnknownNameError, match="'parquet'; use 'auto' or one of 'safetensors', 'npy', 'hdf5', 'pt'"):
-        locate(tmp_path, "parquet", NONE)
+    with pytest.raises(
+        UnknownNameError, match="'csv'; use 'auto' or one of 'safetensors', 'npy', 'hdf5', 'pt', 'arrow'"
+    ):
+        locate(tmp_path, "csv", NONE)
 
 
 def test_nothing_there(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.conversion import converter, writer
+from jasper_store.conversion import writer
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats import registry
 from jasper_store.formats.base import Extent, TensorSpec
@@ -56,7 +56,7 @@ def registered() -> Any:
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     formats = registered()
-    for module in (registry, conformance, converter, writer):
+    for module in (registry, conformance, writer):
         monkeypatch.setattr(module, "FORMATS", formats)
     monkeypatch.setattr(registry, "AUTO_ORDER", (*registry.AUTO_ORDER, "raw"))
     # The suite kills a process of its own, which has to register the format, too.

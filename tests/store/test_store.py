@@ -150,7 +150,7 @@ class TestOpening:
             with pytest.raises(DatasetNotFoundError):
                 open_store(path)
         with pytest.raises(UnknownNameError):
-            open_store(tmp_path, format="parquet")
+            open_store(tmp_path, format="zarr")
 
     def test_cuda_that_is_not_there(self, dataset, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

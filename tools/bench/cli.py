@@ -69,7 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     draw = commands.add_parser("render", help="write tables and plots into the documentation")
     draw.add_argument("json", type=Path, nargs="+", help="results; the cases of later files join those of the first")
     draw.add_argument(
-        "--into", type=Path, nargs="*", help="Markdown files with markers (docs/performance.md, README.md)"
+        "--into",
+        type=Path,
+        nargs="*",
+        help="Markdown files with markers (docs/performance.md, README.md, docs/index.md)",
     )
     draw.add_argument("--check", action="store_true", help="write nothing; status 1 if a file would change")
     draw.set_defaults(command=_render)
@@ -137,7 +140,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _render(arguments: argparse.Namespace) -> int:
     document = results.joined([results.load(path) for path in arguments.json])
-    into = arguments.into or [path for path in (Path("docs/performance.md"), Path("README.md")) if path.exists()]
+    pages = (Path("docs/performance.md"), Path("README.md"), Path("docs/index.md"))
+    into = arguments.into or [path for path in pages if path.exists()]
     changed = [path for path in into if render.update(path, document, write=not arguments.check)]
     for path in changed:
         print(f"{path}: {'would change' if arguments.check else 'written'}")

@@ -95,7 +95,7 @@ class ChunkedReader:
 
     def close(self) -> None:
         """Close the file once no call reads from it; reading afterwards raises ClosedError. Safe to call twice."""
-        # In this order: a thread that opens the file now looks at the first after it has set the second.
+        # In this order: a thread that is opening the file checks _closed after it has set _open.
         self._closed = True
         source, self._open = self._open, None
         if source is not None:
@@ -114,7 +114,7 @@ class ChunkedReader:
 
     @contextmanager
     def _source(self) -> Iterator[OpenChunks]:
-        """The open file, which stays open within."""
+        """The file, which stays open inside the ``with`` block."""
         source = self._opened()
         if not source.acquire():
             raise self._was_closed()

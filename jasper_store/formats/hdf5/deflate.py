@@ -241,7 +241,7 @@ class _Coder:
         return self._chosen is _store
 
     def like(self, other: _Coder) -> bool:
-        """Whether the plane that follows has the same encoding, and not a code of its own."""
+        """Whether the plane that follows has the same encoding, and not a separate code."""
         same = self._chosen is other._chosen is not _huffman
         average = self._size / self.planes
         return same and average / 2 <= other._size <= average * 2

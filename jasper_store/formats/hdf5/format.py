@@ -1,4 +1,4 @@
-"""HDF5: one file that holds every tensor of a dataset under a path of its own.
+"""HDF5: one file that holds every tensor of a dataset, each under its own path.
 
 A contiguous dataset is one run of bytes, so it becomes an :class:`Extent` and is mapped like any other file. A
 chunked or compressed one becomes :class:`Chunked`. What lies in other files is never read: soft and external links are
@@ -11,21 +11,23 @@ Source: https://support.hdfgroup.org/documentation/hdf5/latest/ and https://docs
 from __future__ import annotations
 
 import math
-import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from jasper_store.errors import JasperStoreWarning
-from jasper_store.formats.base import Chunked, Extent, Inline, TensorSpec
+from jasper_store.formats.base import Chunked, Extent, Inline, Skipped, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
 from jasper_store.formats.hdf5.header import Headers, ObjectHeader
 from jasper_store.formats.hdf5.heap import check_heaps
 from jasper_store.formats.hdf5.library import corrupt, describe_filters, open_file
+from jasper_store.formats.hdf5.texts import read_texts
 from jasper_store.formats.hdf5.variable import longest_row
+from jasper_store.formats.texts import SkippedMemo, Texts
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -51,6 +53,7 @@ _DTYPES = {
         "float64",
     )
 }
+_MEMO = SkippedMemo()
 # A row per dataset below this depth of groups is a damaged file, not a layout.
 _MAX_DEPTH = 32
 # Two links may lead to one object, and two groups' links to one group: what a file lists is counted as it is walked.
@@ -77,10 +80,27 @@ class Hdf5Format:
 
         A dataset is named by ``schema.hdf5_paths`` and ``schema.hdf5_aliases``, else by its path. A group of
         ``values`` and ``offsets``, a group of datasets ``"0"`` to ``"N-1"`` and a variable-length dataset of
-        ints are ragged tensors. What cannot be a tensor (texts, compounds) is skipped with a warning.
+        ints are ragged tensors. What cannot be a tensor (texts, compounds) is skipped.
         """
+        return list(self._walked(path, schema).specs.values())
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
+        """See :class:`jasper_store.formats.base.SupportsSkipped`: texts, compounds, datasets without a shape."""
+        known = _MEMO.get(_memo_key(path, schema))
+        return self._walked(path, schema).skipped if known is None else known
+
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: datasets of strings, of fixed or variable length."""
+        texts = self._walked(path, schema).texts
+        return [Texts(name, path, rows, partial(read_texts, path, name, key)) for name, (key, rows) in texts.items()]
+
+    def _walked(self, path: Path, schema: Schema) -> _Walk:
+        memo_key = _memo_key(path, schema)
         with open_for_reading(path) as (raw, _), open_file(path) as (file, size):
-            return _Walk(path, size, schema, Headers(path, raw, size)).run(file)
+            walk = _Walk(path, size, schema, Headers(path, raw, size))
+            walk.group(file, "", frozenset())
+        _MEMO.put(memo_key, walk.skipped)
+        return walk
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
         """See :meth:`jasper_store.formats.base.Format.writer`; several tensors, rows must be known.
@@ -94,6 +114,12 @@ class Hdf5Format:
         from jasper_store.formats.hdf5.writer import make_writer
 
         return make_writer(path, schema, compression)
+
+
+def _memo_key(path: Path, schema: Schema) -> Hashable:
+    """What decides which datasets of a file are skipped, and their names."""
+    named = (frozenset(names.items()) for names in (schema.hdf5_paths, schema.hdf5_aliases))
+    return SkippedMemo.key(path, schema.required, *named)
 
 
 class _UnsupportedError(Exception):
@@ -115,11 +141,9 @@ class _Walk:
             {p.strip("/"): name for p, name in schema.hdf5_aliases.items() if p.strip("/") not in self.names}
         )
         self.specs: dict[str, TensorSpec] = {}
+        self.skipped: list[Skipped] = []
+        self.texts: dict[str, tuple[str, int]] = {}
         self.heaps_checked = False
-
-    def run(self, file: Any) -> list[TensorSpec]:
-        self.group(file, "", frozenset())
-        return list(self.specs.values())
 
     def name_of(self, key: str) -> str:
         """Name of the tensor at an HDF5 path."""
@@ -189,7 +213,9 @@ class _Walk:
         except _UnsupportedError as exc:
             if name in self.required:
                 corrupt(self.path, f"dataset {key!r:.100} should hold numbers: {exc}.", tensor=name, cause=exc)
-            warnings.warn(f"{self.path}: dataset {key!r:.100} is skipped: {exc}.", JasperStoreWarning, stacklevel=2)
+            self.skipped.append(Skipped(name, self.path, str(exc)))
+            if h5py.check_string_dtype(dataset.dtype) is not None and dataset.ndim == 1:
+                self.texts[name] = key, dataset.shape[0]
 
     def spend(self, key: str, n: int) -> None:
         self.budget -= n
@@ -273,6 +299,8 @@ class _Walk:
 
         tid = dataset.id.get_type()
         stored: np.dtype[Any] = dataset.dtype
+        if h5py.check_string_dtype(stored) is not None:
+            raise _UnsupportedError("it holds strings, not numbers")
         if stored.kind not in "biuf":
             raise _UnsupportedError(f"{stored} is no number")
         if stored.byteorder == ">":

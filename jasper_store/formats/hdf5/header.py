@@ -27,7 +27,7 @@ __all__ = ["Headers", "ObjectHeader"]
 
 _DATATYPE, _OLD_FILL, _FILL, _EXTERNAL, _LAYOUT, _ATTRIBUTE, _CONTINUATION, _LINKS = 3, 4, 5, 7, 8, 12, 16, 17
 _SHARED = 0x02  # in a message's flags: the message itself lies elsewhere
-_COMMITTED = 2  # how a shared message says that it is an object of its own
+_COMMITTED = 2  # how a shared message says that it is a separate object
 _CHUNKED, _VIRTUAL = 2, 3
 _VARIABLE = 9  # class of a datatype
 # Bytes that are read at first; most headers are shorter.
@@ -123,7 +123,7 @@ class Headers:
             check_chunk_tree(self.raw, self.raw.offset(data, 8 if version < 3 else 3, what), dimensions, key)
 
     def _datatype(self, data: bytes, shared: bool, key: str) -> int:
-        """Check a datatype, or the object of its own that it is, and return the bytes of an element."""
+        """Check a datatype, or the separate object that it is, and return the bytes of an element."""
         what = f"the header of {key!r:.100}"
         if not shared:
             check_datatype(self.raw, data, 0, what)

@@ -16,19 +16,23 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import torch
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
-from jasper_store.formats.base import Extent, Inline, TensorSpec, contiguous_strides
+from jasper_store.formats.base import Extent, Inline, Skipped, TensorSpec, contiguous_strides
 from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt import ragged as pt_ragged, unpickle as pt_pickle
 from jasper_store.formats.pt.unpickle import PickleError, PtTensor, describe
+from jasper_store.formats.texts import SkippedMemo, Texts, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.texts import Block
 
 __all__ = ["PtFormat"]
+
+_MEMO = SkippedMemo()
 
 _INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -53,17 +57,20 @@ class PtFormat:
         tensors of ints, is a ragged tensor: ``X.values`` and ``X.offsets``. A number or a flat list of numbers
         becomes a tensor as ``torch.tensor`` would make it.
         """
-        with open_for_reading(path) as (file, size), _translated(path):
-            archive = _Archive(path, file, size)
-            name = stem_of(path, self.suffixes)
-            pickled = archive.pickle()
-            ragged = pt_ragged.parse(pickled)
-            if ragged is not None and len(ragged[1]) > 1:
-                return archive.ragged(name, *ragged)
-            found = pt_pickle.load(pickled)
-            if not isinstance(found, dict):
-                return archive.specs(name, found)
-            return [spec for key, value in found.items() for spec in archive.specs(_key(path, key), value)]
+        key = _MEMO.key(path)
+        specs, skipped = _read(path, stem_of(path, self.suffixes))
+        _MEMO.put(key, skipped)
+        return specs
+
+    def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.base.SupportsSkipped`: texts, and lists that hold a text."""
+        key = _MEMO.key(path)
+        known = _MEMO.get(key)
+        return _MEMO.put(key, _read(path, stem_of(path, self.suffixes))[1]) if known is None else known
+
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002 - names need no schema
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: lists of texts, all in memory as UTF-8."""
+        return [_in_memory(path, name, rows) for name, rows in _columns(path, stem_of(path, self.suffixes)).items()]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
@@ -80,6 +87,64 @@ class PtFormat:
         from jasper_store.formats.pt.writer import write_ragged
 
         write_ragged(path, offsets, blocks)
+
+
+def _read(path: Path, name: str) -> tuple[list[TensorSpec], list[Skipped]]:
+    """The tensors of a file, and what else is in it."""
+    with open_for_reading(path) as (file, size), _translated(path):
+        archive = _Archive(path, file, size)
+        pickled = archive.pickle()
+        ragged = pt_ragged.parse(pickled)
+        if ragged is not None and len(ragged[1]) > 1:
+            return archive.ragged(name, *ragged), []
+        specs: list[TensorSpec] = []
+        skipped: list[Skipped] = []
+        for key, value in _named(path, name, pt_pickle.load(pickled)):
+            reason = _why_no_tensor(value)
+            if reason:
+                skipped.append(Skipped(key, path, reason))
+            else:
+                specs += archive.specs(key, value)
+        return specs, skipped
+
+
+def _named(path: Path, name: str, found: Any) -> list[tuple[str, Any]]:
+    """What a pickle holds by name: a dictionary's values by their keys, anything else by the file's name."""
+    return [(_key(path, key), value) for key, value in found.items()] if isinstance(found, dict) else [(name, found)]
+
+
+def _why_no_tensor(value: Any) -> str:
+    """What is said of a text, or of a list with a text in it; ``""`` of anything else."""
+    if isinstance(value, str):
+        return f"it is a text, {describe(value)}"
+    if isinstance(value, list | tuple) and any(isinstance(row, str) for row in value):
+        return f"it holds strings ({describe(value)}), not numbers"
+    return ""
+
+
+def _columns(path: Path, name: str) -> dict[str, list[str]]:
+    """The lists of texts in a file by name."""
+    with open_for_reading(path) as (file, size), _translated(path):
+        archive = _Archive(path, file, size)
+        named = _named(path, name, pt_pickle.load(archive.pickle()))
+        found = {key: rows for key, rows in named if isinstance(rows, list | tuple) and rows}
+        columns = {key: list(rows) for key, rows in found.items() if all(isinstance(row, str) for row in rows)}
+        for key, rows in columns.items():
+            archive.spend(key, sum(map(len, rows)) + len(rows))  # one text may be in the list many times
+    return columns
+
+
+def _in_memory(path: Path, name: str, rows: list[str]) -> Texts:
+    blocks: list[Block] = []
+
+    def read() -> Iterator[Block]:
+        # Encoded when first read, since a text that UTF-8 cannot hold is an error of reading it.
+        if not blocks:
+            blocks.append(encode(name, rows))
+            rows.clear()
+        return iter(blocks)
+
+    return Texts(name, path, len(rows), read)
 
 
 def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:
@@ -212,7 +277,7 @@ class _Archive:
 
     def _list(self, name: str, rows: list[Any]) -> list[TensorSpec]:
         if rows and all(type(row) in (int, float, bool) for row in rows):
-            self._spend(name, len(rows))
+            self.spend(name, len(rows))
             return [self._inline(name, _as_tensor(self.path, name, rows))]
         values, lengths = array("q"), array("q")
         for i, row in enumerate(rows):
@@ -223,7 +288,8 @@ class _Archive:
         torch.cumsum(_int64(lengths), 0, out=offsets[1:])
         return self.ragged(name, _int64(values), offsets)
 
-    def _spend(self, name: str, n: int) -> None:
+    def spend(self, name: str, n: int) -> None:
+        """Count values that are made of the pickle, and refuse more than the file's bytes explain."""
         self.budget -= n
         if self.budget < 0:
             _corrupt(
@@ -235,7 +301,7 @@ class _Archive:
     def _add_row(self, name: str, i: int, row: object, values: array[int]) -> None:
         """Append one row of a ragged tensor."""
         if isinstance(row, list | tuple):
-            self._spend(name, len(row))
+            self.spend(name, len(row))
             if all(type(v) is int for v in row):
                 try:
                     values.extend(row)
@@ -249,7 +315,7 @@ class _Archive:
             n = row.shape[0]
             if isinstance(location, Extent):
                 span = (n - 1) * row.strides[0] + 1
-                self._spend(name, max(n, span))
+                self.spend(name, max(n, span))
                 raw = bytearray(read_at(self.file, location.offset, span * row.dtype.itemsize))
                 read = torch.frombuffer(raw, dtype=row.dtype).as_strided((n,), (row.strides[0],))
                 values.frombytes(read.to(torch.int64).numpy().tobytes())

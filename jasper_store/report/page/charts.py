@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 COLOURED = 10
-"""Clusters that have a colour of their own; one more than this and colours cannot be told apart."""
+"""Clusters that get a separate colour; more colours than this cannot be told apart."""
 
 _MOST_EPOCHS, _MOST_BARS = 400, 110
 

@@ -1,6 +1,6 @@
 """The picture of a sample: which tensors it is looked up in, whose values name the rows, and the fields that come of it.
 
-Each lookup has exactly one thing that names its rows, so the graph is a tree below the position of the sample. It is
+Exactly one index names the rows of each lookup, so the graph is a tree below the position of the sample. It is
 drawn as one: a box for each lookup below the one that names its rows, and its fields to the right of it.
 """
 

@@ -179,7 +179,7 @@ def test_unknown_names(ds: JASPERSteeringDataset, directory: Path) -> None:
     with pytest.raises(UnknownNameError, match="train, val, test"):
         JASPERSteeringDataset(directory, "training")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="safetensors"):
-        JASPERSteeringDataset(directory, "train", storage_format="parquet")
+        JASPERSteeringDataset(directory, "train", storage_format="xlsx")
 
 
 def test_both_config_forms(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_unknown_names(ds: JASPERSteeringDataset, directory: Path) -> None:
     with pytest.raises(UnknownNameError, match="train, val, test"):
         JASPERSteeringDataset(directory, "training")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="safetensors"):
-        JASPERSteeringDataset(directory, "train", storage_format="parquet")
+        JASPERSteeringDataset(directory, "train", storage_format="xlsx")
 
 
 def test_both_config_forms(tmp_path: Path) -> None:
@@ -417,12 +417,12 @@ def test_a_copy_lives_where_the_dataset_does(directory: Path, copying: Any, *, u
 
 def test_what_a_subclass_adds_is_copied(directory: Path) -> None:
     class Mine(JASPERSteeringDataset):
-        pass
+        notes: dict[str, list[int]]
 
     ds = Mine(directory, "train")
-    ds.notes = {"seen": [1]}  # type: ignore[attr-defined]
+    ds.notes = {"seen": [1]}
     shallow, deep = copy.copy(ds), copy.deepcopy(ds)
-    assert shallow.notes is ds.notes  # type: ignore[attr-defined]
-    assert deep.notes == ds.notes  # type: ignore[attr-defined]
-    assert deep.notes["seen"] is not ds.notes["seen"]  # type: ignore[attr-defined]
+    assert shallow.notes is ds.notes
+    assert deep.notes == ds.notes
+    assert deep.notes["seen"] is not ds.notes["seen"]
     assert type(deep) is Mine

@@ -1,7 +1,7 @@
 """Train on pre-computed embeddings from disk, memory or GPU.
 
 One tensor API over ``.pt``, HDF5, safetensors and ``.npy``; a planner that says what to preload, what to map, and
-why; converters that can be trusted; and :class:`JASPERSteeringDataset` with its loaders::
+why; converters that verify what they write; and :class:`JASPERSteeringDataset` with its loaders::
 
     import jasper_store as js
 

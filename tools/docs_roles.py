@@ -1,8 +1,8 @@
-"""Turn cross-references of docstrings into links: a hook of mkdocs (``hooks`` in ``mkdocs.yml``).
+"""Take reStructuredText out of the API page: a hook of mkdocs (``hooks`` in ``mkdocs.yml``).
 
 Docstrings name other objects by Sphinx's roles, ``:class:`Dataset```, which Python tools understand. mkdocstrings reads
 docstrings as Markdown and would print a role as it stands. This hook replaces each role in a finished page: by a link to
-the object's entry where the page has one, else by its name as code.
+the object's entry where the page has one, else by its name as code. The two colons before a block of code become one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 __all__ = ["on_page_content", "without_roles"]
 
 _ROLE = re.compile(r":(?:py:)?[a-z]+:<code>(?P<name>~?[^<]+)</code>")
+_LONE_COLONS = re.compile(r"<p>::</p>\s*(?=<(?:pre|div))")
+_COLONS = re.compile(r"::</p>(?=\s*<(?:pre|div))")
 _ID = re.compile(r'\bid="(?P<id>[A-Za-z_][\w.]*)"')
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Called by mkdocs with the content of each page."""
-    return without_roles(html)
+    return _COLONS.sub(":</p>", _LONE_COLONS.sub("", without_roles(html)))
 
 
 def without_roles(html: str) -> str:

@@ -19,6 +19,7 @@ from jasper_store.jasper.api import open as open_dataset, plan
 from jasper_store.jasper.recognise import Known, known_at
 from jasper_store.memory.budget import measure
 from jasper_store.samples.declaration import everything
+from jasper_store.samples.integrity import unrecorded
 from jasper_store.store.placement import Plan
 
 __all__ = ["BenchReport", "TensorRate", "bench"]
@@ -62,6 +63,8 @@ class BenchReport:
         open_seconds: opening it mapped, the fastest of three.
         tensors: rows per second.
         loader: samples per second.
+        planned: bytes ``"preloaded"`` and ``"mapped"`` (or read by chunks) of the loader's placement ``"planned"``;
+            empty where that was not measured.
         torch_load: seconds of ``torch.load`` of all ``.pt`` files, by ``"warm"`` and ``"cold"``.
         disk: the disk's own rates.
         notes: what was not measured, and why.
@@ -75,6 +78,7 @@ class BenchReport:
     open_seconds: float = 0.0
     tensors: list[TensorRate] = field(default_factory=list)
     loader: list[LoaderRate] = field(default_factory=list)
+    planned: dict[str, int] = field(default_factory=dict)
     torch_load: dict[str, float] = field(default_factory=dict)
     disk: list[DiskRate] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -95,9 +99,10 @@ def bench(
     batch_sizes: tuple[int, ...] = (32, 256, 1024),
     seconds: float = 25.0,
     cold: bool = True,
+    memory_limit: int | str | None = None,
     step: Step | None = None,
 ) -> BenchReport:
-    """Measure how fast a dataset is served here, in a bounded time, from files as they are.
+    """Measure how fast a dataset is served here, in a bounded time, from files as they are. Writes nothing.
 
     Args:
         path: a dataset directory, any directory of tensor files, or one file.
@@ -105,6 +110,7 @@ def bench(
         batch_sizes: batch sizes of the loader.
         seconds: about how long all of it may take.
         cold: measure the disk too; for this the files are dropped from the page cache.
+        memory_limit: upper bound on what may be preloaded where the planner decides: bytes, or such as ``"8GiB"``.
         step: called with a few words as each part begins.
 
     Raises:
@@ -117,12 +123,13 @@ def bench(
             f"batch_sizes={list(batch_sizes)}"
         )
     began = time.perf_counter()
-    run = _Run(Path(path), storage_format, seconds, step or (lambda _: None), cold=cold)
-    run.opening()
-    run.disk()
-    run.rows()
-    run.torch_load()
-    run.loader(batch_sizes)
+    with unrecorded():
+        run = _Run(Path(path), storage_format, seconds, step or (lambda _: None), cold=cold, memory_limit=memory_limit)
+        run.opening()
+        run.disk()
+        run.rows()
+        run.torch_load()
+        run.loader(batch_sizes)
     run.report.seconds = time.perf_counter() - began
     return run.report
 
@@ -130,8 +137,17 @@ def bench(
 class _Run:
     """The parts of one benchmark."""
 
-    def __init__(self, path: Path, storage_format: str, seconds: float, step: Step, *, cold: bool) -> None:
-        self.path, self.seconds, self.step = path, seconds, step
+    def __init__(
+        self,
+        path: Path,
+        storage_format: str,
+        seconds: float,
+        step: Step,
+        *,
+        cold: bool,
+        memory_limit: int | str | None,
+    ) -> None:
+        self.path, self.seconds, self.step, self.memory_limit = path, seconds, step, memory_limit
         with quietly():
             self.known: Known = known_at(path)
             located = locate(path, storage_format, self.known.schema)
@@ -227,8 +243,10 @@ class _Run:
         ways: list[tuple[bool | None, bool]] = [(True, False)]
         if self.cold:
             ways.insert(0, (True, True))
-        if self._plan().bytes_in("ram") and self.report.nbytes / _PRELOAD_RATE < self.seconds * _LOADER:
+        made = self._plan()
+        if made.preloaded_nbytes and made.preloaded_nbytes / _PRELOAD_RATE < self.seconds * _LOADER:
             ways.append((None, False))
+            self.report.planned = {"preloaded": made.preloaded_nbytes, "mapped": made.nbytes - made.preloaded_nbytes}
         else:
             self.report.notes.append(
                 "loader: preloading was not measured, the data is too large for the time or memory"
@@ -246,6 +264,7 @@ class _Run:
                         split=split,
                         storage_format=self.format,
                         use_mmap=use_mmap,
+                        memory_limit=self.memory_limit,
                         seconds=share,
                         cold=cold,
                     )
@@ -263,4 +282,4 @@ class _Run:
 
     def _plan(self) -> Plan:
         with quietly():
-            return plan(self.path, format=self.format)
+            return plan(self.path, format=self.format, memory_limit=self.memory_limit)

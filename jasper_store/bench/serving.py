@@ -59,6 +59,7 @@ def loader_rate(
     split: str | None = "train",
     storage_format: str = "auto",
     use_mmap: bool | None = None,
+    memory_limit: int | str | None = None,
     seconds: float = 0.5,
     cold: bool = False,
 ) -> LoaderRate:
@@ -70,6 +71,7 @@ def loader_rate(
         split: split to serve; ``None`` for a dataset without.
         storage_format: format to read.
         use_mmap: as :func:`~jasper_store.jasper.loader.create_loader`.
+        memory_limit: as there.
         seconds: about how long to measure; at least one batch is served.
         cold: measure the first pass. Otherwise the same batches are served once before, so that it is the page
             cache that serves them, also where the dataset as a whole does not fit there.
@@ -78,7 +80,13 @@ def loader_rate(
     with quietly():
         began = time.perf_counter()
         loader = create_loader(
-            path, split, batch_size, storage_format=storage_format, use_mmap=use_mmap, drop_last=False
+            path,
+            split,
+            batch_size,
+            storage_format=storage_format,
+            use_mmap=use_mmap,
+            memory_limit=memory_limit,
+            drop_last=False,
         )
         opened = time.perf_counter() - began
         with loader.dataset_obj:

@@ -1,7 +1,13 @@
-"""``jasper-store``: the commands, and what they share."""
+"""``jasper-store``: the commands, and what they share.
+
+The files of the commands import torch, and whatever imports it, inside the functions that need it: ``--help``,
+``--version`` and completion answer before torch would be there.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -25,11 +31,26 @@ from jasper_store.cli.warm import warm
 __all__ = ["app", "main"]
 
 
+class _Flags:
+    """The flags of the command that is at work, which is known only once it was parsed."""
+
+    def __init__(self, group: TyperGroup, ctx: Any) -> None:
+        self._group, self._ctx = group, ctx
+
+    def __contains__(self, flag: object) -> bool:
+        command = self._group.commands.get(self._ctx.invoked_subcommand or "")
+        return command is None or any(flag in {*param.opts, *param.secondary_opts} for param in command.params)
+
+
 class _Commands(TyperGroup):
     """Reports the library's errors the same way for every command, also under a test's runner."""
 
+    def main(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:
+        self._json = "--json" in (sys.argv[1:] if args is None else args)
+        return super().main(args, *more, **options)
+
     def invoke(self, ctx: Any) -> Any:
-        with reported(debug=bool(ctx.params.get("debug"))):
+        with reported(debug=bool(ctx.params.get("debug")), json=self._json, known=_Flags(self, ctx)):
             return super().invoke(ctx)
 
 

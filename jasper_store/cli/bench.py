@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from jasper_store.bench.disk import DiskRate
-from jasper_store.bench.run import BenchReport, bench as measure
 from jasper_store.cli.console import print_json, progress, results, table
-from jasper_store.cli.options import Directory, FormatOption, Json
-from jasper_store.memory.budget import format_bytes
+from jasper_store.cli.options import Directory, FormatOption, Json, MemoryLimit
+from jasper_store.memory.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from jasper_store.bench.disk import DiskRate
+    from jasper_store.bench.run import BenchReport
 
 __all__ = ["bench"]
 
@@ -32,16 +34,21 @@ def bench(
         bool,
         typer.Option("--cold/--no-cold", help="Also measure from the disk: the page cache drops this dataset's files."),
     ] = True,
+    memory_limit: MemoryLimit = None,
     json: Json = False,
 ) -> None:
     """Measure how fast this dataset is served on this machine, cold and warm, against torch.load and the disk.
 
     Takes about half a minute. Nothing is written; with --cold the dataset's files leave the page cache.
+    With --memory-limit it also shows the speed where only part of the data may be preloaded.
 
     Examples:
       jasper-store bench data/
+      jasper-store bench data/ --memory-limit 8GiB
       jasper-store bench data/ --no-cold --seconds 5 --batch-size 256 --json
     """
+    from jasper_store.bench.run import bench as measure
+
     with progress() as bars:
         task = bars.add_task("measuring", total=None)
         report = measure(
@@ -50,6 +57,7 @@ def bench(
             batch_sizes=tuple(batch_sizes or (32, 256, 1024)),
             seconds=seconds,
             cold=cold,
+            memory_limit=memory_limit,
             step=lambda what: bars.update(task, description=f"measuring {what}"),
         )
     if json:
@@ -79,8 +87,13 @@ def _show_loader(report: BenchReport, out: Console) -> None:
     sizes = list(dict.fromkeys(rate.batch_size for rate in report.loader))
     ways = list(dict.fromkeys((rate.placement, rate.state) for rate in report.loader))
     found = {(rate.placement, rate.state, rate.batch_size): rate for rate in report.loader}
+    shares = ", ".join(f"{format_bytes(size)} {place}" for place, size in report.planned.items() if size)
+    names = {"planned": f"as planned ({shares})"}
     cells = [
-        (f"{placement}, {state}", *(_samples(found.get((placement, state, size))) for size in sizes))
+        (
+            f"{names.get(placement, placement)}, {state}",
+            *(_samples(found.get((placement, state, size))) for size in sizes),
+        )
         for placement, state in ways
     ]
     columns = ("data", *(f"batch {size}" for size in sizes))

@@ -19,8 +19,15 @@ __all__ = ["bar", "errors", "print_json", "progress", "results", "table"]
 _PIPE_WIDTH = 240
 
 
+class _Console(Console):
+    """Leaves a closed pipe to :func:`jasper_store.cli.errors.reported`; Rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704 (Rich calls this while it handles the BrokenPipeError)
+
+
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    console = _Console(stderr=stderr, highlight=False, soft_wrap=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
@@ -43,11 +50,21 @@ def print_json(value: object) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()) -> Group:
-    """A table under its title; the columns named in ``right`` are aligned to the right. Cells are markup."""
+    """A table under its title, the same for every command; where it is too wide, the cells of text fold.
+
+    Args:
+        title: text.
+        columns: heads of the columns.
+        rows: cells, as markup.
+        right: columns of numbers: aligned to the right, and never folded.
+    """
     made = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     numbers = set(right)
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        if column in numbers:
+            made.add_column(column, justify="right", no_wrap=True)
+        else:
+            made.add_column(column, overflow="fold")
     for row in rows:
         made.add_row(*row)
     # Rich would wrap a title of the table at the table's width.

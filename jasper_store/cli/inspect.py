@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from jasper_store.cli.console import bar, print_json, results, table
-from jasper_store.cli.known import manifest_says, samples_of
+from jasper_store.cli.errors import AlreadyShown, error_entry
 from jasper_store.cli.options import Directory, FormatOption, Json
-from jasper_store.formats.base import Chunked, Extent, Parts, Streamed, TensorSpec
-from jasper_store.formats.registry import Located, locate
-from jasper_store.jasper.config import read_config
-from jasper_store.jasper.recognise import is_jasper, known_at
-from jasper_store.memory.budget import format_bytes
-from jasper_store.report.sample import SampleView
-from jasper_store.samples.opened import CONFIG_NAME, load_config
-from jasper_store.store.tensors import resident_nbytes
+from jasper_store.memory.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.registry import Located
+    from jasper_store.report.sample import SampleView
 
 __all__ = ["inspect"]
 
@@ -30,6 +28,8 @@ class _Row:
 
     @property
     def lies(self) -> str:
+        from jasper_store.formats.base import Chunked, Extent, Parts, Streamed
+
         location = self.spec.location
         if isinstance(location, Extent):
             return f"{location.path.name} at {location.offset}"
@@ -45,6 +45,8 @@ class _Row:
         return f"{location.path.name}, with its header"
 
     def to_dict(self) -> dict[str, Any]:
+        from jasper_store.formats.base import Extent, Parts
+
         return {
             "name": self.spec.name,
             "dtype": _dtype(self.spec),
@@ -68,6 +70,11 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
       jasper-store inspect data/
       jasper-store inspect data/dataset.h5 --json | jq '.tensors[].name'
     """
+    from jasper_store.cli.known import manifest_says, samples_of
+    from jasper_store.formats.registry import locate
+    from jasper_store.jasper.recognise import known_at
+    from jasper_store.store.tensors import resident_nbytes
+
     located = locate(path, storage_format, known_at(path).schema)
     rows = [_Row(spec, resident_nbytes(spec)) for spec in located.specs]
     facts = _facts(path)
@@ -86,6 +93,7 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
                     {"name": skip.name, "file": str(skip.path), "reason": skip.reason} for skip in located.skipped
                 ],
                 "warnings": warnings,
+                "error": None if problem is None else error_entry(problem),
             }
         )
     else:
@@ -93,7 +101,7 @@ def inspect(path: Directory, storage_format: FormatOption = "auto", *, json: Jso
         if samples is not None:
             _show_fields(samples)
     if problem is not None:
-        raise problem
+        raise AlreadyShown(problem) if json else problem
 
 
 def _dtype(spec: TensorSpec) -> str:
@@ -102,6 +110,10 @@ def _dtype(spec: TensorSpec) -> str:
 
 def _facts(path: Path) -> dict[str, Any]:
     """What the dataset says of itself; nothing for a directory that is no JASPER dataset."""
+    from jasper_store.jasper.config import read_config
+    from jasper_store.jasper.recognise import is_jasper
+    from jasper_store.samples.opened import CONFIG_NAME, load_config
+
     if not (path / CONFIG_NAME).is_file():
         return {}
     if not is_jasper(path):

@@ -8,8 +8,23 @@ from typing import Annotated, TypeAlias
 import typer
 
 from jasper_store.cli.sizes import parse_size
+from jasper_store.errors import IncompatibleOptionsError
 
-__all__ = ["Device", "Directory", "FormatOption", "Json", "MemoryLimit", "Mmap", "Seed"]
+__all__ = [
+    "TRAIN_BATCH",
+    "Device",
+    "Directory",
+    "FormatOption",
+    "Json",
+    "MemoryLimit",
+    "Mmap",
+    "Preload",
+    "Seed",
+    "use_mmap",
+]
+
+TRAIN_BATCH = 32
+"""Samples per step of ``train``, unless asked for otherwise."""
 
 Directory: TypeAlias = Annotated[
     Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensor files, or one file.")
@@ -29,8 +44,10 @@ MemoryLimit: TypeAlias = Annotated[
     ),
 ]
 Mmap: TypeAlias = Annotated[
-    bool | None,
-    typer.Option("--mmap/--preload", help="Map everything, or preload everything; by default the planner decides."),
+    bool, typer.Option("--mmap", help="Map everything that can be; by default the planner decides.")
+]
+Preload: TypeAlias = Annotated[
+    bool, typer.Option("--preload", help="Preload everything; by default the planner decides.")
 ]
 Device: TypeAlias = Annotated[
     str | None, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:N or auto; by default host memory.")
@@ -39,3 +56,17 @@ Seed: TypeAlias = Annotated[
     int, typer.Option("--seed", min=0, help="Seed of the order, the steering draw and the model.")
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead.")]
+
+
+def use_mmap(*, mmap: bool, preload: bool) -> bool | None:
+    """What ``--mmap`` and ``--preload`` ask for; ``None`` leaves it to the planner.
+
+    Raises:
+        IncompatibleOptionsError: both.
+    """
+    if mmap and preload:
+        raise IncompatibleOptionsError(
+            "--mmap maps everything and --preload preloads everything; pass one of them, or neither to let the planner"
+            " decide"
+        )
+    return mmap or (False if preload else None)

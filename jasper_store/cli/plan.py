@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.markup import escape
 
 import jasper_store as js
 from jasper_store.cli.console import print_json, results, table
-from jasper_store.cli.known import manifest_says, samples_of
-from jasper_store.cli.options import Device, Directory, FormatOption, Json, MemoryLimit, Mmap
-from jasper_store.formats.registry import locate
-from jasper_store.jasper.recognise import known_at
-from jasper_store.memory.budget import format_bytes
-from jasper_store.store.placement import Plan
+from jasper_store.cli.errors import AlreadyShown, error_entry
+from jasper_store.cli.flags import in_flags
+from jasper_store.cli.options import Device, Directory, FormatOption, Json, MemoryLimit, Mmap, Preload, use_mmap
+from jasper_store.memory.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from jasper_store.store.placement import Plan
 
 __all__ = ["plan", "show_plan"]
 
@@ -21,8 +24,9 @@ def plan(
     storage_format: FormatOption = "auto",
     device: Device = None,
     memory_limit: MemoryLimit = None,
-    mmap: Mmap = None,
     *,
+    mmap: Mmap = False,
+    preload: Preload = False,
     json: Json = False,
 ) -> None:
     """Show where each tensor would live, and which bound on memory decides. Loads nothing.
@@ -34,18 +38,24 @@ def plan(
       jasper-store plan data/ --memory-limit 8GiB
       jasper-store plan data/ --device cuda
     """
-    made = js.plan(path, format=storage_format, device=device, use_mmap=mmap, memory_limit=memory_limit)
+    from jasper_store.cli.known import manifest_says, samples_of
+    from jasper_store.formats.registry import locate
+    from jasper_store.jasper.recognise import known_at
+
+    asked = use_mmap(mmap=mmap, preload=preload)
+    made = js.plan(path, format=storage_format, device=device, use_mmap=asked, memory_limit=memory_limit)
     located = locate(path, storage_format, known_at(path).schema)
     warnings = manifest_says(path, located)
     _, problem = samples_of(path, located.specs)
     if json:
-        print_json({**made.to_dict(), "manifest": warnings})
+        error = None if problem is None else error_entry(problem)
+        print_json({**made.to_dict(), "manifest": warnings, "error": error})
     else:
         show_plan(made, str(path))
         for warning in warnings:
             results().print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     if problem is not None:
-        raise problem
+        raise AlreadyShown(problem) if json else problem
 
 
 def show_plan(made: Plan, title: str) -> None:
@@ -57,7 +67,7 @@ def show_plan(made: Plan, title: str) -> None:
             format_bytes(entry.nbytes),
             f"{entry.reads_per_sample:.4g}",
             entry.placement,
-            escape(entry.reason),
+            escape(in_flags(entry.reason)),
         )
         for entry in made.entries
     ]
@@ -66,8 +76,8 @@ def show_plan(made: Plan, title: str) -> None:
     places = dict.fromkeys(entry.placement for entry in made.entries)
     parts = [f"{place} {format_bytes(made.bytes_in(place))}" for place in places]
     out.print(f"total {format_bytes(made.nbytes)}: " + ", ".join(parts), markup=False)
-    out.print(made.budget.explain(), markup=False)
+    out.print(in_flags(made.budget.explain()), markup=False)
     for note in made.notes:
-        out.print(f"note: {note}", markup=False, soft_wrap=True)
+        out.print(f"note: {in_flags(note)}", markup=False, soft_wrap=True)
     for warning in made.warnings:
-        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+        out.print(f"[yellow]warning:[/] {escape(in_flags(warning))}", soft_wrap=True)

@@ -8,12 +8,9 @@ from typing import Annotated
 import typer
 
 from jasper_store.cli.console import print_json, progress, results
-from jasper_store.cli.errors import FINDINGS
-from jasper_store.cli.options import FormatOption, Json
-from jasper_store.errors import ConversionError
-from jasper_store.files.atomic import write_bytes
-from jasper_store.report.gather import make_report
-from jasper_store.report.page.document import page
+from jasper_store.cli.exit_codes import ExitCode
+from jasper_store.cli.options import FormatOption, Json, MemoryLimit
+from jasper_store.cli.outputs import require_file
 
 __all__ = ["report"]
 
@@ -28,28 +25,35 @@ def report(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read all data once for its checksums and values.")
     ] = True,
+    memory_limit: MemoryLimit = None,
     json: Json = False,
 ) -> None:
     """Draw a dataset: placement, what a sample reads, speed, findings.
 
     One HTML page that holds everything it shows and fetches nothing; for a browser, also a phone's. Of a JASPER
     dataset it also shows curriculum, negatives, clusters, distributions and embeddings.
-    With --json its values go to stdout, and no page is written.
+    Nothing is written but the page; with --json its values go to stdout, and no page is written either.
     Exits with 4 if verification found errors, or the declaration in config.json does not fit the tensors; the page is
     written all the same, and shows them.
 
     Examples:
       jasper-store report data/
       jasper-store report data/ --out report.html --no-verify
+      jasper-store report data/ --memory-limit 8GiB
     """
+    from jasper_store.files.atomic import write_bytes
+    from jasper_store.report.gather import make_report
+    from jasper_store.report.page.document import page
+
     if not json:
-        _require_writable(out)
+        require_file(out)
     with progress() as bars:
         task = bars.add_task("looking", total=None)
         found = make_report(
             path,
             storage_format=storage_format,
             verify=verify,
+            memory_limit=memory_limit,
             step=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
         )
     if json:
@@ -58,12 +62,4 @@ def report(
         write_bytes(out, page(found).encode("utf-8", "replace"))
         results().print(f"{out}: open it in a browser", markup=False, soft_wrap=True)
     if not found.ok:
-        raise typer.Exit(FINDINGS)
-
-
-def _require_writable(out: Path) -> None:
-    """Say so before minutes of reading, not after."""
-    if out.is_dir():
-        raise ConversionError(f"{out} is a directory; pass the name of a file with --out", path=out)
-    if not out.absolute().parent.is_dir():
-        raise ConversionError(f"{out}: there is no directory {out.absolute().parent}; make it first", path=out)
+        raise typer.Exit(ExitCode.DATA)

@@ -1,4 +1,4 @@
-"""``jasper-store sample``: the bundled dataset as files of the user's, to try the other commands on."""
+"""``jasper-store sample``: copies the bundled dataset, to try the other commands on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ import typer
 
 from jasper_store.cli.console import print_json, results
 from jasper_store.cli.options import Json
-from jasper_store.conversion.staging import make_staging, publish
 from jasper_store.errors import ConversionError, DatasetNotFoundError
-from jasper_store.files.atomic import map_os_errors, require_space
-from jasper_store.memory.budget import format_bytes
 
 __all__ = ["SAMPLE", "sample"]
 
@@ -34,6 +31,8 @@ def sample(
     Examples:
       jasper-store sample data/
     """
+    from jasper_store.memory.budget import format_bytes
+
     if not SAMPLE.is_dir():
         raise DatasetNotFoundError(
             f"{SAMPLE}: the bundled sample is missing from this installation; install jasper-store again", path=SAMPLE
@@ -52,6 +51,10 @@ def sample(
 
 
 def _copy(files: list[Path], path: Path, nbytes: int) -> None:
+    # Imported here because they import torch, for which --help need not wait.
+    from jasper_store.conversion.staging import make_staging, publish
+    from jasper_store.files.atomic import map_os_errors, require_space
+
     target = path.absolute()
     if target.is_dir() and any(target.iterdir()):
         raise ConversionError(f"{path}: expected no directory of this name, or an empty one; name another", path=path)

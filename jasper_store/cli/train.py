@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import jasper_store as js
-from jasper_store.cli.console import print_json, progress, results
-from jasper_store.cli.epochs import curriculum_table, recall_table, run_epochs
-from jasper_store.cli.options import Device, FormatOption, Json, MemoryLimit, Mmap, Seed
+from jasper_store.cli.console import errors, print_json, progress, results
+from jasper_store.cli.options import TRAIN_BATCH, Device, FormatOption, Json, MemoryLimit, Mmap, Preload, Seed, use_mmap
+from jasper_store.cli.outputs import make_directory
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.model.predictor import dataset_of, evaluate, question_alone
-from jasper_store.model.training import Trainer, TrainingOptions
+
+if TYPE_CHECKING:
+    from jasper_store.loading.loader import Loader
+    from jasper_store.model.training import Trainer
 
 __all__ = ["train"]
 
@@ -24,31 +28,35 @@ _CHECKPOINT = "checkpoint.pt"
 def train(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A JASPER dataset directory.")],
     epochs: Annotated[int, typer.Option(min=1, help="Epochs in all, resumed ones included.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = TRAIN_BATCH,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for a checkpoint after every epoch.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Loader processes; 0 loads in this one.")] = 0,
     storage_format: FormatOption = "auto",
     device: Device = None,
     memory_limit: MemoryLimit = None,
-    mmap: Mmap = None,
     seed: Seed = 42,
     *,
+    mmap: Mmap = False,
+    preload: Preload = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, if any.")] = False,
     json: Json = False,
 ) -> None:
     """Train a small predictor (question + steering -> source); say what it gained on the validation split.
 
-    The curriculum moves with the epochs; with --out a checkpoint is written after each.
+    The curriculum moves with the epochs; with --out a checkpoint is written before the first and after each.
     With --resume too, a run that was interrupted ends with the weights of one that never stopped.
 
     Examples:
       jasper-store train data/ --epochs 20
       jasper-store train data/ --out run1/ --resume
     """
+    from jasper_store.model.predictor import evaluate, question_alone
+    from jasper_store.model.training import Trainer, TrainingOptions
+
     checkpoint = _checkpoint(out, resume=resume)
     opening: dict[str, Any] = {
         "storage_format": storage_format,
-        "use_mmap": mmap,
+        "use_mmap": use_mmap(mmap=mmap, preload=preload),
         "device": device,
         "memory_limit": memory_limit,
         "seed": seed,
@@ -56,14 +64,10 @@ def train(
     loader = js.create_loader(path, "train", batch_size, num_workers=workers, **opening)
     validation = js.create_loader(path, "val", max(batch_size, 256), **opening)
     trainer = Trainer(loader, TrainingOptions(epochs=epochs, seed=seed))
-    if checkpoint is not None and checkpoint.is_file():
-        trainer.load(checkpoint)
-    before = evaluate(validation, question_alone)
-    with progress() as bars:
-        for _ in run_epochs(trainer, bars):
-            if checkpoint is not None:
-                trainer.save(checkpoint)
-    after = evaluate(validation, trainer.model)
+    with _kept_in(checkpoint, trainer):
+        recalls = {"question": evaluate(validation, question_alone)}
+        _train(trainer, checkpoint)
+    recalls["trained"] = evaluate(validation, trainer.model)
     if json:
         print_json(
             {
@@ -72,16 +76,53 @@ def train(
                 "plan": trainer.dataset.store.plan.to_dict(),
                 "options": asdict(trainer.options),
                 "epochs": [asdict(report) for report in trainer.history],
-                "recall_at_1": {"question": before, "trained": after},
+                "recall_at_1": recalls,
                 "checkpoint": checkpoint and str(checkpoint),
             }
         )
-        return
+    else:
+        _show(trainer, validation, recalls, checkpoint)
+
+
+def _train(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Run the epochs that are left, with a checkpoint after each."""
+    from jasper_store.cli.epochs import run_epochs
+
+    with progress() as bars:
+        for _ in run_epochs(trainer, bars):
+            if checkpoint is not None:
+                trainer.save(checkpoint)
+
+
+def _show(trainer: Trainer, validation: Loader, recalls: dict[str, dict[str, float]], checkpoint: Path | None) -> None:
+    from jasper_store.cli.epochs import curriculum_table, recall_table
+    from jasper_store.model.predictor import dataset_of
+
     results().print(curriculum_table(trainer.history))
-    rows = {"question alone": before, "trained": after}
+    rows = {"question alone": recalls["question"], "trained": recalls["trained"]}
     results().print(recall_table(rows, trainer.dataset.n_neg, len(dataset_of(validation))))
     if checkpoint is not None:
         results().print(f"checkpoint: {checkpoint}", markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _kept_in(checkpoint: Path | None, trainer: Trainer) -> Iterator[None]:
+    """Go on from a checkpoint that is there, else write one of nothing done yet; say where a run was interrupted."""
+    if checkpoint is None:
+        yield
+        return
+    if checkpoint.is_file():
+        trainer.load(checkpoint)
+    else:
+        trainer.save(checkpoint)
+    try:
+        yield
+    except KeyboardInterrupt:
+        done = f"{trainer.epoch} of {trainer.options.epochs} epochs"
+        errors().print(
+            f"{checkpoint}: holds {done}; go on with the same options and --resume", markup=False, soft_wrap=True
+        )
+        raise
 
 
 def _checkpoint(out: Path | None, *, resume: bool) -> Path | None:
@@ -89,6 +130,7 @@ def _checkpoint(out: Path | None, *, resume: bool) -> Path | None:
 
     Raises:
         IncompatibleOptionsError: ``--resume`` without ``--out``, or a checkpoint that would be overwritten.
+        ConversionError: the directory cannot be made.
     """
     if out is None:
         if resume:
@@ -97,7 +139,9 @@ def _checkpoint(out: Path | None, *, resume: bool) -> Path | None:
     checkpoint = out / _CHECKPOINT
     if checkpoint.exists() and not resume:
         raise IncompatibleOptionsError(
-            f"{checkpoint} is there already; pass --resume to go on from it, or another --out", path=checkpoint
+            f"{checkpoint} is there already; pass --resume, with the options that it was made with, to go on from it, or"
+            " another --out",
+            path=checkpoint,
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     return checkpoint

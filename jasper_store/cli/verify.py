@@ -7,7 +7,8 @@ import typer
 import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.convert import follow_bytes
-from jasper_store.cli.errors import FINDINGS
+from jasper_store.cli.exit_codes import ExitCode
+from jasper_store.cli.flags import in_flags
 from jasper_store.cli.options import Directory, Json
 
 __all__ = ["verify"]
@@ -27,6 +28,6 @@ def verify(path: Directory, *, json: Json = False) -> None:
     if json:
         print_json(report.to_dict())
     else:
-        results().print(str(report), markup=False, soft_wrap=True)
+        results().print(in_flags(str(report)), markup=False, soft_wrap=True)
     if not report.ok:
-        raise typer.Exit(FINDINGS)
+        raise typer.Exit(ExitCode.DATA)

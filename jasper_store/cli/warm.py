@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import DownloadColumn
 
 import jasper_store as js
-from jasper_store.cli.console import print_json, progress, results
+from jasper_store.cli.console import print_json, progress, results, table
 from jasper_store.cli.options import Directory, Json
 from jasper_store.cli.sizes import parse_size
+from jasper_store.memory.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from jasper_store.store.warmup import WarmupReport
 
 __all__ = ["warm"]
 
@@ -47,4 +52,25 @@ def warm(
     if json:
         print_json(report.to_dict())
     else:
-        results().print(str(report), markup=False, soft_wrap=True)
+        _show(report)
+
+
+def _show(report: WarmupReport) -> None:
+    cells = [
+        (
+            escape(entry.name),
+            format_bytes(entry.nbytes),
+            _share(entry.before, entry.nbytes),
+            _share(entry.after, entry.nbytes),
+            entry.note,
+        )
+        for entry in report.tensors
+    ]
+    columns = ("tensor", "size", "before", "after", "why not all of it")
+    out = results()
+    out.print(table("In the page cache", columns, cells, right=columns[1:4]))
+    out.print(report.summary(), markup=False, soft_wrap=True)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"

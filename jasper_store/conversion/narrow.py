@@ -7,7 +7,7 @@ import torch
 from jasper_store.errors import IncompatibleOptionsError, IntegrityError, UnknownNameError
 from jasper_store.formats.files import dtype_name
 
-__all__ = ["Narrowing", "narrowed", "parse_dtype"]
+__all__ = ["Narrowing", "narrowed", "parse_dtype", "saves_nothing"]
 
 _FLOATS = {dtype_name(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -33,10 +33,19 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def narrowed(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    """Dtype that a tensor is written in: ``wanted`` for floats that are not smaller already, else its own."""
-    if wanted is None or not dtype.is_floating_point or dtype.itemsize < wanted.itemsize:
+    """Dtype that a tensor is written in: ``wanted`` for floats of more bits, else its own.
+
+    float16 written as bfloat16 would save nothing and lose accuracy; it stays what it is.
+    """
+    if wanted is None or not dtype.is_floating_point or dtype.itemsize <= wanted.itemsize:
         return dtype
     return wanted
+
+
+def saves_nothing(written_as: str, wanted: torch.dtype) -> bool:
+    """Whether a tensor stayed in another float of as many bits as ``wanted`` has."""
+    kept = _FLOATS.get(written_as)
+    return kept is not None and kept is not wanted and kept.itemsize == wanted.itemsize
 
 
 class Narrowing:

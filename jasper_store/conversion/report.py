@@ -104,6 +104,11 @@ class ConversionReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         text.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([*text, self.summary()])
+
+    def summary(self) -> str:
+        """What was done in all, in a few lines; ``str(report)`` has a table of the tensors above them."""
+        text = []
         written = sum(row.bytes_in for row in self.tensors if not row.skipped)
         compression = f" ({self.compression})" if self.compression else ""
         rate = f", {format_bytes(int(written / self.seconds))}/s" if written and self.seconds > 0 else ""

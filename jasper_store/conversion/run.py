@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jasper_store.conversion.manifest_batch import ManifestBatch
+from jasper_store.conversion.narrow import saves_nothing
 from jasper_store.conversion.report import ConversionReport, TensorReport
 from jasper_store.conversion.transfer import Stream, compressed_nbytes, matched, write_file
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
@@ -379,5 +380,13 @@ class Run:
             seconds=seconds,
             proof="disk" if self.options.drop else "page cache",
             copied=tuple(self.copied),
-            notes=sources.notes,
+            notes=(*sources.notes, *self._not_narrowed()),
         )
+
+    def _not_narrowed(self) -> list[str]:
+        """Which floats the dtype asked for would not have made smaller."""
+        wanted = self.options.dtype
+        if wanted is None:
+            return []
+        names = ", ".join(sorted(row.name for row in self.rows if saves_nothing(row.written_as, wanted)))
+        return [f"written as they are, since {dtype_name(wanted)} would save nothing: {names}"] if names else []

@@ -6,6 +6,7 @@ layer that knows the names, whose findings go into the same report.
 
 from __future__ import annotations
 
+import re
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
 from jasper_store.formats.files import dtype_name
-from jasper_store.formats.registry import FORMATS, format_for, skipped_in
+from jasper_store.formats.flat import stem_of
+from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
 from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
 from jasper_store.store.manifest import MANIFEST_NAME, FileEntry, Manifest, TensorEntry
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from jasper_store.formats.base import Skipped, TensorSpec
+    from jasper_store.formats.base import ReadFormat, Skipped, TensorSpec
 
 __all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
 
@@ -249,11 +251,22 @@ class _Check:
             self.skipped += skipped_in(fmt, file, self.schema)
             differences = fmt.compare_with_reference(file) if isinstance(fmt, SupportsReference) else []
         except JasperStoreError as exc:
-            self._add("error", file.name, "header", str(exc))
+            if self._is_wanted(file, fmt):
+                self._add("error", file.name, "header", str(exc))
+            else:
+                self._add("warning", file.name, "header", f"{file.name} is not part of the dataset: {exc}")
             return None
         for text in differences:
             self._add("error", file.name, "reference", f"{file}: {text}; convert it again")
         return specs
+
+    def _is_wanted(self, file: Path, fmt: ReadFormat) -> bool:
+        """Whether a file that cannot be read is missed: opening skips, by the same rule, what no name asks for."""
+        known = self.schema.required | self.schema.optional
+        if not self.schema.required or file.name in self.manifest.files or fmt.one_file == file.name:
+            return True
+        stem = base_name(stem_of(file, fmt.suffixes))
+        return any(stem == name or re.fullmatch(rf"{re.escape(name)}[._-]\d[\w-]*", stem) for name in known)
 
     def _compare(self, file: Path, entry: FileEntry, specs: list[TensorSpec]) -> None:
         size = file.stat().st_size

@@ -248,7 +248,10 @@ def _translate(
             "choose another destination or change the permissions"
         )
     else:
-        msg = f"{target}: could not be written: {exc}; the old file, if there was one, is as it was"
+        why = str(exc) if code is None else os.strerror(code)
+        if isinstance(exc, OSError) and exc.filename is not None and str(exc.filename) != str(target):
+            why = f"{exc.filename}: {why}"
+        msg = f"{target}: could not be written: {why}; the old file, if there was one, is as it was"
     return ConversionError(msg, path=target)
 
 

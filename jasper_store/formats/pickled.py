@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import FormatName, Schema
 
-__all__ = ["PickleFormat"]
+__all__ = ["PickleFormat", "strings_of"]
 
 _DTYPES = {
     "b1": torch.bool,
@@ -52,6 +52,8 @@ _WINDOW_NBYTES = 1 << 16
 _MAX_INSTRUCTIONS = 1 << 22
 _MAX_NBYTES = 256 << 20
 _MAX_NAME = 4096
+_CHARACTERS_PER_BYTE = 16
+_CHARACTERS_AT_LEAST = 1 << 18
 _RESAVE = "save its array with numpy.save"
 
 
@@ -250,9 +252,11 @@ _BYTES: dict[bytes, Callable[[_ArrayMachine], None]] = {
 class _FileBytes:
     """The bytes of an open file, read a window at a time."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, begin: int = 0) -> None:
+        """``size`` bytes from byte ``begin`` of the file on."""
         self._file = file
         self._size = size
+        self._begin = begin
         self._start = 0
         self._window = b""
 
@@ -263,7 +267,7 @@ class _FileBytes:
         start, stop, _ = where.indices(self._size)
         if start < self._start or stop > self._start + len(self._window):
             self._start = start
-            self._window = read_at(self._file, start, max(stop - start, _WINDOW_NBYTES))
+            self._window = read_at(self._file, self._begin + start, max(stop - start, _WINDOW_NBYTES))
         found = self._window[start - self._start : stop - self._start]
         if len(found) < stop - start:
             raise PickleError("it was cut while it was read")
@@ -273,6 +277,28 @@ class _FileBytes:
         """As ``bytes.find``, within one window: what is looked for ends a name of a module or function."""
         at = self[start : min(start + _WINDOW_NBYTES, self._size)].find(sub)
         return at if at < 0 else start + at
+
+
+def strings_of(file: BinaryIO, begin: int, size: int) -> list[str] | None:
+    """The strings of a pickled array of objects, as ``numpy.save`` writes it behind its header.
+
+    Args:
+        file: the open file.
+        begin: where the pickle begins.
+        size: bytes of the file.
+
+    Returns:
+        The strings, or ``None`` if it is no array of one dimension, holds anything else, or names a string so often that its
+        bytes do not explain the characters.
+    """
+    try:
+        found = _ArrayMachine(_FileBytes(file, size - begin, begin)).run()
+    except (PickleError, ValueError, TypeError, RecursionError, OverflowError):
+        return None  # what is refused stays what it was: objects, which are skipped
+    rows = found.data if isinstance(found, _Array) else None
+    if not isinstance(rows, list) or found.shape != (len(rows),) or not all(type(row) is str for row in rows):
+        return None
+    return rows if sum(map(len, rows)) <= max(_CHARACTERS_PER_BYTE * size, _CHARACTERS_AT_LEAST) else None
 
 
 def _named(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, object]]:

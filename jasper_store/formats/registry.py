@@ -23,7 +23,7 @@ from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
-from jasper_store.formats.scan import Scan, base_name, scan_files, with_stem
+from jasper_store.formats.scan import Scan, base_name, one_error, scan_files, with_stem
 from jasper_store.formats.texts import text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
@@ -39,6 +39,7 @@ __all__ = [
     "READ_ONLY",
     "Located",
     "base_name",
+    "files_of",
     "format_for",
     "locate",
     "readable",
@@ -164,6 +165,11 @@ def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skippe
     return [*passed, *(skip for path in files for skip in skipped_in(readable()[name], path, schema))]
 
 
+def files_of(directory: Path, name: FormatName) -> Mapping[Path, str]:
+    """The files of one format in a directory, sorted, each with its name without suffix."""
+    return _files(directory)[name]
+
+
 def _require_tensors(located: Located) -> Located:
     """Refuse files that hold nothing but what is no tensor."""
     if not located.specs and located.skipped:
@@ -236,6 +242,9 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     if not any(scan.names() for scan in scans.values()):
         raise DatasetNotFoundError(_nothing(root, asked, skipped), path=root)
     _require_numbers(skipped, scans.values(), schema)
+    if not any(scan.specs for scan in scans.values()):
+        # Also where none of them would be part of the dataset: there is nothing else.
+        raise one_error([error for scan in scans.values() for error in scan.errors.values()])
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known
@@ -243,7 +252,7 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     if chosen in READ_ONLY:
         # What this library writes is the dataset, if there is any of it.
         chosen = max(scans, key=lambda name: (name in FORMATS and bool(scans[name].names()), len(scans[name].names())))
-    specs, notes = _gather(root, chosen, scans, wanted, schema)
+    specs, notes = _gather(root, chosen, scans, wanted)
     if not specs:
         raise DatasetNotFoundError(" ".join([_nothing(root, asked, skipped), *notes]), path=root)
     return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
@@ -315,16 +324,16 @@ def _skipped_in(
 
 
 def _gather(
-    root: Path, chosen: FormatName, scans: Mapping[FormatName, Scan], wanted: set[str], schema: Schema
+    root: Path, chosen: FormatName, scans: Mapping[FormatName, Scan], wanted: set[str]
 ) -> tuple[list[TensorSpec], list[str]]:
     """The chosen format's tensors and extras, and what it lacks from the others."""
     notes: list[str] = []
     first = scans[chosen]
     extras = first.names() - wanted
-    for name in sorted(extras & first.errors.keys()):
-        if not schema.required:
-            raise first.errors[name]
-        notes.append(f"{name!r} is not part of the dataset and is skipped: {first.errors[name]}")
+    for scan in scans.values():
+        # Without required names everything is wanted, so there are none of these.
+        skipped = sorted(scan.errors.keys() - wanted)
+        notes += [f"{name!r} is not part of the dataset and is skipped: {scan.errors[name]}" for name in skipped]
     specs = first.take((wanted | extras) - (extras & first.errors.keys()))
     missing = wanted - first.names()
     for other, scan in scans.items():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import ReadFormat, Schema, TensorSpec
 
-__all__ = ["Scan", "base_name", "scan_files", "with_stem"]
+__all__ = ["Scan", "base_name", "one_error", "scan_files", "with_stem"]
 
 
 def base_name(name: str) -> str:
@@ -46,11 +46,20 @@ class Scan:
         return {base_name(name) for name in self.specs} | self.errors.keys()
 
     def take(self, wanted: Iterable[str]) -> list[TensorSpec]:
-        """The specs of these base names; raises the error of the first that cannot be read."""
+        """The specs of these base names; raises the errors of those that cannot be read, all in one."""
         wanted = set(wanted)
-        for name in sorted(wanted & self.errors.keys()):
-            raise self.errors[name]
+        unreadable = sorted(wanted & self.errors.keys())
+        if unreadable:
+            raise one_error([self.errors[name] for name in unreadable])
         return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
+
+
+def one_error(errors: list[JasperStoreError]) -> JasperStoreError:
+    """One error that says what several say."""
+    if len(errors) == 1:
+        return errors[0]
+    text = f"{len(errors)} files cannot be read. " + " ".join(str(error) for error in errors)
+    return CorruptFileError(text, path=errors[0].path, tensor=errors[0].tensor)
 
 
 def scan_files(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> Scan:

@@ -21,8 +21,8 @@ from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verif
 from jasper_store.errors import DeclarationError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Schema, TensorSpec
 from jasper_store.jasper.audit import relations, visitor
-from jasper_store.jasper.config import read_config
-from jasper_store.jasper.integrity import check_structure
+from jasper_store.jasper.config import CONFIG_NAME, Config, parse_config, read_config
+from jasper_store.jasper.integrity import check_structure, require_structure
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
@@ -282,6 +282,8 @@ class DatasetWriter(writer.DirectoryWriter):
     Raises:
         ConversionError: the target is there already, cannot be written, or has no room.
         DeclarationError: ``samples`` cannot be understood; on closing, that it does not fit the tensors.
+        DatasetNotFoundError, IntegrityError: on closing: ``config`` is that of a JASPER dataset, and tensors of one are
+            missing (the message names all of them) or contradict it.
 
     Example:
         >>> with js.DatasetWriter("out", samples={"emb": "embeddings[i]", "label": "labels[i]"}) as writer:  # doctest: +SKIP
@@ -310,7 +312,7 @@ class DatasetWriter(writer.DirectoryWriter):
             overwrite=overwrite,
             # The names of a declared dataset are its author's.
             schema=SCHEMA if declaration is None else None,
-            check=None if declaration is None else partial(_require_fit, declaration),
+            check=_whole(Path(path), declaration, config),
         )
 
 
@@ -319,6 +321,23 @@ def _declared(samples: Mapping[str, Any]) -> Declaration:
     if isinstance(samples.get("fields"), Mapping):
         return Declaration.from_config({CONFIG_KEY: samples}, Path("samples=")) or Declaration.parse({})
     return Declaration.parse(samples)
+
+
+def _whole(
+    path: Path, declaration: Declaration | None, config: Mapping[str, Any] | None
+) -> Callable[[Sequence[TensorSpec]], None] | None:
+    """What the tensors are checked for before they are published; nothing where nothing is known of them."""
+    if declaration is not None:
+        return partial(_require_fit, declaration)
+    if not {"embedding_dim", "n_neg"} <= (config or {}).keys():
+        return None
+    return partial(_require_jasper, parse_config(config or {}, path / CONFIG_NAME), path)
+
+
+def _require_jasper(config: Config, path: Path, specs: Sequence[TensorSpec]) -> None:
+    """Refuse to publish, under the configuration of a JASPER dataset, tensors that are none."""
+    by_name = {spec.name: spec for spec in specs}
+    require_structure(by_name, config, path)
 
 
 def _require_fit(declaration: Declaration, specs: Sequence[TensorSpec]) -> None:

@@ -12,7 +12,7 @@ from jasper_store.jasper.schema import SPLITS
 from jasper_store.jasper.steering import Curriculum, parse_curriculum
 from jasper_store.samples.opened import CONFIG_NAME, load_config
 
-__all__ = ["CONFIG_NAME", "Config", "read_config"]
+__all__ = ["CONFIG_NAME", "Config", "parse_config", "read_config"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +57,16 @@ def read_config(directory: Path) -> Config:
             f" the directory holds {found}.",
             path=path,
         )
-    return _parse(load_config(path), path)
+    return parse_config(load_config(path), path)
 
 
-def _parse(values: Mapping[str, Any], path: Path) -> Config:
+def parse_config(values: Mapping[str, Any], path: Path) -> Config:
+    """The configuration in these values; ``path`` is the file that holds them, or will, for errors.
+
+    Raises:
+        IntegrityError: as :func:`read_config`.
+    """
+
     def count(key: str) -> int:
         value = values.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

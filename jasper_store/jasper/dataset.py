@@ -21,7 +21,7 @@ from jasper_store.samples.dataset import Dataset
 from jasper_store.samples.integrity import Nouns
 from jasper_store.samples.opened import OpenedDataset, open_dataset
 from jasper_store.samples.subset import ArraySubset
-from jasper_store.store.guard import check_options
+from jasper_store.store.guard import check_int, check_options
 from jasper_store.store.placement import Plan
 from jasper_store.store.ragged import RaggedTensor
 
@@ -83,6 +83,7 @@ class JASPERSteeringDataset(Dataset):
         dtype: torch.dtype | None = None,
         admit: Callable[[Plan], None] | None = None,
     ) -> None:
+        check_int("epoch", epoch, at_least=0)
         config, opened = _opened(
             Path(dataset_dir),
             (check_split(split),),
@@ -116,6 +117,7 @@ class JASPERSteeringDataset(Dataset):
         Returns:
             ``{"train": ..., "val": ..., "test": ...}``; the store closes with the last of them.
         """
+        check_int("epoch", epoch, at_least=0)
         config, opened = _opened(
             Path(dataset_dir),
             SPLITS,

@@ -17,7 +17,7 @@ from jasper_store.jasper.config import Config
 from jasper_store.jasper.schema import PAIR_KEYWORDS, SPLITS, TENSORS, Split, TensorRule, split_tensor
 from jasper_store.samples.graph import Bound
 
-__all__ = ["check_structure", "unread_bounds"]
+__all__ = ["check_structure", "require_structure", "unread_bounds"]
 
 _INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})
 
@@ -65,6 +65,23 @@ def check_structure(
         _match_shape(name, tensors[name].shape, rule, sizes, origin)
     _match_config(sizes, config, wanted)
     return sizes
+
+
+def require_structure(tensors: Mapping[str, _Described], config: Config, where: Path) -> tuple[Split, ...]:
+    """:func:`check_structure` of the splits that are there.
+
+    Returns:
+        Those splits.
+
+    Raises:
+        DatasetNotFoundError, IntegrityError: as :func:`check_structure`; also that there is no split at all.
+    """
+    there = tuple(split for split in SPLITS if split_tensor(split) in tensors)
+    check_structure(tensors, config, there, where)
+    if not there:
+        wanted = ", ".join(split_tensor(split) for split in SPLITS)
+        raise DatasetNotFoundError(f"{where}: no split to serve; expected at least one of {wanted}", path=where)
+    return there
 
 
 def unread_bounds(tensors: Mapping[str, _Described]) -> Iterator[Bound]:

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler as TorchBatchSampler
 
-from jasper_store.loading.options import check_int
 from jasper_store.loading.prefetcher import PrefetchedBatches
 from jasper_store.loading.samplers import Draws, EpochSampler, StatefulIterator
 from jasper_store.samples.context import DIRECT, GatherContext, PrefetchedIndices
+from jasper_store.store.guard import check_int
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -6,7 +6,7 @@ import warnings
 from typing import Any, Final
 
 from jasper_store.errors import IncompatibleOptionsError, JasperStoreWarning
-from jasper_store.loading.options import check_int
+from jasper_store.store.guard import check_int
 
 __all__ = ["set_epoch", "warn_same_epoch"]
 

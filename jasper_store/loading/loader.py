@@ -226,7 +226,7 @@ class Loader(DataLoader[Any]):
             if kind != self.order:
                 self._why_order = "the loaded state was saved in it"
             self.sampler_obj.use_order(kind)
-        self.sampler_obj.resume(state)
+        self.sampler_obj.resume(state, self._served())
         self._progress = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -261,10 +261,15 @@ class Loader(DataLoader[Any]):
     def __repr__(self) -> str:
         sampler, dataset = self.sampler_obj, self.dataset_obj
         epoch = f"{sampler.batches(self.batch_size or 1)} batches of {self.batch_size} per epoch, {self.order} order"
-        of = "" if dataset.split is None else f", split {dataset.split!r}"
         ranks = f", rank {sampler.rank} of {sampler.num_replicas}" if sampler.num_replicas > 1 else ""
         where = f", {self.num_workers} workers" if self.num_workers else ""
-        return f"Loader({str(dataset.dataset_dir)!r}{of}, {len(dataset)} samples, {epoch}{ranks}{where})"
+        return f"Loader({self._served()}, {len(dataset)} samples, {epoch}{ranks}{where})"
+
+    def _served(self) -> str:
+        """Dataset and split, as people name them."""
+        path, split = (getattr(self.dataset_obj, name, None) for name in ("dataset_dir", "split"))
+        of = "" if split is None else f", split {split!r}"
+        return f"{type(self.dataset_obj).__name__ if path is None else repr(str(path))}{of}"
 
     def advice(self) -> str:
         """What the latest pass waited for, in milliseconds per batch, and what to change; readable lines."""

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError, PerformanceWarning, UnknownNameError
 from jasper_store.memory.budget import format_bytes
-from jasper_store.store.guard import check_options
+from jasper_store.store.guard import check_int, check_options
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from jasper_store.store.placement import Plan
 
-__all__ = ["LoaderOptions", "LoaderOrder", "Padding", "check_int", "warn_of_small_shared_memory"]
+__all__ = ["LoaderOptions", "LoaderOrder", "Padding", "warn_of_small_shared_memory"]
 
 LoaderOrder: TypeAlias = Literal["auto", "global", "block"]
 Padding: TypeAlias = Literal["wrap", "none"]
@@ -34,16 +34,6 @@ _DECIDED: Final = {
 
 _NEED_WORKERS: Final = ("prefetch_factor", "persistent_workers", "timeout", "multiprocessing_context")
 _SHARED_MEMORY: Final = "/dev/shm"  # noqa: S108 - not a temporary file: where PyTorch passes tensors
-
-
-def check_int(name: str, value: Any, *, at_least: int) -> None:
-    """Refuse a value that is no whole number, or is too small; True and 2.0 are no whole numbers here.
-
-    Raises:
-        IncompatibleOptionsError: naming the option.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise IncompatibleOptionsError(f"{name}={value!r}: expected a whole number, {at_least} or more")
 
 
 @dataclass(frozen=True)

@@ -188,13 +188,13 @@ class EpochSampler(DistributedSampler[int]):
             fingerprint=self._fingerprint,
         )
 
-    def resume(self, state: LoaderState) -> None:
-        """Let the next iteration begin where a state says.
+    def resume(self, state: LoaderState, what: str = "this loader") -> None:
+        """Let the next iteration begin where a state says; ``what`` names what is served, for errors.
 
         Raises:
             IncompatibleOptionsError: the state belongs to another dataset, seed or order.
         """
-        state.check(self.state(0))
+        state.check(self.state(0), what)
         self.set_epoch(state.epoch)
         self.start = state.consumed
 

@@ -77,20 +77,26 @@ class LoaderState:
             )
         return found
 
-    def check(self, expected: LoaderState) -> None:
+    def check(self, expected: LoaderState, what: str = "this loader") -> None:
         """Refuse a state that another dataset, seed or order made; epoch and progress may differ.
 
         Args:
             expected: the state of the loader that is to continue.
+            what: what that loader serves, in words.
 
         Raises:
             IncompatibleOptionsError: naming what differs, and what to change.
         """
-        if self.fingerprint != expected.fingerprint or self.samples != expected.samples:
+        if self.samples != expected.samples:
             raise IncompatibleOptionsError(
-                f"the state belongs to another dataset or split: it has fingerprint {self.fingerprint!r} and"
-                f" {self.samples} samples, this loader has {expected.fingerprint!r} and {expected.samples}."
-                " Open the dataset and split that the state was saved with"
+                f"the state belongs to another dataset or split: its epoch has {self.samples:,} samples, that of {what} has"
+                f" {expected.samples:,}. Open the dataset and split that the state was saved with"
+            )
+        if self.fingerprint != expected.fingerprint:
+            raise IncompatibleOptionsError(
+                f"the state belongs to another dataset or split: it has as many samples as {what}, {self.samples:,}, but the"
+                " fields, the shapes of their tensors or the rows of the split are others. Open the dataset and split"
+                " that the state was saved with; if this is it, its tensors or its declaration were changed since"
             )
         for name in ("seed", "order"):
             theirs, ours = getattr(self, name), getattr(expected, name)

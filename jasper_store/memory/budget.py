@@ -19,14 +19,14 @@ import torch
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.memory.mounts import read_mountinfo
-from jasper_store.memory.sizes import nbytes_of
+from jasper_store.memory.sizes import format_bytes, nbytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from jasper_store.memory.mounts import Mount
 
-__all__ = ["FRACTION", "Bound", "Budget", "device_budget", "measure"]
+__all__ = ["FRACTION", "Bound", "Budget", "device_budget", "format_bytes", "measure"]
 
 FRACTION = 0.8
 """Share of the winning bound that is used; the rest is for the model's batches, Python and estimation errors."""
@@ -104,16 +104,6 @@ class Budget:
             lines.append(f"{mark} {bound.name}: {format_bytes(bound.nbytes)} ({bound.detail})")
         lines.extend(f"   left out: {note}" for note in self.notes)
         return "\n".join(lines)
-
-
-def format_bytes(nbytes: int) -> str:
-    """Bytes for people: ``"512 B"``, ``"1.50 GiB"``."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{nbytes} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def measure(

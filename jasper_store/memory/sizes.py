@@ -8,11 +8,21 @@ from typing import Any
 
 from jasper_store.errors import IncompatibleOptionsError
 
-__all__ = ["nbytes_of", "parse_size"]
+__all__ = ["format_bytes", "nbytes_of", "parse_size"]
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgtp]?)(?P<kind>ib|b|)", re.IGNORECASE | re.ASCII)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _LARGEST = 2**63 - 1
+
+
+def format_bytes(nbytes: int) -> str:
+    """Bytes for people: ``"512 B"``, ``"1.50 GiB"``."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{nbytes} B" if unit == "B" else f"{size:.2f} {unit}"
 
 
 def nbytes_of(value: int | str, name: str) -> int:

@@ -62,12 +62,13 @@ def histogram(values: torch.Tensor, of: int, low: float | None = None, high: flo
     values = values[values.isfinite()]
     if not len(values):
         return Histogram(low or 0.0, high if high is not None else 1.0, (0,) * _BINS, 0.0, 0, of)
-    low = float(values.min()) if low is None else low
-    high = float(values.max()) if high is None else high
+    smallest, largest = float(values.min()), float(values.max())
+    low = smallest if low is None else low
+    high = largest if high is None else high
     if high <= low:  # all alike: one bar needs a width
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(values.clamp(low, high), _BINS, low, high).long()
-    return Histogram(low, high, tuple(counts.tolist()), float(values.median()), len(values), of)
+    return Histogram(low, high, tuple(counts.tolist()), float(values.median()), len(values), of, smallest, largest)
 
 
 def _of_scalars(tensor: StoredTensor) -> Histogram:

@@ -23,9 +23,11 @@ from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.report.jasper import look_at_jasper
 from jasper_store.report.model import DatasetReport, TensorRow
+from jasper_store.report.parts import look_at_parts
 from jasper_store.report.sample import SampleView, look_at_samples
 from jasper_store.samples.dataset import Dataset
 from jasper_store.samples.declaration import CONFIG_KEY
+from jasper_store.samples.integrity import unrecorded
 from jasper_store.samples.opened import CONFIG_NAME, load_config
 from jasper_store.store.opening import plan_store
 from jasper_store.store.placement import Plan
@@ -34,6 +36,7 @@ from jasper_store.store.tensors import resident_nbytes
 __all__ = ["make_report"]
 
 _BATCH_SIZES = (32, 256)
+_MOST_PRELOADED = 2 << 30  # bytes; more would take longer to preload than the page is worth
 
 Step = Callable[[str, int, int | None], None]
 """Called as ``step(what, done, total)``; ``total`` is ``None`` where it is not known."""
@@ -44,10 +47,11 @@ def make_report(
     *,
     storage_format: str = "auto",
     verify: bool = True,
+    memory_limit: int | str | None = None,
     speed_seconds: float = 0.5,
     step: Step | None = None,
 ) -> DatasetReport:
-    """Look at a dataset: of JASPER, of one that declares its samples, or of any tensors.
+    """Look at a dataset: of JASPER, of one that declares its samples, or of any tensors. Writes nothing beside it.
 
     Where tensors contradict each other, or the declaration does not fit them, the report says so instead of what
     cannot be shown, and among the findings of verify.
@@ -56,6 +60,7 @@ def make_report(
         path: dataset directory, or one file.
         storage_format: format to read.
         verify: read all data once for its checksums.
+        memory_limit: upper bound on what may be preloaded: bytes, or a text such as ``"8GiB"``.
         speed_seconds: how long to measure each loader.
         step: told what is being done.
 
@@ -64,19 +69,27 @@ def make_report(
         CorruptFileError: a header that cannot be read, a configuration that is not JSON.
         IntegrityError: a JASPER configuration without its dimensions.
     """
-    path, step = Path(path), step or (lambda *_: None)
+    with unrecorded():
+        return _look(Path(path), storage_format, memory_limit, speed_seconds, step or (lambda *_: None), verify=verify)
+
+
+def _look(
+    path: Path, storage_format: str, memory_limit: int | str | None, speed_seconds: float, step: Step, *, verify: bool
+) -> DatasetReport:
     step("headers", 0, None)
     known, problem = _known(path)
     with quietly():
         located = locate(path, storage_format, known.schema)
-        made = plan_store(path, format=storage_format, schema=known.schema, describe=known.describe)
+        made = plan_store(
+            path, format=storage_format, schema=known.schema, describe=known.describe, memory_limit=memory_limit
+        )
     facts, declares = _facts(path, located, made), CONFIG_KEY in _config(path)
     samples, problem = (None, problem) if problem else _samples(path, located.specs)
     step("values", 0, None)
     jasper = look_at_jasper(path, located.format) if is_jasper(path) else None
     damaged = problem or (jasper.why_no_figures if jasper else _unservable(path, located.format, samples))
     step("the loader", 0, None)
-    speed, why_no_speed = _speed(path, located.format, located.specs, speed_seconds, samples, damaged)
+    speed, why_no_speed = _speed(path, located, made, speed_seconds, samples, damaged, memory_limit)
     return DatasetReport(
         **facts,
         samples=samples,
@@ -99,6 +112,7 @@ def _facts(path: Path, located: Located, made: Plan) -> dict[str, Any]:
         "format": located.format,
         "files": len({path for spec in located.specs for path in spec.paths}),
         "tensors": _rows(located.specs, made),
+        "parts": look_at_parts(located.specs),
         "budget": made.budget.explain(),
         "made_at": dt.datetime.now(tz=dt.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": _machine(),
@@ -159,22 +173,29 @@ def _rows(specs: tuple[TensorSpec, ...], made: Plan) -> tuple[TensorRow, ...]:
 
 def _speed(
     path: Path,
-    storage_format: str,
-    specs: tuple[TensorSpec, ...],
+    located: Located,
+    made: Plan,
     seconds: float,
     samples: SampleView | None,
     damaged: str,
+    memory_limit: int | str | None,
 ) -> tuple[tuple[LoaderRate, ...], str]:
     """How fast the loader serves, mapped and as planned; or why that was not measured."""
     if damaged or samples is None:
         return (), damaged
     if not samples.length:
         return (), "there is no sample to serve"
-    ways = (True, None) if sum(spec.nbytes for spec in specs) < min(measure().nbytes, 2 << 30) else (True,)
+    ways = (True, None) if made.preloaded_nbytes < min(measure().nbytes, _MOST_PRELOADED) else (True,)
     try:
         rates = [
             loader_rate(
-                path, size, split=samples.split, storage_format=storage_format, use_mmap=use_mmap, seconds=seconds
+                path,
+                size,
+                split=samples.split,
+                storage_format=located.format,
+                use_mmap=use_mmap,
+                memory_limit=memory_limit,
+                seconds=seconds,
             )
             for use_mmap in ways
             for size in _BATCH_SIZES

@@ -8,6 +8,7 @@ from typing import Any
 
 from jasper_store.bench.serving import LoaderRate
 from jasper_store.conversion.verify import VerifyReport
+from jasper_store.report.parts import TensorParts
 from jasper_store.report.sample import SampleView
 
 __all__ = ["DatasetReport", "Figures", "Histogram", "JasperPart", "Point", "Projection", "TensorRow", "Tier"]
@@ -49,6 +50,8 @@ class Histogram:
         median: of the values; 0 where there are none.
         rows: values that were counted.
         of: values that there are; more where a sample was looked at.
+        smallest: of the values; the edges differ where all values are alike, since a bar needs a width.
+        largest: of the values.
     """
 
     low: float
@@ -57,6 +60,8 @@ class Histogram:
     median: float
     rows: int
     of: int
+    smallest: float = 0.0
+    largest: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +178,7 @@ class DatasetReport:
         speed: samples per second of the loader.
         why_no_speed: why there is none.
         verification: findings of ``js.verify``; ``None`` where it was not asked for.
+        parts: the tensors that lie in several parts.
         made_at: when the report was made, in UTC.
         machine: what it was made on.
     """
@@ -193,6 +199,7 @@ class DatasetReport:
     verification: VerifyReport | None
     made_at: str
     machine: str
+    parts: tuple[TensorParts, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -217,6 +224,7 @@ class DatasetReport:
             **found,
             "nbytes": self.nbytes,
             "tensors": [asdict(row) for row in self.tensors],
+            "parts": [asdict(row) for row in self.parts],
             "samples": None if self.samples is None else self.samples.to_dict(),
             "why_no_samples": self.why_no_samples,
             **({} if self.jasper is None else self.jasper.to_dict()),

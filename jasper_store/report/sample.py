@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from jasper_store.errors import DatasetNotFoundError, DeclarationError, UnknownNameError
+from jasper_store.errors import DeclarationError, UnknownNameError
 from jasper_store.formats.base import TensorSpec
 from jasper_store.jasper.config import read_config
-from jasper_store.jasper.integrity import check_structure
+from jasper_store.jasper.integrity import require_structure
 from jasper_store.jasper.recognise import is_jasper, known_at
-from jasper_store.jasper.schema import SPLITS, split_tensor
 from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration, everything
 from jasper_store.samples.graph import Node, SampleGraph
@@ -161,11 +160,7 @@ def _jasper(path: Path, tensors: Mapping[str, TensorSpec]) -> tuple[Declaration,
     """What samples of a JASPER dataset read, and the splits that are there."""
     declaration = known_at(path).declaration
     assert declaration is not None
-    there = [split for split in SPLITS if split_tensor(split) in tensors]
-    check_structure(tensors, read_config(path), there, path)
-    if not there:
-        wanted = ", ".join(split_tensor(split) for split in SPLITS)
-        raise DatasetNotFoundError(f"{path}: no split to serve; expected at least one of {wanted}", path=path)
+    there = require_structure(tensors, read_config(path), path)
     return declaration, [*there]
 
 

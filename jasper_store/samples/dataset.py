@@ -6,6 +6,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, overload
@@ -28,6 +29,7 @@ from jasper_store.samples.opened import OpenedDataset, open_dataset
 from jasper_store.samples.reader import BatchIndices, SampleReader
 from jasper_store.samples.reload import reopened_tensors
 from jasper_store.samples.shared_state import SharedState
+from jasper_store.store.guard import check_int
 from jasper_store.store.resident import empty_rows, pinned_rows
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ __all__ = ["Dataset"]
 
 _LOG: Final = logging.getLogger("jasper_store")
 _FINGERPRINT_SAMPLE: Final = 4096
+_OWN: Final = frozenset({"_opened", "_state", "_draw", "_compiled", "_reader"})
+"""Attributes that a copy of a dataset makes for itself."""
+_FIXED: Final = frozenset({"_config", "_keys"})
+"""Attributes that are never written to, so that copies share them; a subclass's own are copied."""
 
 
 class Dataset(TorchDataset[dict[str, torch.Tensor]]):
@@ -273,7 +279,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         """Move draws to an epoch; reaches running workers.
 
         Batches that workers have already prefetched keep the epoch they were made for.
+
+        Raises:
+            IncompatibleOptionsError: not a whole number from 0 on.
         """
+        check_int("epoch", epoch, at_least=0)
         self._state.set_epoch(epoch)
 
     def state_version(self) -> tuple[int, int | None, int]:
@@ -398,6 +408,27 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         # Workers open the files anew, so they begin with the tensors that are on disk, and draw for themselves.
         mine = {"_draw": None, "_compiled": None, "_reader": None, "_generation_seen": self._state.read()[2]}
         return self.__dict__ | mine
+
+    def __copy__(self) -> Self:
+        return self._sharing({name: value for name, value in self.__dict__.items() if name not in _OWN})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A dataset with a separate epoch over the same open store, wherever its tensors live.
+
+        The tensors are never written to, so there is nothing to copy; the store closes with the last of its datasets.
+        """
+        rest = {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        made = self._sharing({name: value if name in _FIXED else deepcopy(value, memo) for name, value in rest.items()})
+        memo[id(self)] = made
+        return made
+
+    def _sharing(self, attributes: Mapping[str, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(attributes)
+        made._opened = self._open().acquire()  # noqa: SLF001 (an alternative constructor)
+        made._state = self._state.copy()  # noqa: SLF001
+        made._draw = made._compiled = made._reader = None  # noqa: SLF001
+        return made
 
     def close(self) -> None:
         """Release files, maps and preloaded tensors; safe to call twice. Batches already made stay valid."""

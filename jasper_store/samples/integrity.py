@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -14,9 +16,11 @@ if TYPE_CHECKING:
     from jasper_store.store.store import TensorStore
     from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["Nouns", "check_bound", "check_bounds_once", "distinct_bounds"]
+__all__ = ["Nouns", "check_bound", "check_bounds_once", "distinct_bounds", "unrecorded"]
 
 _BLOCK_ROWS: Final = 1 << 20
+_PASSED: Final[ContextVar[set[tuple[str, str]] | None]] = ContextVar("passed", default=None)
+"""Checks that passed in an :func:`unrecorded` context, with path and digest of the files; ``None`` outside of one."""
 
 Nouns = Mapping[str, tuple[str, str]]
 """What a row of a tensor is called, one and several: ``{"source_embs": ("source", "sources")}``."""
@@ -28,11 +32,33 @@ def check_bounds_once(store: TensorStore, bounds: Iterable[Bound], nouns: Nouns 
     Raises:
         IntegrityError: the message names tensor, position, value and bound.
     """
+    passed, files = _PASSED.get(), f"{store.path} {store.digest}"
     unchecked = {name: bound for name, bound in distinct_bounds(bounds).items() if not store.is_verified(name)}
+    if passed is not None:
+        unchecked = {name: bound for name, bound in unchecked.items() if (files, name) not in passed}
     for bound in unchecked.values():
         check_bound(store[bound.tensor], bound, nouns)
-    if unchecked:
+    if passed is not None:
+        passed.update((files, name) for name in unchecked)
+    elif unchecked:
         store.record_checks(list(unchecked))
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Check bounds without a record in the manifest: for commands that only look, and write nothing.
+
+    What passed is kept in memory instead, until the end of the outermost of these contexts, so that opening the same
+    files again within it does not check them again. Of this thread and its tasks only.
+    """
+    if _PASSED.get() is not None:
+        yield
+        return
+    token = _PASSED.set(set())
+    try:
+        yield
+    finally:
+        _PASSED.reset(token)
 
 
 def distinct_bounds(bounds: Iterable[Bound]) -> dict[str, Bound]:

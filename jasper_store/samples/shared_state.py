@@ -26,6 +26,12 @@ class SharedState:
     def __init__(self, epoch: int) -> None:
         self._words = _shared(torch.tensor([epoch, _NOT_FORCED, 0], dtype=torch.int64))
 
+    def copy(self) -> SharedState:
+        """The same numbers in memory of their own."""
+        made = SharedState(0)
+        made._words.copy_(self._words)
+        return made
+
     def read(self) -> tuple[int, int | None, int]:
         """Epoch, forced variant (``None`` if it is drawn), generation of reloaded tensors."""
         epoch, forced, generation = self._words.tolist()

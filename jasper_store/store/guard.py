@@ -25,7 +25,7 @@ from jasper_store.memory.sizes import nbytes_of
 if TYPE_CHECKING:
     from typing import NoReturn, TypeGuard
 
-__all__ = ["check_options", "is_cuda", "normalize_device", "resolve_pin_memory"]
+__all__ = ["check_int", "check_options", "is_cuda", "normalize_device", "resolve_pin_memory"]
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 NARROW = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -122,6 +122,16 @@ def normalize_device(device: str | torch.device | None) -> str | None:
 def is_cuda(device: str | None) -> TypeGuard[str]:
     """Whether a normalized device is a CUDA device; ``"auto"`` is not one yet."""
     return device is not None and device.startswith("cuda")
+
+
+def check_int(name: str, value: Any, *, at_least: int) -> None:
+    """Refuse what is not a whole number, or too small a one; True and 2.0 are not whole numbers here.
+
+    Raises:
+        IncompatibleOptionsError: naming the option.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise IncompatibleOptionsError(f"{name}={value!r}: expected a whole number, {at_least} or more")
 
 
 def _check_types(use_mmap: Any, pin_memory: Any, num_workers: Any, dtype: Any) -> None:

@@ -69,6 +69,12 @@ class ReopenSpec:
         self.on_device = False
         self._opener = opener
 
+    def copy(self) -> ReopenSpec:
+        """The same, for a separate store: each store keeps the digest of what it has read."""
+        made = ReopenSpec(self.path, self.format, self.schema, self.dtype, self.digest, opener=self._opener)
+        made.on_device = self.on_device
+        return made
+
     @property
     def first(self) -> Path:
         """The path, or the first of several."""

@@ -13,9 +13,11 @@ import torch
 from jasper_store.errors import (
     ClosedError,
     DatasetNotFoundError,
+    InsufficientMemoryError,
 )
-from jasper_store.formats.registry import base_name, locate
+from jasper_store.formats.registry import Located, base_name, locate
 from jasper_store.formats.texts import PARTS, is_text, text_names
+from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.store import manifest_file
 from jasper_store.store.build import Builder, Progress
 from jasper_store.store.explain import explain, memory_of, summary
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
     from jasper_store.files.fingerprint import FileIdentity
     from jasper_store.formats.base import FormatName
-    from jasper_store.formats.registry import Located
     from jasper_store.store.explain import StoreMemory
     from jasper_store.store.manifest import Manifest
     from jasper_store.store.placement import Plan
@@ -200,6 +201,11 @@ class TensorStore(Mapping[str, StoredTensor]):
 
     # --- trust ------------------------------------------------------------------------------------------------
 
+    @property
+    def digest(self) -> str:
+        """A short text that changes whenever one of the files does, or where a tensor lies in it."""
+        return self._reopen_spec.digest
+
     def is_verified(self, check: str) -> bool:
         """Whether the manifest says that these very files passed a check before."""
         return self.manifest is not None and self.manifest.is_verified(self.specs, check)
@@ -340,6 +346,33 @@ class TensorStore(Mapping[str, StoredTensor]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __copy__(self) -> Self:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A separate store in this process, by the same plan: what is preloaded here is preloaded there, again.
+
+        Raises:
+            CorruptFileError: the files changed since this store was opened.
+            InsufficientMemoryError: a second copy of what is preloaded does not fit.
+            ClosedError: the store was closed.
+        """
+        self._require_open()
+        needed = self.plan.preloaded_nbytes
+        budget = measure()
+        if self.plan.device is None and needed > budget.nbytes:
+            msg = (
+                f"{self.path}: a copy of the store would preload {format_bytes(needed)} again, and the budget is "
+                f"{format_bytes(budget.nbytes)}; use this store, which may be read from several threads"
+            )
+            raise InsufficientMemoryError(msg, path=self.path, needed=needed, available=budget.nbytes)
+        identities = identities_of(self.specs)
+        self._reopen_spec.check(digest_of(self.specs, identities))
+        located = Located(self.format, self.path, self.specs)
+        made = type(self)(self._reopen_spec.copy(), located, self.plan, identities=identities, manifest=self.manifest)
+        memo[id(self)] = made
+        return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         self._require_open()

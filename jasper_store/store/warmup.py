@@ -64,6 +64,13 @@ class WarmedTensor:
     after: int
     skipped: str = ""
 
+    @property
+    def note(self) -> str:
+        """:attr:`skipped`, and that nothing was missing where another process had brought the pages in before."""
+        if self.skipped and self.nbytes and self.before == self.nbytes:
+            return f"{self.skipped}, but all of it was there before"
+        return self.skipped
+
 
 @dataclass(frozen=True, slots=True)
 class WarmupReport:
@@ -102,20 +109,23 @@ class WarmupReport:
         width = max([6, *(len(entry.name) for entry in self.tensors)])
         lines = [f"{'tensor':<{width}}  {'size':>10}  {'before':>7}  {'after':>7}"]
         for entry in self.tensors:
-            note = f"  {entry.skipped}" if entry.skipped else ""
+            note = f"  {entry.note}" if entry.note else ""
             lines.append(
                 f"{entry.name:<{width}}  {format_bytes(entry.nbytes):>10}  {_percent(entry.before, entry.nbytes):>7}  "
                 f"{_percent(entry.after, entry.nbytes):>7}{note}"
             )
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """What was read in all, in one line; ``str(report)`` has a table of the tensors above it."""
         busy = max(self.seconds - self.waited, 1e-9)
         rate = f" ({format_bytes(int(self.bytes_read / busy))}/s)" if self.bytes_read else ""
         waited = f", {self.waited:.1f} s of them waiting for another process" if self.waited >= 0.1 else ""
-        lines.append(
+        return (
             f"read {format_bytes(self.bytes_read)} in {self.seconds:.2f} s{rate}{waited}; "
             f"{format_bytes(self.after)} of {format_bytes(self.nbytes)} in the page cache, "
             f"budget {format_bytes(self.budget)}"
         )
-        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in plain values, ready for JSON."""

@@ -42,6 +42,46 @@ def test_truncated_file_is_found_by_verify(run: Run, data: Path) -> None:
     assert result.output.count("source_embs.pt") == 1  # one finding, though two checks meet it
 
 
+@pytest.mark.parametrize("config", [None, {"embedding_dim": 4, "n_neg": 2}, {"samples": {"fields": {"x": "x[i]"}}}])
+@pytest.mark.parametrize("command", ["inspect", "plan", "warm", "verify", "convert", "report", "bench"])
+def test_nothing_but_unreadable_files(run: Run, tmp_path: Path, config: object, command: str) -> None:
+    for name in ("one.npy", "two.npy", "three.safetensors"):
+        (tmp_path / name).write_bytes(b"garbage")
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    out: dict[str, list[object]] = {"convert": [tmp_path / "out"], "report": ["--out", tmp_path / "report.html"]}
+    result = run(command, tmp_path, *out.get(command, []))
+    assert result.exit_code == 4
+    assert all(name in result.output for name in ("one.npy", "two.npy", "three.safetensors"))
+    assert "0 tensors" not in result.output
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_file_that_is_no_part_of_the_dataset_is_skipped_by_all(run: Run, data: Path, tmp_path: Path) -> None:
+    (data / "notes.npy").write_bytes(b"garbage")
+    for command in (["inspect", data], ["verify", data], ["convert", data, tmp_path / "out"]):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        assert "notes" in result.stdout
+        assert "not part of the dataset" in result.stdout
+    (data / "source_embs.pt").write_bytes(b"garbage")
+    for command in (["inspect", data], ["verify", data], ["convert", data, tmp_path / "other"]):
+        assert run(*command).exit_code == 4
+
+
+def test_a_file_where_a_directory_should_be(refused: Refused, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        for code, command in (
+            (2 if out.is_file() else 6, ["convert", data, out]),
+            (6, ["synth", out, "--pairs", "200", "--dim", "4", "--clusters", "4"]),
+        ):
+            line = refused(code, *command)
+            assert str(out) in line
+            assert "Errno" not in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("command", ["inspect", "plan", "train"])
 def test_unknown_format(refused: Refused, data: Path, command: str) -> None:
     assert "zarr" in refused(2, command, data, "--format", "zarr")

@@ -13,6 +13,7 @@ import torch
 
 import jasper_store as js
 from jasper_store.bench import disk, run as bench_run
+from jasper_store.samples import integrity
 from tests.cli.conftest import Run
 
 SHORT = ("--seconds", "0.2", "--batch-size", "8")
@@ -37,6 +38,50 @@ def test_in_json(run_json: Callable[..., Any], data: Path) -> None:
     assert set(found["torch_load"]) == {"warm"}
     assert found["disk"] == []
     assert found["open_seconds"] > 0
+
+
+@pytest.mark.parametrize("kind", ["data", "declared"])
+def test_nothing_is_written(run: Run, request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    path: Path = request.getfixturevalue(kind)
+    (path / "jasper_store.json").unlink(missing_ok=True)
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    for command in (
+        ["bench", path, *SHORT],
+        ["report", path, "--json", "--no-verify"],
+        ["report", path, "--out", tmp_path / "report.html"],
+    ):
+        assert run(*command).exit_code == 0
+        assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before, command[0]
+
+
+def test_what_is_checked_in_memory_is_checked_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    check = integrity.check_bound
+
+    def watched(tensor: Any, bound: Any, nouns: Any = None) -> None:
+        checked.append(str(bound))
+        check(tensor, bound, nouns)
+
+    monkeypatch.setattr(integrity, "check_bound", watched)
+    with integrity.unrecorded(), integrity.unrecorded():
+        for _ in range(2):
+            js.JASPERSteeringDataset(data, "train").close()
+    assert checked
+    assert len(checked) == len(set(checked))
+    assert not (data / "jasper_store.json").exists()
+    js.JASPERSteeringDataset(data, "train").close()
+    assert len(checked) == 2 * len(set(checked))  # outside nothing is known of it
+    assert (data / "jasper_store.json").exists()
+
+
+def test_a_memory_limit(run: Run, run_json: Callable[..., Any], data: Path) -> None:
+    planned = run_json("bench", data, *SHORT, "--no-cold", "--memory-limit", "10KiB")["planned"]
+    assert 0 < planned["preloaded"] <= 10 << 10
+    assert planned["mapped"] > 0
+    assert run_json("bench", data, *SHORT, "--no-cold")["planned"]["mapped"] == 0
+    shown = run("bench", data, *SHORT, "--no-cold", "--memory-limit", "10KiB").stdout
+    assert "as planned (" in shown
+    assert "KiB mapped), warm" in shown
 
 
 def test_every_format(run_json: Callable[..., Any], data: Path, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import zlib
 from collections.abc import Callable
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,16 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.formats.base import Schema
+from jasper_store.formats.base import Parts, Schema, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.steering import LinearCurriculum, default_curriculum
 from jasper_store.report import figures as figures_module
 from jasper_store.report.figures import histogram, project, spread
 from jasper_store.report.jasper import curriculum_by_epoch
 from jasper_store.report.page.document import COMMON_SECTIONS, SECTIONS
-from jasper_store.report.page.svg import ticks
+from jasper_store.report.page.svg import WIDTH, ticks
+from jasper_store.report.page.tensor_parts import PARTS_SECTION
+from jasper_store.report.parts import look_at_parts
 from jasper_store.report.sample import look_at_samples
 from tests.cli.conftest import Run
 
@@ -258,6 +262,90 @@ def test_an_index_out_of_bounds_is_a_finding(made: Callable[..., str], declared:
     assert "1 error" in page.text
 
 
+def _texts(page: str) -> list[list[tuple[float, float, float, str]]]:
+    """By picture: left, right and baseline of its texts in its own units at 400 px, and what they say."""
+    css = re.search(r"max-width: 480px.*?svg text \{ font-size: (\d+)px", page, re.DOTALL)
+    assert css is not None
+    size = int(css[1])
+    # 400 px but for the margins of page and card; a picture is 440 units wide. 12 px is read without zooming.
+    assert size * (400 - 2 * 10 - 2 * 13) / WIDTH >= 12
+    pictures = []
+    for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        found = []
+        for attributes, words in re.findall(r"<text([^>]*)>([^<]*)</text>", picture):
+            given = dict(re.findall(r'([\w-]+)="([^"]*)"', attributes))
+            width = len(unescape(words)) * size * (0.6 if given.get("class") == "strong" else 0.5)
+            x, shift = float(given["x"]), {"middle": 0.5, "end": 1.0}.get(given.get("text-anchor", ""), 0.0)
+            found.append((x - shift * width, x + (1 - shift) * width, float(given["y"]), words))
+        pictures.append(found)
+    return pictures
+
+
+@pytest.mark.parametrize("kind", ["data", "declared", "numbered"])
+def test_text_at_400_px_is_large_enough_and_in_its_place(
+    made: Callable[..., str], request: pytest.FixtureRequest, kind: str
+) -> None:
+    for texts in _texts(made(request.getfixturevalue(kind))):
+        for left, right, y, words in texts:
+            assert left > -3, words
+            assert right < WIDTH + 3, words
+            for other in texts:
+                beside = right <= other[0] + 3 or other[1] <= left + 3 or abs(other[2] - y) > 11
+                assert beside or other == (left, right, y, words), (words, other)
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Path:
+    """A tensor in twelve files, one in a whole one."""
+    path = tmp_path / "numbered"
+    path.mkdir()
+    for number in range(12):
+        np.save(path / f"embeddings-{number:05}.npy", np.ones((5 + number, 4), np.float32))
+    np.save(path / "labels.npy", np.zeros(sum(5 + number for number in range(12)), np.int64))
+    return path
+
+
+def test_tensors_in_parts_have_a_picture(
+    made: Callable[..., str], run_json: Callable[..., Any], numbered: Path, data: Path
+) -> None:
+    text = made(numbered)
+    page = _Page(text)
+    assert PARTS_SECTION in page.ids
+    for words in ("12 parts in 12 files, 126 rows", "part 3 of 12: rows 11 to 17, embeddings-00002.npy"):
+        assert words in page.text
+    (found,) = run_json("report", numbered, "--no-verify")["parts"]
+    assert (found["parts"], found["files"], found["fewest"], found["most"]) == (12, 12, 5, 16)
+    assert [stretch["start"] for stretch in found["stretches"]][:3] == [0, 5, 11]
+    assert PARTS_SECTION not in _Page(made(data, "--no-verify")).ids  # nothing to show
+
+
+def test_many_parts_are_drawn_in_stretches(tmp_path: Path) -> None:
+    files = tuple(tmp_path / f"{number}.npy" for number in range(1000))
+    starts = np.arange(0, 3003, 3)
+    parts = Parts(files, np.arange(1000), np.zeros(1000, np.int64), starts)
+    (found,) = look_at_parts([TensorSpec("x", torch.float32, (3000, 2), parts)])
+    assert (found.parts, found.files, found.rows, found.fewest) == (1000, 1000, 3000, 3)
+    assert len(found.stretches) == 100
+    assert sum(stretch.parts for stretch in found.stretches) == 1000
+    assert all(a.stop == b.start for a, b in itertools.pairwise(found.stretches))
+    assert found.stretches[0].files == ("0.npy", "9.npy")
+
+
+def test_every_axis_has_a_name_and_a_unit(made: Callable[..., str], data: Path) -> None:
+    pictures = dict(re.findall(r'<svg[^>]*aria-label="([^"]*)".*?>(.*?)</svg>', made(data), re.DOTALL))
+    named = {
+        "Probability of each steering": ["epoch", "probability"],
+        "Similarity of negatives": ["cosine similarity with the pair&#x27;s positive, -1 to 1"],
+        "Pairs per cluster": ["clusters, the largest first", "pairs per cluster"],
+        "Distribution of relevance": ["relevance, 0 to 1", "pairs per bar"],
+        "Distribution of cosine distance": ["cosine distance, 0 to 2", "pairs per bar"],
+        "Samples per second": ["samples per second (/s), from 0"],
+    }
+    for label, names in named.items():
+        (drawn,) = [drawn for title, drawn in pictures.items() if title.startswith(label)]
+        assert re.findall(r'class="name">([^<]*)<', drawn) == names
+
+
 def test_a_wide_dataset_and_long_names_stay_in_the_picture(made: Callable[..., str], tmp_path: Path) -> None:
     wide = tmp_path / "wide"
     with js.DatasetWriter(wide, format="npy") as writer:
@@ -285,6 +373,12 @@ def test_a_view_of_samples_reads_headers_only(declared: Path, monkeypatch: pytes
     assert shapes == {field.name: list(field.shape) for field in view.fields if field.name != "tokens"}
 
 
+def test_a_memory_limit(run_json: Callable[..., Any], data: Path) -> None:
+    found = run_json("report", data, "--no-verify", "--memory-limit", "10KiB")
+    assert {tensor["placement"] for tensor in found["tensors"]} == {"ram", "mmap"}
+    assert "10.00 KiB" in found["budget"]
+
+
 def test_bad_input(refused: Callable[..., str], data: Path, tmp_path: Path) -> None:
     assert "nowhere" in refused(3, "report", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -305,6 +399,24 @@ def test_a_histogram_counts_what_is_finite() -> None:
     assert (sum(found.counts), found.rows, found.low, found.high, found.median) == (3, 3, 0.0, 1.0, 0.5)
     assert sum(histogram(torch.full((7,), 0.25), 7).counts) == 7
     assert histogram(torch.tensor([]), 0).rows == 0
+
+
+def test_a_histogram_of_equal_values_invents_no_range(made: Callable[..., str], data: Path) -> None:
+    found = histogram(torch.full((7,), 1.0), 7)
+    assert (found.smallest, found.largest) == (1.0, 1.0)
+    torch.save(torch.ones_like(torch.load(data / "pair_relevance.pt", weights_only=True)), data / "pair_relevance.pt")
+    page = made(data, "--no-verify")
+    text = _Page(page).text
+    assert "all are 1.000" in text
+    for invented in ("0.500 to 1.500", "from 0.500", "1.000 to 1.025", "0.975 to"):
+        assert invented not in page
+    assert "1.000: 50" in page  # the bar says its value
+
+
+def test_no_finite_value_is_no_range(made: Callable[..., str], data: Path) -> None:
+    nothing = torch.full_like(torch.load(data / "pair_relevance.pt", weights_only=True), float("nan"))
+    torch.save(nothing, data / "pair_relevance.pt")
+    assert "None of 50 pairs has a finite value." in _Page(made(data, "--no-verify")).text
 
 
 def test_large_tensors_are_sampled_in_runs(data: Path) -> None:

@@ -71,7 +71,7 @@ def test_does_not_overwrite_unasked(run: Run, refused: Callable[..., str], tmp_p
 
 def test_sizes_that_cannot_be_made(refused: Callable[..., str], tmp_path: Path) -> None:
     assert "2 pairs per cluster" in refused(2, "synth", tmp_path / "made", "--pairs", "10", "--clusters", "8")
-    assert "parquet" in refused(2, "synth", tmp_path / "made", *SMALL, "--format", "parquet")
+    assert "zarr" in refused(2, "synth", tmp_path / "made", *SMALL, "--format", "zarr")
     assert not (tmp_path / "made").exists()
 
 

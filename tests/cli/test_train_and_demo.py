@@ -59,6 +59,47 @@ def test_a_resumed_run_equals_one_that_never_stopped(
         assert torch.equal(weights, other["model"][name])
 
 
+def test_an_interruption_in_the_first_epoch_leaves_a_checkpoint(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jasper_store.model.training import Trainer
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run("train", data, *SMALL, "2", "--out", whole).exit_code == 0
+    stepped = Trainer._step
+    steps = []
+
+    def step_then_stop(trainer: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        steps.append(0)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return stepped(trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_then_stop)
+        result = run("train", data, *SMALL, "2", "--out", cut)
+    assert result.exit_code == 130
+    assert "0 of 2 epochs" in result.stderr
+    assert "--resume" in result.stderr
+    assert run("train", data, *SMALL, "2", "--out", cut, "--resume").exit_code == 0
+    one, other = (torch.load(path / "checkpoint.pt", weights_only=True)["model"] for path in (whole, cut))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_a_file_where_a_directory_should_be(
+    refused: Callable[..., str], data: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = [data] if command == "train" else []
+    for out in ("file", "file/below"):
+        line = refused(6, command, *arguments, "--epochs", "1", "--out", tmp_path / out)
+        assert str(tmp_path / out) in line
+        assert "Errno" not in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_checkpoint_is_not_overwritten_by_accident(
     run: Run, refused: Callable[..., str], data: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +139,9 @@ def test_demo_shows_every_step(run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("Conversion", "rows/sample", "Recall@1", "predictor, untrained", "samples/s", "epoch 1/1"):
         assert words in result.output
+    # The headline: what a memory limit leaves on the disk is mapped, and served beside the others.
+    assert "--memory-limit" in result.stdout
+    assert "tensors mapped" in result.stdout
     with js.open(tmp_path / "kept" / "hdf5") as store:
         assert store.format == "hdf5"
 
@@ -117,4 +161,24 @@ def test_demo_learns_from_real_embeddings(run_json: Callable[..., Any]) -> None:
         ("safetensors", "ram"),
         ("hdf5", "chunked"),
     }
+    (limited,) = [speed for speed in found["speed"] if speed["memory_limit"] is not None]
+    assert limited["mapped"]
+    assert 0 < limited["preloaded_nbytes"] <= limited["memory_limit"]
+    places = {tensor["name"]: tensor["placement"] for tensor in found["plan_under_limit"]["tensors"]}
+    assert sorted(limited["mapped"]) == sorted(name for name, place in places.items() if place == "mmap")
+    assert set(places.values()) == {"ram", "mmap"}
     assert sorted(path.name for path in SAMPLE.iterdir()) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_warms_up_before_it_measures(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[str] = []
+    warm_up = js.warm_up
+
+    def watched(store: js.TensorStore) -> js.WarmupReport:
+        warmed.append(store.format)
+        return warm_up(store)
+
+    monkeypatch.setattr(js, "warm_up", watched)
+    assert run("demo", "--epochs", "1").exit_code == 0
+    assert sorted(warmed) == sorted(["pt", "pt", "safetensors", "safetensors", "safetensors", "hdf5", "hdf5"])

@@ -272,7 +272,7 @@ def test_nothing_to_convert(tmp_path):
 
 def test_unknown_and_impossible_options(source, tmp_path):
     with pytest.raises(UnknownNameError, match="'safetensors', 'npy', 'hdf5', 'pt'"):
-        convert(source, tmp_path / "out", "parquet")
+        convert(source, tmp_path / "out", "zarr")
     with pytest.raises(UnknownNameError, match="float16"):
         convert(source, tmp_path / "out", dtype="float17")
     with pytest.raises(IncompatibleOptionsError, match="only floating"):
@@ -299,7 +299,7 @@ def test_narrowing_reports_the_largest_error(source, tmp_path, dtype):
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     for row in report.tensors:
         value = expected()[row.name]
-        cast = value.to(wanted) if value.is_floating_point() and value.dtype.itemsize >= wanted.itemsize else value
+        cast = value.to(wanted) if value.is_floating_point() and value.dtype.itemsize > wanted.itemsize else value
         assert same_bits(found[row.name], cast), row.name
         if value.dtype == cast.dtype:
             assert row.max_error is None
@@ -308,6 +308,19 @@ def test_narrowing_reports_the_largest_error(source, tmp_path, dtype):
             errors = (cast[finite].double() - value[finite].double()).abs().reshape(-1)
             assert row.max_error == max(errors.tolist(), default=0.0)
     assert "max error" in str(report)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_a_float_of_as_many_bits_is_kept_and_named(tmp_path, stored, dtype):
+    values = torch.randn(9, 3).to(getattr(torch, stored))
+    source = write_pt(tmp_path / "pt", {"half": values, "whole": torch.ones(9, 3), "ids": torch.arange(9)})
+    report = convert(source, tmp_path / "out", dtype=dtype)
+    found = read_by_others(tmp_path / "out", "safetensors")
+    assert same_bits(found["half"], values)
+    assert found["whole"].dtype == getattr(torch, dtype)
+    assert report.notes[-1] == f"written as they are, since {dtype} would save nothing: half"
+    assert "max error" in str(report)
+    assert "whole" not in report.notes[-1]
 
 
 def test_narrowing_refuses_to_make_infinities(tmp_path):

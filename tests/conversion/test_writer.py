@@ -244,7 +244,7 @@ def test_two_writers_do_not_meet(tmp_path):
 
 def test_options_are_checked_before_the_first_block(tmp_path):
     with pytest.raises(UnknownNameError, match="'safetensors', 'npy', 'hdf5', 'pt'"):
-        DirectoryWriter(tmp_path / "set", "parquet")
+        DirectoryWriter(tmp_path / "set", "zarr")
     with pytest.raises(IncompatibleOptionsError, match="compression"):
         DirectoryWriter(tmp_path / "set", "npy", compression="gzip")
     with pytest.raises(UnknownNameError, match="bzip2"):

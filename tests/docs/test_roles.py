@@ -37,6 +37,12 @@ def test_no_role_is_left_and_code_is_kept() -> None:
     assert without_roles(block) == block
 
 
+def test_two_colons_before_code_are_one() -> None:
+    page = "<p>Its loaders::</p>\n<pre><code>x::</code></pre>\n<p>::</p>\n<div class='highlight'></div><p>a::</p>"
+    made = "<p>Its loaders:</p>\n<pre><code>x::</code></pre>\n<div class='highlight'></div><p>a::</p>"
+    assert on_page_content(page) == made
+
+
 def test_every_role_in_a_docstring_has_the_form_that_is_replaced() -> None:
     for path in Path(ROOT / "jasper_store").rglob("*.py"):
         text = path.read_text(encoding="utf-8")

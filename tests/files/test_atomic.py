@@ -115,6 +115,14 @@ def test_refusals_of_the_system_are_translated_with_numbers(tmp_path, code, text
     assert names(tmp_path) == []
 
 
+def test_other_refusals_are_said_without_a_number(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    below = tmp_path / "file" / "below"
+    with pytest.raises(ConversionError, match="Not a directory; the old file") as caught, atomic.map_os_errors(below):
+        below.mkdir()
+    assert "Errno" not in str(caught.value)
+
+
 @pytest.mark.parametrize("error", [OSError, RuntimeError])
 def test_the_number_in_an_hdf5_message_is_understood(tmp_path, error):
     with pytest.raises(ConversionError, match="no room"), atomic.map_os_errors(tmp_path / "a.h5"):

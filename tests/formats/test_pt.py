@@ -420,3 +420,12 @@ def sparsely(file, offset, data):
         file.truncate(offset + len(data))
     else:
         write_at(file, offset, data)
+
+
+@pytest.mark.parametrize("value", [[torch.ones(3), torch.ones(4)], {"a": [torch.ones(3)]}, [{"x": torch.ones(2)}]])
+def test_a_list_of_tensors_is_refused_in_the_words_of_torch(tmp_path, value):
+    torch.save(value, tmp_path / "list.pt")
+    with pytest.raises(CorruptFileError) as caught:
+        FORMATS["pt"].locate(tmp_path / "list.pt", Schema())
+    assert "Pt" not in str(caught.value).replace(str(tmp_path), "")
+    assert "a tensor, float32 [3]" in str(caught.value) or "dict" in str(caught.value)

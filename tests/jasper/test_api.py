@@ -206,3 +206,42 @@ def test_warm_up_takes_a_path_or_a_store(tmp_path: Path) -> None:
     with js.open(directory, use_mmap=True) as store:
         report = js.warm_up(store)
         assert "source_embs" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("config", "samples", "says"),
+    [
+        ({"embedding_dim": 2, "n_neg": 2}, None, ("source_embs", "pair_index", "centroid_distances")),
+        (None, {"x": "nope[i]", "y": "question_embs[nada[i]]"}, ("'nope'", "'nada'")),
+    ],
+)
+def test_a_writer_names_all_tensors_that_are_missing(
+    tmp_path: Path, config: Any, samples: Any, says: tuple[str, ...]
+) -> None:
+    writer = js.DatasetWriter(tmp_path / "out", config=config, samples=samples)
+    writer.append("question_embs", torch.ones(4, 2))
+    with pytest.raises((js.errors.DatasetNotFoundError, js.errors.UnknownNameError)) as caught:
+        writer.close()
+    assert all(name in str(caught.value) for name in says)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_writer_refuses_a_jasper_dataset_that_contradicts_itself(tmp_path: Path) -> None:
+    with js.JASPERSteeringDataset(build_pt_dataset(tmp_path / "data"), "train") as dataset:
+        config, tensors = dataset.config, {name: tensor.tensor() for name, tensor in dataset.store.items()}
+        ragged = dataset.store.ragged("pair_keyword_ids")
+        lists = [ragged[row].tolist() for row in range(len(ragged))]
+    wrong = tensors | {"hard_negatives": tensors["hard_negatives"][:, :1]}
+    for name, values in (("right", tensors), ("wrong", wrong)):
+        writer = js.DatasetWriter(tmp_path / name, config=config)
+        for key, value in values.items():
+            if not key.startswith("pair_keyword_ids"):
+                writer.append(key, value)
+        writer.append_ragged("pair_keyword_ids", lists)
+        if name == "right":
+            writer.close()
+            assert js.verify(tmp_path / name).ok
+        else:
+            with pytest.raises(js.errors.IntegrityError, match="hard_negatives has 1 columns, expected 3"):
+                writer.close()
+            assert not (tmp_path / name).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import multiprocessing
@@ -13,8 +14,16 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate, random_split
 
-from jasper_store.errors import ClosedError, DatasetNotFoundError, IntegrityError, UnknownNameError
+from jasper_store.errors import (
+    ClosedError,
+    DatasetNotFoundError,
+    IncompatibleOptionsError,
+    IntegrityError,
+    UnknownNameError,
+)
 from jasper_store.jasper.dataset import JASPERSteeringDataset
+from jasper_store.jasper.loader import create_loader
+from jasper_store.loading.epochs import set_epoch
 from jasper_store.samples.batch import Batch, Sample
 from tests.builders import build_pt_dataset, jasper_tensors, write_pt
 from tests.jasper.expected import assert_same, expected_batch, expected_sample
@@ -359,3 +368,61 @@ def test_config_values_survive(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     with JASPERSteeringDataset(directory, "train") as ds:
         assert ds.config == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loader_takes_the_dtype_that_messages_recommend(directory: Path, dtype: torch.dtype) -> None:
+    batch = next(iter(create_loader(directory, "train", 4, dtype=dtype)))
+    assert batch["negative_embs"].dtype is dtype
+    assert batch["relevance"].dtype is torch.float32  # one dimension
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.0, True, "3"])
+def test_one_rule_for_epochs(directory: Path, ds: JASPERSteeringDataset, epoch: Any) -> None:
+    calls = (
+        lambda: JASPERSteeringDataset(directory, "train", epoch=epoch),
+        lambda: JASPERSteeringDataset.create_combined_splits(directory, epoch=epoch),
+        lambda: create_loader(directory, "train", 4, epoch=epoch),
+        lambda: set_epoch(ds, epoch),
+        lambda: ds.set_epoch(epoch),
+    )
+    for call in calls:
+        with pytest.raises(IncompatibleOptionsError, match=f"epoch={epoch!r}: expected a whole number, 0 or more"):
+            call()
+    assert ds.epoch == 0
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("use_mmap", [False, True])
+def test_a_copy_lives_where_the_dataset_does(directory: Path, copying: Any, *, use_mmap: bool) -> None:
+    ds = JASPERSteeringDataset(directory, "train", use_mmap=use_mmap, epoch=3)
+    ds.force_steering("residual")
+    copied = copying(ds)
+    assert copied.use_mmap is ds.use_mmap is use_mmap
+    assert copied.store is ds.store  # nothing is held twice
+    assert (copied.epoch, copied.seed, copied.split, copied.config) == (3, ds.seed, "train", ds.config)
+    assert_same(copied.__getitems__([5, 3]).tensors, ds.__getitems__([5, 3]).tensors)
+    copied.set_epoch(7)
+    copied.force_steering(None)
+    assert ds.epoch == 3
+    assert ds.__getitems__([0]).tensors["steering_variant"].tolist() == [3]
+    ds.close()
+    with pytest.raises(ClosedError):
+        copying(ds)
+    assert_same(copied[2], copied[2])  # the store stays open for the copy
+    store = copied.store
+    copied.close()
+    assert store.closed
+
+
+def test_what_a_subclass_adds_is_copied(directory: Path) -> None:
+    class Mine(JASPERSteeringDataset):
+        pass
+
+    ds = Mine(directory, "train")
+    ds.notes = {"seen": [1]}  # type: ignore[attr-defined]
+    shallow, deep = copy.copy(ds), copy.deepcopy(ds)
+    assert shallow.notes is ds.notes  # type: ignore[attr-defined]
+    assert deep.notes == ds.notes  # type: ignore[attr-defined]
+    assert deep.notes["seen"] is not ds.notes["seen"]  # type: ignore[attr-defined]
+    assert type(deep) is Mine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -161,6 +162,28 @@ def test_a_state_is_small_and_cheap() -> None:
     for _ in range(5):
         assert len(json.dumps(loader.state_dict())) < 300
     assert dataset.fingerprints == 1
+
+
+def test_what_differs_from_a_state_is_said_in_words() -> None:
+    class Named(Numbers):
+        dataset_dir = Path("data/b")
+        split = "train"
+
+        def fingerprint(self) -> str:
+            return f"{id(self):016x}"
+
+    one, other = Named(100), Named(100)
+    state = loader_of(0, 10, dataset=one).state_dict()
+    with pytest.raises(
+        IncompatibleOptionsError, match="as many samples as 'data/b', split 'train', 100, but"
+    ) as caught:
+        loader_of(0, 10, dataset=other).load_state_dict(state)
+    assert not re.search(r"[0-9a-f]{16}", str(caught.value))
+    with pytest.raises(
+        IncompatibleOptionsError, match=r"has 100 samples, that of 'data/b', split 'train' has 90\."
+    ) as caught:
+        loader_of(0, 10, dataset=Named(90)).load_state_dict(state)
+    assert not re.search(r"[0-9a-f]{16}", str(caught.value))
 
 
 def test_a_state_of_something_else_is_refused() -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from jasper_store.errors import ClosedError, IncompatibleOptionsError
+from jasper_store.errors import ClosedError, IncompatibleOptionsError, InsufficientMemoryError
 from jasper_store.formats.base import Inline
+from jasper_store.memory.budget import measure
 from jasper_store.store.opening import open_store
 from jasper_store.store.resident import DeviceTensor
 from tests.store.pairwise import pairs_of, pairwise
@@ -360,6 +361,32 @@ def test_a_pickled_tensor_is_that_tensor_of_its_store(opened, case):
     same(alone.tensor(), VALUES["embs"])
     same(copy.deepcopy(store)["embs"].tensor(), VALUES["embs"])
     again.close()
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy])
+@every_case
+def test_a_copied_store_is_one_of_its_own_with_the_same_plan(opened, case, copying):
+    store = opened(case)
+    with copying(store) as copied:
+        assert type(copied) is type(store)
+        assert copied is not store
+        assert copied.plan is store.plan
+        for name, tensor in copied.items():
+            # The device of these tests is the host's memory in disguise, of which the plan knows nothing.
+            assert tensor.placement == ("ram" if case[1] == "device" else store[name].placement)
+        same(copied["embs"].tensor(), VALUES["embs"])
+    assert copied.closed
+    assert not store.closed
+    same(pickle.loads(pickle.dumps(store["embs"])).tensor(), VALUES["embs"])
+
+
+def test_a_copy_of_a_store_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    WRITERS["npy"](tmp_path, VALUES)
+    with open_store(tmp_path, use_mmap=False) as store:
+        little = measure(memory_limit=10)
+        monkeypatch.setattr("jasper_store.store.store.measure", lambda: little)
+        with pytest.raises(InsufficientMemoryError, match="a copy of the store would preload"):
+            copy.deepcopy(store)
 
 
 @every_case

@@ -56,6 +56,10 @@ def describe(value: object) -> str:
         return repr(value[:60])
     if isinstance(value, list | tuple | dict):
         return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, PtTensor):
+        return f"a tensor, {str(value.dtype).removeprefix('torch.')} {list(value.shape[:8])}"
+    if isinstance(value, PtStorage):
+        return "a storage of a tensor"
     return f"{value!r:.80}" if value is None or isinstance(value, int | float) else f"a {type(value).__name__}"
 
 

@@ -51,7 +51,7 @@ def curriculum(stages: Sequence[Sequence[float]]) -> str:
     epochs = len(stages)
     stride = -(-epochs // _MOST_EPOCHS)
     shown = range(0, epochs, stride)
-    frame = Frame(282, (0, epochs), (0, 1))
+    frame = Frame(300, (0, epochs), (0, 1))
     base = [0.0] * len(shown)
     areas = []
     for variant, name in enumerate(VARIANTS):
@@ -64,6 +64,7 @@ def curriculum(stages: Sequence[Sequence[float]]) -> str:
         base = top
     grid = frame.grid(
         "epoch",
+        "probability",
         [(value, f"{value:.0%}") for value in (0, 0.25, 0.5, 0.75, 1)],
         [(value, f"{value:g}") for value in ticks(0, epochs, 6) if value == int(value)],
     )
@@ -81,9 +82,9 @@ def _steps(
 
 
 def distribution(found: Histogram, label: str, colour: str) -> str:
-    """Bars of a histogram, with its median."""
+    """Bars of a histogram, with its median; ``label`` names the values and their unit."""
     most = max(found.counts) or 1
-    frame = Frame(220, (found.low, found.high), (0, most))
+    frame = Frame(240, (found.low, found.high), (0, most))
     width = (found.high - found.low) / len(found.counts)
     bars = []
     for index, count in enumerate(found.counts):
@@ -91,12 +92,15 @@ def distribution(found: Histogram, label: str, colour: str) -> str:
             continue
         low = found.low + index * width
         left, top = frame.x(low), frame.y(count)
-        title = tag("title", f"{low:.3f} to {low + width:.3f}: {count:,}")
+        span = f"{low:.3f} to {low + width:.3f}" if found.smallest < found.largest else f"{found.smallest:.3f}"
+        title = tag("title", f"{span}: {count:,}")
         wide = max(frame.x(low + width) - left - 0.8, 0.5)
         bars.append(tag("rect", title, x=left, y=top, width=wide, height=frame.bottom - top, class_=colour))
     middle = frame.x(found.median)
     median = tag("line", x1=middle, x2=middle, y1=frame.top, y2=frame.bottom, class_="median")
-    grid = frame.grid(label, _counts(most), [(value, f"{value:g}") for value in ticks(found.low, found.high, 6)])
+    grid = frame.grid(
+        label, "pairs per bar", _counts(most), [(value, f"{value:g}") for value in ticks(found.low, found.high, 6)]
+    )
     return picture(frame.height, f"Distribution of {label}, median {found.median:.3f}", grid, *bars, median)
 
 
@@ -116,7 +120,7 @@ def cluster_sizes(sizes: Sequence[int]) -> str:
     ordered = sorted(sizes, reverse=True)
     together = -(-len(ordered) // _MOST_BARS)
     groups = [ordered[start : start + together] for start in range(0, len(ordered), together)]
-    frame = Frame(220, (0, len(ordered)), (0, max(ordered, default=1) or 1))
+    frame = Frame(240, (0, len(ordered)), (0, max(ordered, default=1) or 1))
     bars = []
     for index, group in enumerate(groups):
         height = sum(group) / len(group)
@@ -127,7 +131,7 @@ def cluster_sizes(sizes: Sequence[int]) -> str:
         wide = max((right - left) * 0.86, 0.8)
         bars.append(tag("rect", title, x=left, y=top, width=wide, height=frame.bottom - top, class_="v1"))
     x_texts = [(value, f"{value:g}") for value in ticks(0, len(ordered), 6) if value == int(value)]
-    grid = frame.grid("clusters, the largest first", _counts(frame.y.high), x_texts)
+    grid = frame.grid("clusters, the largest first", "pairs per cluster", _counts(frame.y.high), x_texts)
     return picture(frame.height, "Pairs per cluster, the largest first", grid, *bars)
 
 
@@ -150,7 +154,15 @@ def negatives(found: Figures) -> str:
         x = axis(value)
         parts.append(tag("line", x1=x, x2=x, y1=8, y2=bottom, class_="grid"))
         parts.append(text(x, bottom + 16, f"{value:g}", text_anchor="middle"))
-    parts.append(text(WIDTH / 2, height - 4, "cosine with the pair's positive", text_anchor="middle", class_="name"))
+    parts.append(
+        text(
+            WIDTH / 2,
+            height - 4,
+            "cosine similarity with the pair's positive, -1 to 1",
+            text_anchor="middle",
+            class_="name",
+        )
+    )
     for index, (name, share, histogram, colour) in enumerate(rows):
         parts.append(_ridge(axis, 8 + row_height * (index + 1), row_height - 26, histogram, colour))
         median = f"median {histogram.median:.2f}" if histogram.rows else "none"
@@ -207,7 +219,7 @@ def projection(found: Projection) -> str:
         for x, y in (place(point),)
     ]
     first, second = found.explained
-    words = f"across: {first:.0%} of the variance; up: {second:.0%}"
+    words = f"across: {first:.0%} of the variance; up: {second:.0%}; no unit"
     axes = text(WIDTH / 2, size + 18, words, text_anchor="middle")
     return picture(size + 24, "Source embeddings in two dimensions, coloured by cluster", *groups, *rings, axes)
 
@@ -219,7 +231,7 @@ def _dot(x: float, y: float) -> str:
 def speed(rates: Sequence[LoaderRate]) -> str:
     """Bars of samples per second, in groups of one way of placing the data."""
     fastest = max(rate.samples_per_second for rate in rates) or 1.0
-    axis = Axis(0, fastest, 0, WIDTH - 96)
+    axis = Axis(0, fastest, 0, WIDTH - 118)  # beside the longest bar stand up to 12 letters
     row = 44
     parts = []
     for index, rate in enumerate(rates):
@@ -230,4 +242,6 @@ def speed(rates: Sequence[LoaderRate]) -> str:
         colour = "p-mmap" if rate.placement == "mapped" else "p-ram"
         parts.append(tag("rect", tag("title", value), x=0, y=top + 20, width=end, height=15, rx=2, class_=colour))
         parts.append(text(end + 7, top + 32, value, class_="strong"))
-    return picture(8 + row * len(rates), "Samples per second of the loader", *parts)
+    height = 8 + row * len(rates) + 20
+    parts.append(text(0, height - 4, "samples per second (/s), from 0", class_="name"))
+    return picture(height, "Samples per second of the loader", *parts)

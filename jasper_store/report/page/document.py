@@ -16,6 +16,7 @@ from jasper_store.report.page.jasper import jasper_sections
 from jasper_store.report.page.parts import legend, section
 from jasper_store.report.page.sample import sample_section
 from jasper_store.report.page.svg import joined
+from jasper_store.report.page.tensor_parts import parts_section
 
 __all__ = ["COMMON_SECTIONS", "SECTIONS", "page"]
 
@@ -58,6 +59,7 @@ def page(report: DatasetReport) -> str:
             _head(report),
             '<div class="cards">',
             _placement(report),
+            parts_section(report.parts),
             sample_section(report.samples, report.why_no_samples),
             jasper_sections(report.jasper) if report.jasper is not None else "",
             _speed(report),

@@ -47,13 +47,13 @@ def _values(report: JasperPart) -> str:
                 "relevance",
                 "Relevance",
                 _counted(found.relevance),
-                charts.distribution(found.relevance, "relevance", "v3"),
+                charts.distribution(found.relevance, "relevance, 0 to 1", "v3"),
             ),
             section(
                 "distance",
                 "Distance to the centroid",
                 _counted(found.distance),
-                charts.distribution(found.distance, "cosine distance", "v2"),
+                charts.distribution(found.distance, "cosine distance, 0 to 2", "v2"),
             ),
         )
     )
@@ -61,7 +61,11 @@ def _values(report: JasperPart) -> str:
 
 def _counted(found: Histogram) -> str:
     rows = f"{found.rows:,} pairs" if found.rows >= found.of else f"{found.rows:,} of {found.of:,} pairs"
-    return f"{rows}; median {found.median:.3f} (dashed), from {found.low:.3f} to {found.high:.3f}."
+    if not found.rows:
+        return f"None of {found.of:,} pairs has a finite value."
+    if found.smallest == found.largest:
+        return f"{rows}; all are {found.smallest:.3f}."
+    return f"{rows}; median {found.median:.3f} (dashed), from {found.smallest:.3f} to {found.largest:.3f}."
 
 
 def _negatives(found: Figures) -> str:

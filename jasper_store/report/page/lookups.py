@@ -16,7 +16,7 @@ __all__ = ["lookups"]
 
 _INDENT, _TRUNK, _LINE, _PADDING, _GAP = 18.0, 6.0, 17.0, 6.0, 11.0
 _BOX_END, _FIELD = 270.0, 288.0
-_BOLD, _PLAIN = 8.7, 7.2
+_BOLD, _PLAIN = 9.3, 7.8
 """Width of a letter at the size that narrow screens get, in a wide font."""
 
 

@@ -76,17 +76,21 @@ class Frame:
 
     def __init__(self, height: float, x: tuple[float, float], y: tuple[float, float], *, left: float = 46) -> None:
         self.height = height
-        self.left, self.right, self.top, self.bottom = left, WIDTH - 10, 8, height - 38
+        # Above the area stands the name of y, below it the numbers and the name of x.
+        self.left, self.right, self.top, self.bottom = left, WIDTH - 10, 26, height - 42
         self.x = Axis(*x, self.left, self.right)
         self.y = Axis(*y, self.bottom, self.top)
 
-    def grid(self, label: str, y_texts: Sequence[tuple[float, str]], x_texts: Sequence[tuple[float, str]]) -> str:
-        """Grid lines for the ticks of y, numbers at both axes, and the name of x."""
+    def grid(
+        self, x_name: str, y_name: str, y_texts: Sequence[tuple[float, str]], x_texts: Sequence[tuple[float, str]]
+    ) -> str:
+        """Grid lines for the ticks of y, numbers at both axes, and the names of both with their units."""
         lines = [
             tag("line", x1=self.left, x2=self.right, y1=self.y(value), y2=self.y(value), class_="grid")
             + text(self.left - 6, self.y(value) + 4, shown, text_anchor="end")
             for value, shown in y_texts
         ]
-        lines += [text(self.x(value), self.bottom + 16, shown, text_anchor="middle") for value, shown in x_texts]
-        lines.append(text((self.left + self.right) / 2, self.height - 4, label, text_anchor="middle", class_="name"))
+        lines += [text(self.x(value), self.bottom + 17, shown, text_anchor="middle") for value, shown in x_texts]
+        lines.append(text((self.left + self.right) / 2, self.height - 4, x_name, text_anchor="middle", class_="name"))
+        lines.append(text(0, 13, y_name, class_="name"))
         return joined(lines)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -13,23 +12,24 @@ from typing import TYPE_CHECKING, cast
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
 from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
-from jasper_store.formats.base import Skipped, Streamed, SupportsKeys, SupportsSkipped
+from jasper_store.formats.base import Skipped, Streamed, SupportsSkipped
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.generation import read_generation
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.npz import NpzFormat
-from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
+from jasper_store.formats.numbered import group, merge
 from jasper_store.formats.parquet import ParquetFormat
 from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
+from jasper_store.formats.scan import Scan, base_name, one_error, scan_files, with_stem
 from jasper_store.formats.texts import SupportsTexts, text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
@@ -103,12 +103,6 @@ def writable(format: str) -> Format:  # noqa: A002 - the word that users pass
             return fmt
     only = f"; {format} is read and never written" if format in READ_ONLY else ""
     raise UnknownNameError(f"format={format!r}: expected one of {', '.join(map(repr, FORMATS))}{only}")
-
-
-def base_name(name: str) -> str:
-    """The name of the whole tensor: ``X`` for the parts ``X.values`` and ``X.offsets`` of a ragged one."""
-    base, dot, part = name.rpartition(".")
-    return base if dot and part in {"values", "offsets"} else name
 
 
 def format_for(path: Path) -> ReadFormat | None:
@@ -209,27 +203,6 @@ def _told(skipped: Iterable[Skipped]) -> str:
     return "; ".join(texts[:5]) + (f" and {len(texts) - 5} more" if len(texts) > 5 else "")
 
 
-@dataclass
-class _Scan:
-    """The files of one format in a directory, located."""
-
-    specs: dict[str, TensorSpec] = field(default_factory=dict)
-    errors: dict[str, JasperStoreError] = field(default_factory=dict)
-    failed: set[str] = field(default_factory=set)
-
-    def names(self) -> set[str]:
-        """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over."""
-        return {base_name(name) for name in self.specs} | self.errors.keys()
-
-    def take(self, wanted: Iterable[str]) -> list[TensorSpec]:
-        """The specs of these base names; raises the errors of those that cannot be read, all in one."""
-        wanted = set(wanted)
-        unreadable = sorted(wanted & self.errors.keys())
-        if unreadable:
-            raise _together([self.errors[name] for name in unreadable])
-        return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
-
-
 def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Located:  # noqa: A002
     """The tensors of several files, which may lie in several directories.
 
@@ -241,16 +214,19 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
     while not all(path.is_relative_to(root) for path in paths):
         root = root.parent
     found: dict[str, list[TensorSpec]] = {}
-    for path in dict.fromkeys(paths):
+    if len(set(paths)) < len(paths):
+        path = next(path for number, path in enumerate(paths) if path in paths[:number])
+        raise CorruptFileError(f"{path}: expected each file once in the list, found it twice.", path=path)
+    for path in paths:
         if path.is_dir():
             raise DatasetNotFoundError(
                 f"{path}: expected files, found a directory in the list; open it alone.", path=path
             )
     # Files of several formats may be named; a suffix says more than the format of one of them.
-    formats = {path: format_for(path) or _format_of(path, format) for path in dict.fromkeys(paths)}
+    formats = {path: format_for(path) or _format_of(path, format) for path in paths}
     groups, rest = group({path: stem_of(path, fmt.suffixes) for path, fmt in formats.items()}, whole=False)
     for numbered in groups:
-        for spec in merge(numbered, [_with_stem(formats[path], path, schema) for path in numbered.files]):
+        for spec in merge(numbered, [with_stem(formats[path], path, schema) for path in numbered.files]):
             found.setdefault(spec.name, []).append(spec)
     for path in rest:
         for spec in formats[path].locate(path, schema):
@@ -258,12 +234,6 @@ def _locate_files(paths: tuple[Path, ...], format: str, schema: Schema) -> Locat
     specs = tuple(same[0] if len(same) == 1 else join(name, same) for name, same in found.items())
     skipped = [skip for path, fmt in formats.items() for skip in skipped_in(fmt, path, schema)]
     return _require_tensors(Located(formats[paths[0]].name, root, specs, (), _not_kept(skipped, specs)))
-
-
-def _with_stem(fmt: ReadFormat, path: Path, schema: Schema) -> tuple[str, list[TensorSpec]]:
-    """A numbered file's name without suffix, and its tensors by the names that it has for them."""
-    stem = stem_of(path, fmt.suffixes)
-    return stem, fmt.locate_keys(path) if isinstance(fmt, SupportsKeys) else fmt.locate(path, schema)
 
 
 def _locate_generation(root: Path, asked: FormatName | None, schema: Schema, number: int | None) -> Located | None:
@@ -285,14 +255,14 @@ def _locate_generation(root: Path, asked: FormatName | None, schema: Schema, num
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:
     files = _files(root)
     order = AUTO_ORDER if asked is None else (asked,)
-    scans: dict[FormatName, _Scan] = {}
+    scans: dict[FormatName, Scan] = {}
     skipped: list[Skipped] = []
     if asked == "arrow":
         files["arrow"], skipped = dataset_files(root, files["arrow"])
     known = schema.required | schema.optional
     for name in order:
         if files[name]:
-            scans[name] = _scan(readable()[name], files[name], schema)
+            scans[name] = scan_files(readable()[name], files[name], schema)
             # The rest need not be opened (and h5py not be imported) once one format is known to be complete.
             if schema.required and known <= scans[name].names():
                 break
@@ -305,7 +275,7 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     _require_numbers(skipped, scans.values(), schema)
     if not any(scan.specs for scan in scans.values()):
         # Also where none of them would be part of the dataset: there is nothing else.
-        raise _together([error for scan in scans.values() for error in scan.errors.values()])
+        raise one_error([error for scan in scans.values() for error in scan.errors.values()])
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known
@@ -319,7 +289,7 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     return Located(chosen, root, tuple(specs), (*notes, *_stale(specs, files["pt"])), _not_kept(skipped, specs))
 
 
-def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[_Scan], schema: Schema) -> None:
+def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[Scan], schema: Schema) -> None:
     """Refuse a required tensor that is there as what is none."""
     there = set().union(*(scan.names() for scan in scans))
     for skip in skipped:
@@ -332,14 +302,14 @@ def _require_numbers(skipped: Iterable[Skipped], scans: Iterable[_Scan], schema:
 
 
 def _add_read_only(
-    root: Path, scans: dict[FormatName, _Scan], files: dict[FormatName, dict[Path, str]], schema: Schema
+    root: Path, scans: dict[FormatName, Scan], files: dict[FormatName, dict[Path, str]], schema: Schema
 ) -> list[Skipped]:
     """Scan the formats that are only read, and return what of them is passed over.
 
     A directory of tensors may hold any other file. So where there are tensors in another format, a file that cannot be
     read is skipped, and so are values that cannot be read in place.
     """
-    added: dict[FormatName, _Scan] = {}
+    added: dict[FormatName, Scan] = {}
     skipped: list[Skipped] = []
     for name, fmt in READ_ONLY.items():
         if not files[name]:
@@ -348,9 +318,9 @@ def _add_read_only(
             if name == "arrow":
                 files[name], passed = dataset_files(root, files[name])
                 skipped += passed
-            added[name] = _scan(fmt, files[name], schema)
+            added[name] = scan_files(fmt, files[name], schema)
         except (CorruptFileError, DatasetNotFoundError) as exc:  # files that contradict each other
-            added[name] = _Scan(errors={name: exc}, failed={str(path) for path in files[name]})
+            added[name] = Scan(errors={name: exc}, failed={str(path) for path in files[name]})
     main = max(added, key=lambda name: len(added[name].specs), default=None)
     written = any(scan.names() for scan in scans.values())
     for name, scan in added.items():
@@ -369,7 +339,7 @@ def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
 
 
 def _skipped_in(
-    scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
+    scans: Mapping[FormatName, Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
 ) -> list[Skipped]:
     """What the files that were scanned hold besides tensors.
 
@@ -389,7 +359,7 @@ def _skipped_in(
 
 
 def _gather(
-    root: Path, chosen: FormatName, scans: Mapping[FormatName, _Scan], wanted: set[str]
+    root: Path, chosen: FormatName, scans: Mapping[FormatName, Scan], wanted: set[str]
 ) -> tuple[list[TensorSpec], list[str]]:
     """The chosen format's tensors and extras, and what it lacks from the others."""
     notes: list[str] = []
@@ -412,14 +382,6 @@ def _gather(
     return specs, notes
 
 
-def _together(errors: list[JasperStoreError]) -> JasperStoreError:
-    """One error that says what several say."""
-    if len(errors) == 1:
-        return errors[0]
-    text = f"{len(errors)} files cannot be read. " + " ".join(str(error) for error in errors)
-    return CorruptFileError(text, path=errors[0].path, tensor=errors[0].tensor)
-
-
 def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
     """Files of each format with their base names; hidden and temporary ones are passed over."""
     found: dict[FormatName, dict[Path, str]] = {name: {} for name in readable()}
@@ -432,67 +394,6 @@ def _files(root: Path) -> dict[FormatName, dict[Path, str]]:
         if fmt.one_file is not None and root / fmt.one_file in found[name]:
             found[name] = {root / fmt.one_file: found[name][root / fmt.one_file]}
     return found
-
-
-def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
-    scan = _Scan()
-    for stem, located in _units(fmt, files, schema):
-        try:
-            specs = located()
-        except (CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError) as exc:
-            if isinstance(exc, IncompatibleOptionsError) and fmt.name not in READ_ONLY:
-                raise
-            if exc.path is not None and fmt.one_file == Path(exc.path).name:
-                raise
-            scan.errors[base_name(stem)] = exc
-            scan.failed.add(str(exc.path))
-            continue
-        for spec in specs:
-            if spec.name in scan.specs:
-                raise CorruptFileError(
-                    f"{spec.path}: holds the tensor {spec.name!r}, and so does {scan.specs[spec.name].path}; remove one.",
-                    path=spec.path,
-                    tensor=spec.name,
-                )
-            scan.specs[spec.name] = spec
-    for name in [name for name in scan.specs if name != base_name(name) and base_name(name) in scan.specs]:
-        raise CorruptFileError(
-            f"{scan.specs[name].path}: holds the ragged tensor {name!r}, and {scan.specs[base_name(name)].path} a "
-            "plain one of that name; remove one.",
-            path=scan.specs[name].path,
-            tensor=name,
-        )
-    return scan
-
-
-def _units(
-    fmt: ReadFormat, files: Mapping[Path, str], schema: Schema
-) -> Iterator[tuple[str, Callable[[], Sequence[TensorSpec]]]]:
-    """What is read as one: a name, and what locates its tensors. A file, numbered files, or what an index names."""
-    files = dict(files)
-    if fmt.name == "safetensors":
-        for index in sorted({path.parent for path in files}):
-            for path in sorted(index.glob(f"*{INDEX_SUFFIX}")):
-                named = read_index(path)
-                shards = list(dict.fromkeys(named.values()))
-                for shard in shards:
-                    files.pop(shard, None)
-                yield path.name.removesuffix(INDEX_SUFFIX), partial(_indexed, path, named, shards)
-    groups, rest = group(files)
-    for numbered in groups:
-        yield numbered.base, partial(_numbered, fmt, numbered, schema)
-    for path, stem in rest.items():
-        yield stem, partial(fmt.locate, path, schema)
-
-
-def _numbered(fmt: ReadFormat, numbered: Numbered, schema: Schema) -> list[TensorSpec]:
-    return merge(numbered, [_with_stem(fmt, path, schema) for path in numbered.files])
-
-
-def _indexed(index: Path, named: Mapping[str, Path], shards: Sequence[Path]) -> list[TensorSpec]:
-    fmt = FORMATS["safetensors"]
-    assert isinstance(fmt, SupportsKeys)
-    return pick(index, named, [spec for shard in shards for spec in fmt.locate_keys(shard)])
 
 
 def _stale(specs: Iterable[TensorSpec], pt_files: Mapping[Path, str]) -> list[str]:

@@ -169,7 +169,7 @@ def test_files_of_several_places_and_formats_are_one_dataset(tmp_path: Path) -> 
     assert not list(tmp_path.glob("*.json")), "the directory that holds both is no dataset"
     with js.open(files) as store:
         assert list(store) == ["emb", "label"]
-    with pytest.raises(CorruptFileError, match="and so does"):
+    with pytest.raises(CorruptFileError, match="found it twice"):
         js.open([files[0], files[0]])
     with pytest.raises(DatasetNotFoundError, match="empty list"):
         js.Dataset([])

@@ -1,4 +1,4 @@
-"""Where a writer puts its files: a directory of their own, the next part of a dataset, or one shard of many."""
+"""Where a writer puts its files: a separate directory, the next part of a dataset, or one shard of many."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _CANNOT = {errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS, err
 
 
 def exchanged(directory: Path, ready: Sequence[tuple[Path, Path, FileEntry | None]]) -> bool:
-    """Replace files of a directory in one step, as everyone sees it who opens the directory.
+    """Replace files of a directory in one step, for everything that opens the directory.
 
     Args:
         directory: the directory, locked by the caller. It becomes another one of the same name.

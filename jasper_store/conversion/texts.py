@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from jasper_store.errors import IntegrityError
+from jasper_store.errors import CorruptFileError, IntegrityError
 from jasper_store.formats.base import Encoded, TensorSpec
-from jasper_store.formats.registry import FORMATS, format_for
-from jasper_store.formats.texts import SupportsTexts, hash_block, sort_hashes
+from jasper_store.formats.flat import stem_of
+from jasper_store.formats.numbered import group
+from jasper_store.formats.registry import files_of, format_for, readable
+from jasper_store.formats.texts import SupportsTexts, Texts, hash_block, sort_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from jasper_store.formats.base import FormatName, Schema, Skipped
-    from jasper_store.formats.texts import Texts
+    from jasper_store.formats.numbered import Numbered
+    from jasper_store.formats.texts import Block
 
 __all__ = ["kept_texts"]
 
@@ -40,25 +45,68 @@ def kept_texts(
         The tensors of the strings that can be kept, and a sentence for each column that is, or is not.
 
     Raises:
-        CorruptFileError: a file is damaged.
+        CorruptFileError: a file is damaged, or lacks strings that the files numbered like it have.
     """
     specs: list[TensorSpec] = []
     notes: list[str] = []
-    columns: dict[object, dict[str, Texts]] = {}
+    columns: dict[Path, dict[str, Texts]] = {}
     for skip in skipped:
         if skip.path not in columns:
-            fmt = format_for(skip.path) or FORMATS[source]
+            fmt = format_for(skip.path) or readable()[source]
             found = fmt.texts(skip.path, schema) if isinstance(fmt, SupportsTexts) else []
             columns[skip.path] = {texts.name: texts for texts in found}
-        texts = columns[skip.path].get(skip.name)
+        if skip.name not in columns[skip.path]:
+            notes.append(str(skip))
+    for texts in _joined([texts for found in columns.values() for texts in found.values()]):
+        files = f" of {len(texts.files)} numbered files" if len(texts.files) > 1 else ""
         try:
-            specs += [] if texts is None else _specs(texts)
+            specs += _specs(texts)
         except IntegrityError as exc:
-            notes.append(f"{skip}; {exc}")
+            notes.append(f"{texts.files[0]}: {texts.name!r:.100} is skipped: {exc}")
         else:
-            kept = "" if texts is None else f"{skip.name}: {texts.rows:,} strings, kept as UTF-8 for store.ids()"
-            notes.append(kept or str(skip))
+            notes.append(f"{texts.name}: {texts.rows:,} strings{files}, kept as UTF-8 for store.ids()")
     return tuple(specs), notes
+
+
+def _joined(columns: list[Texts]) -> list[Texts]:
+    """Columns that numbered files hold alike, as one, in the order of the files; the others as they are."""
+    paths = {texts.files[0] for texts in columns}
+    # Of one file that was named, the others are not asked for.
+    numbered = _numbered(paths) if len(paths) > 1 else {}
+    same: dict[tuple[Path, str], list[Texts]] = {}
+    for texts in columns:
+        path = texts.files[0]
+        one = numbered.get(path)
+        name = one.base if one is not None and texts.name == _stem(path) else texts.name
+        same.setdefault((one.files[0] if one is not None else path, name), []).append(texts)
+    found = []
+    for (first, name), parts in same.items():
+        order = numbered[first].files if first in numbered else (first,)
+        parts.sort(key=lambda texts: order.index(texts.files[0]))
+        files = tuple(texts.files[0] for texts in parts)
+        if files != order:
+            lacking = next(path for path in order if path not in files)
+            msg = f"{lacking}: expected strings {name!r:.100}, as in {files[0].name}, found none; write the file again"
+            raise CorruptFileError(msg, path=lacking, tensor=name)
+        blocks = partial(_chained, parts) if len(parts) > 1 else parts[0].blocks
+        found.append(Texts(name, files, sum(texts.rows for texts in parts), blocks))
+    return found
+
+
+def _numbered(paths: Iterable[Path]) -> dict[Path, Numbered]:
+    """The files that are numbered like each of these, of all that are in its directory."""
+    kinds = {(path.parent, fmt.name) for path in paths if (fmt := format_for(path)) is not None}
+    groups = [one for directory, name in kinds for one in group(files_of(directory, name))[0]]
+    return {path: one for one in groups for path in one.files}
+
+
+def _stem(path: Path) -> str:
+    fmt = format_for(path)
+    return stem_of(path, fmt.suffixes) if fmt is not None else path.name
+
+
+def _chained(parts: list[Texts]) -> Iterator[Block]:
+    return chain.from_iterable(texts.blocks() for texts in parts)
 
 
 def _specs(texts: Texts) -> list[TensorSpec]:
@@ -76,7 +124,7 @@ def _specs(texts: Texts) -> list[TensorSpec]:
         ("order", torch.int64, texts.rows, partial(sorted_hashes.blocks, 1)),
     ]
     return [
-        TensorSpec(f"{texts.name}.{part}", dtype, (size,), Encoded(texts.path, blocks))
+        TensorSpec(f"{texts.name}.{part}", dtype, (size,), Encoded(texts.files, blocks))
         for part, dtype, size, blocks in parts
     ]
 

@@ -152,12 +152,17 @@ class Encoded:
     """A tensor that is made out of strings while they are read; only a conversion reads it, from front to end.
 
     Attributes:
-        path: the file of the strings.
+        files: the files of the strings, in the order of their rows.
         blocks: makes the values as 1-D blocks, in order; may be called again.
     """
 
-    path: Path
+    files: tuple[Path, ...]
     blocks: Callable[[], Iterator[torch.Tensor]]
+
+    @property
+    def path(self) -> Path:
+        """The file of the first strings."""
+        return self.files[0]
 
 
 Location: TypeAlias = Extent | Chunked | Inline | Parts | Streamed | Encoded
@@ -198,7 +203,7 @@ class TensorSpec:
     @property
     def paths(self) -> tuple[Path, ...]:
         """All files that hold the values."""
-        return self.location.files if isinstance(self.location, Parts | Streamed) else (self.location.path,)
+        return self.location.files if isinstance(self.location, Parts | Streamed | Encoded) else (self.location.path,)
 
     @property
     def n_rows(self) -> int:

@@ -18,7 +18,8 @@ from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
 from jasper_store.formats.base import Extent, Skipped, TensorSpec, contiguous_strides
 from jasper_store.formats.files import DATA_START, check_shape, dtype_name, open_for_reading, read_at, shown
 from jasper_store.formats.flat import FlatWriter, stem_of
-from jasper_store.formats.texts import BLOCK_NBYTES, Texts, encode_bytes, encode_unicode
+from jasper_store.formats.pickled import strings_of
+from jasper_store.formats.texts import BLOCK_NBYTES, Texts, encode_bytes, encode_unicode, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +90,7 @@ class NpyFormat:
         name = stem_of(path, self.suffixes)
         if description == "|O":
             reason = (
-                "it holds pickled Python objects, which are never executed; save strings with a dtype such as '<U12'"
+                "it holds pickled Python objects, which are never executed; only strings among them can be converted"
             )
             return [Skipped(name, path, reason)]
         stored = np.dtype(str(description))
@@ -97,18 +98,22 @@ class NpyFormat:
         return [Skipped(name, path, f"it holds strings ({stored.str}, shape {list(shape)}), not numbers")]
 
     def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002 - names need no schema
-        """See :class:`jasper_store.formats.texts.SupportsTexts`: an array of fixed-width strings."""
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: an array of fixed-width strings, or of ``str`` objects."""
         header, data_start, size = _read_header(path)
         description = header["descr"]
-        if not _is_text(description) or description == "|O":
+        if not _is_text(description):
             return []
+        if description == "|O":
+            with open_for_reading(path) as (file, _):
+                objects = strings_of(file, data_start, size)
+            return [] if objects is None else [in_memory(path, stem_of(path, self.suffixes), objects)]
         stored = np.dtype(str(description))
         shape = _check_sizes(path, header, stored.str, stored.itemsize, data_start, size)
         # Strings without room for a character take no bytes, so their number may be anything.
         if len(shape) != 1 or not stored.itemsize:
             return []
         name, rows = stem_of(path, self.suffixes), shape[0]
-        return [Texts(name, path, rows, partial(_read_texts, path, name, stored, rows, data_start))]
+        return [Texts(name, (path,), rows, partial(_read_texts, path, name, stored, rows, data_start))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""

@@ -17,6 +17,7 @@ from jasper_store.formats.base import Extent, Skipped, Streamed, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.npy import MAX_PREFIX, dtype_of, parse_header, strides_of
+from jasper_store.formats.texts import SkippedMemo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NpzFormat", "member_bytes"]
 
+_MEMO = SkippedMemo()
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _READ_NBYTES = 1 << 18
 _NO_TENSORS = {"U": "strings", "S": "bytes", "O": "pickled Python objects, which are never executed"}
@@ -40,7 +42,9 @@ class NpzFormat:
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
         """See :meth:`jasper_store.formats.base.ReadFormat.locate`."""
-        specs, _ = _read(path)
+        key = _MEMO.key(path)
+        specs, skipped = _read(path)
+        _MEMO.put(key, skipped)
         if len(specs) != 1:
             return specs
         (only,) = specs
@@ -48,7 +52,9 @@ class NpzFormat:
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
         """See :class:`jasper_store.formats.base.SupportsSkipped`: strings, bytes, structured arrays and objects."""
-        return _read(path)[1]
+        key = _MEMO.key(path)
+        known = _MEMO.get(key)
+        return _MEMO.put(key, _read(path)[1]) if known is None else known
 
 
 def member_bytes(path: Path, member: str) -> Iterator[bytes]:

@@ -20,14 +20,15 @@ from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt.machine import Machine, PickleError
 from jasper_store.formats.pt.unpickle import describe
+from jasper_store.formats.texts import SkippedMemo
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from jasper_store.formats.base import FormatName, Schema
 
-__all__ = ["PickleFormat"]
+__all__ = ["PickleFormat", "strings_of"]
 
 _DTYPES = {
     "b1": torch.bool,
@@ -45,11 +46,14 @@ _DTYPES = {
     "c8": torch.complex64,
     "c16": torch.complex128,
 }
+_MEMO = SkippedMemo()
 _WINDOW_NBYTES = 1 << 16
 # Instructions that are followed, which take some seconds, and the bytes of all of them without those of arrays.
 _MAX_INSTRUCTIONS = 1 << 22
 _MAX_NBYTES = 256 << 20
 _MAX_NAME = 4096
+_CHARACTERS_PER_BYTE = 16
+_CHARACTERS_AT_LEAST = 1 << 18
 _RESAVE = "save its array with numpy.save"
 
 
@@ -66,15 +70,20 @@ class PickleFormat:
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
         """See :meth:`jasper_store.formats.base.ReadFormat.locate`."""
-        return [_spec(path, name, value) for name, value in _named(path, self.suffixes) if _is_numbers(value)]
+        key = _MEMO.key(path)
+        found = list(_named(path, self.suffixes))
+        _MEMO.put(key, _others(path, found))
+        return [_spec(path, name, value) for name, value in found if _is_numbers(value)]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
         """See :class:`jasper_store.formats.base.SupportsSkipped`: ids, and whatever else is no array of numbers."""
-        return [
-            Skipped(name, path, _described(value))
-            for name, value in _named(path, self.suffixes)
-            if not _is_numbers(value)
-        ]
+        key = _MEMO.key(path)
+        known = _MEMO.get(key)
+        return _MEMO.put(key, _others(path, _named(path, self.suffixes))) if known is None else known
+
+
+def _others(path: Path, found: Iterable[tuple[str, object]]) -> list[Skipped]:
+    return [Skipped(name, path, _described(value)) for name, value in found if not _is_numbers(value)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +252,11 @@ _BYTES: dict[bytes, Callable[[_ArrayMachine], None]] = {
 class _FileBytes:
     """The bytes of an open file, read a window at a time."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, begin: int = 0) -> None:
+        """``size`` bytes from byte ``begin`` of the file on."""
         self._file = file
         self._size = size
+        self._begin = begin
         self._start = 0
         self._window = b""
 
@@ -256,7 +267,7 @@ class _FileBytes:
         start, stop, _ = where.indices(self._size)
         if start < self._start or stop > self._start + len(self._window):
             self._start = start
-            self._window = read_at(self._file, start, max(stop - start, _WINDOW_NBYTES))
+            self._window = read_at(self._file, self._begin + start, max(stop - start, _WINDOW_NBYTES))
         found = self._window[start - self._start : stop - self._start]
         if len(found) < stop - start:
             raise PickleError("it was cut while it was read")
@@ -266,6 +277,28 @@ class _FileBytes:
         """As ``bytes.find``, within one window: what is looked for ends a name of a module or function."""
         at = self[start : min(start + _WINDOW_NBYTES, self._size)].find(sub)
         return at if at < 0 else start + at
+
+
+def strings_of(file: BinaryIO, begin: int, size: int) -> list[str] | None:
+    """The strings of a pickled array of objects, as ``numpy.save`` writes it behind its header.
+
+    Args:
+        file: the open file.
+        begin: where the pickle begins.
+        size: bytes of the file.
+
+    Returns:
+        The strings, or ``None`` if it is no array of one dimension, holds anything else, or names a string so often that its
+        bytes do not explain the characters.
+    """
+    try:
+        found = _ArrayMachine(_FileBytes(file, size - begin, begin)).run()
+    except (PickleError, ValueError, TypeError, RecursionError, OverflowError):
+        return None  # what is refused stays what it was: objects, which are skipped
+    rows = found.data if isinstance(found, _Array) else None
+    if not isinstance(rows, list) or found.shape != (len(rows),) or not all(type(row) is str for row in rows):
+        return None
+    return rows if sum(map(len, rows)) <= max(_CHARACTERS_PER_BYTE * size, _CHARACTERS_AT_LEAST) else None
 
 
 def _named(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, object]]:

@@ -25,7 +25,7 @@ from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
-from jasper_store.formats.texts import text_names
+from jasper_store.formats.texts import SupportsTexts, text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "READ_ONLY",
     "Located",
     "base_name",
+    "files_of",
     "format_for",
     "locate",
     "readable",
@@ -175,7 +176,16 @@ def skipped_in(fmt: ReadFormat, path: Path, schema: Schema) -> list[Skipped]:
 
 def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skipped]:
     """What the files of one format in a directory hold that is no tensor; errors as ``locate``."""
-    return [skip for path in _files(directory)[name] for skip in skipped_in(readable()[name], path, schema)]
+    files = _files(directory)[name]
+    passed: list[Skipped] = []
+    if name == "arrow":
+        files, passed = dataset_files(directory, files)
+    return [*passed, *(skip for path in files for skip in skipped_in(readable()[name], path, schema))]
+
+
+def files_of(directory: Path, name: FormatName) -> Mapping[Path, str]:
+    """The files of one format in a directory, sorted, each with its name without suffix."""
+    return _files(directory)[name]
 
 
 def _require_tensors(located: Located) -> Located:
@@ -205,6 +215,7 @@ class _Scan:
 
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     errors: dict[str, JasperStoreError] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
     def names(self) -> set[str]:
         """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over."""
@@ -339,7 +350,7 @@ def _add_read_only(
                 skipped += passed
             added[name] = _scan(fmt, files[name], schema)
         except (CorruptFileError, DatasetNotFoundError) as exc:  # files that contradict each other
-            added[name] = _Scan(errors={name: exc})
+            added[name] = _Scan(errors={name: exc}, failed={str(path) for path in files[name]})
     main = max(added, key=lambda name: len(added[name].specs), default=None)
     written = any(scan.names() for scan in scans.values())
     for name, scan in added.items():
@@ -360,15 +371,21 @@ def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
 def _skipped_in(
     scans: Mapping[FormatName, _Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
 ) -> list[Skipped]:
-    """What the files that were scanned hold besides tensors."""
-    skipped: list[Skipped] = []
+    """What the files that were scanned hold besides tensors.
+
+    A column that every shard holds is named once, unless it holds strings that a conversion keeps: then each is needed.
+    """
+    skipped: dict[tuple[str, ...], Skipped] = {}
     for name, scan in scans.items():
-        for path, stem in files[name].items():
-            if base_name(stem) not in scan.errors:
-                # What cannot be read was reported where it was located.
-                with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
-                    skipped += skipped_in(readable()[name], path, schema)
-    return skipped
+        each = isinstance(readable()[name], SupportsTexts)
+        for path in files[name]:
+            if str(path) in scan.failed:
+                continue
+            # What is wrong with a file that others make unreadable was reported where they were located.
+            with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
+                for skip in skipped_in(readable()[name], path, schema):
+                    skipped.setdefault((skip.name, skip.reason, str(path) if each else ""), skip)
+    return list(skipped.values())
 
 
 def _gather(
@@ -428,6 +445,7 @@ def _scan(fmt: ReadFormat, files: Mapping[Path, str], schema: Schema) -> _Scan:
             if exc.path is not None and fmt.one_file == Path(exc.path).name:
                 raise
             scan.errors[base_name(stem)] = exc
+            scan.failed.add(str(exc.path))
             continue
         for spec in specs:
             if spec.name in scan.specs:

@@ -42,6 +42,7 @@ __all__ = [
     "encode_bytes",
     "encode_unicode",
     "hash_block",
+    "in_memory",
     "is_text",
     "sort_hashes",
     "text_names",
@@ -60,11 +61,11 @@ _REMEMBERED = 256
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """The strings of one column of a file.
+    """The strings of one column of a file, or of files that are numbered.
 
     Attributes:
         name: the name of the column.
-        path: the file.
+        files: the file, or the files in the order of their rows.
         rows: how many strings there are.
         blocks: reads them in order, each time it is called; a block is valid until the next one.
 
@@ -72,7 +73,7 @@ class Texts:
     """
 
     name: str
-    path: Path
+    files: tuple[Path, ...]
     rows: int
     blocks: Callable[[], Iterator[Block]]
 
@@ -87,6 +88,20 @@ class SupportsTexts(Protocol):
         Raises:
             CorruptFileError, DatasetNotFoundError: as ``locate``.
         """
+
+
+def in_memory(path: Path, name: str, rows: list[str]) -> Texts:
+    """A column whose strings came with the file's header; ``rows`` is emptied when they are first read."""
+    blocks: list[Block] = []
+
+    def read() -> Iterator[Block]:
+        # Encoded when first read, since a text that UTF-8 cannot hold is an error of reading it.
+        if not blocks:
+            blocks.append(encode(name, rows))
+            rows.clear()
+        return iter(blocks)
+
+    return Texts(name, (path,), len(rows), read)
 
 
 def is_text(values: Any, offsets: Any) -> bool:

@@ -27,6 +27,7 @@ from jasper_store.errors import (
 )
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import FORMATS, locate
+from jasper_store.formats.texts import PARTS
 from tests.conversion.samples import FORMAT_NAMES
 from tests.formats.conformance import relaxed
 
@@ -87,7 +88,7 @@ def test_each_command_names_what_it_skips(tmp_path, kind):
     assert any(note.startswith("ids: 6 strings, kept") or "'ids' is skipped" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("kind", ["unicode", "bytes", "pt", "hdf5"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fmt", [*FORMAT_NAMES, "gzip"])
 def test_a_conversion_keeps_them_and_the_next_one_too(tmp_path, kind, fmt):
     source = mixed(tmp_path / "data", kind)
@@ -195,6 +196,36 @@ def test_strings_and_a_tensor_of_one_name(tmp_path):
     report = js.convert(tmp_path, tmp_path / "out")
     assert [row.name for row in report.tensors] == ["ids"]
     assert "'ids' is skipped: it holds strings (<U5, shape [6]), not numbers; a tensor has its name" in str(report)
+
+
+@pytest.mark.parametrize("names", [("ids_00", "ids_01", "ids_02"), tuple(f"ids-{i}-of-11" for i in range(11))])
+def test_numbered_files_of_strings_are_one(tmp_path, names):
+    every = []
+    for i, name in enumerate(names):
+        rows = [f"{i} {text}" for text in IDS[: i + 1]]
+        every += rows
+        np.save(tmp_path / f"{name}.npy", np.array(rows))
+        np.save(tmp_path / f"{name.replace('ids', 'embs')}.npy", np.full((len(rows), 2), i, "f4"))
+    report = js.convert(tmp_path, tmp_path / "out")
+    assert f"ids: {len(every)} strings of {len(names)} numbered files, kept" in str(report)
+    with js.open(tmp_path / "out") as store:
+        assert store.ids("ids").of(range(len(every))) == every
+        assert store["embs"].take(store.ids("ids").rows(["2 a"])).tolist() == [[2, 2]]
+    assert all(row.skipped for row in js.convert(tmp_path, tmp_path / "out").tensors)
+    np.save(tmp_path / f"{names[1]}.npy", np.array(["new", "and more"]))
+    changed = js.convert(tmp_path, tmp_path / "out", overwrite=True)
+    assert {row.name for row in changed.tensors if not row.skipped} == {f"ids.{part}" for part in PARTS}
+    js.convert(tmp_path / f"{names[2]}.npy", tmp_path / "one")
+    with js.open(tmp_path / "one") as store:
+        assert store.ids(names[2]).of([0]) == ["2 a"]
+
+
+def test_numbered_files_of_which_one_lacks_its_strings(tmp_path):
+    for i in range(3):
+        held = {"embs": torch.ones(2, 2), **({"ids": ["a", "b"]} if i != 1 else {"title": "text"})}
+        torch.save(held, tmp_path / f"data_{i:02}.pt")
+    with pytest.raises(CorruptFileError, match="data_0"):
+        js.convert(tmp_path, tmp_path / "out")
 
 
 def test_chosen_tensors(tmp_path):

@@ -385,8 +385,8 @@ def hf_dataset(datasets):
     features = datasets.Features(
         {
             "id": datasets.Value("string"),
-            "emb": datasets.List(datasets.Value("float32")),
-            "fixed": datasets.List(datasets.Value("float32"), length=8),
+            "emb": datasets.Sequence(datasets.Value("float32")),
+            "fixed": datasets.Sequence(datasets.Value("float32"), length=8),
             "grid": datasets.Array2D((2, 4), "float32"),
             "label": datasets.ClassLabel(names=["a", "b"]),
         }
@@ -443,6 +443,7 @@ def test_a_directory_of_shards(tmp_path, datasets):
     assert len(specs["emb"].paths) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*is skipped:jasper_store.errors.JasperStoreWarning")
 @pytest.mark.parametrize("use_mmap", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_saved_dataset_is_opened_trained_from_verified_and_converted(tmp_path, datasets, use_mmap, shards):
@@ -451,6 +452,8 @@ def test_a_saved_dataset_is_opened_trained_from_verified_and_converted(tmp_path,
     saved.save_to_disk(root, num_shards=shards)
     before = {path.name: path.read_bytes() for path in root.iterdir()}
     rows = np.array([99, 0, 34, 33, 67, 0])
+    with pytest.warns(js.errors.JasperStoreWarning, match="'id' is skipped: a column of strings"):
+        js.open(root).close()
     with js.open(root, use_mmap=use_mmap) as store:
         assert store["emb"].placement == ("mmap" if use_mmap else "ram")
         assert np.array_equal(store["emb"].take(torch.from_numpy(rows)).numpy(), ROWS[rows])

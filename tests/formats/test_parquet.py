@@ -84,6 +84,7 @@ def test_columns(tmp_path, options):
     assert (skipped.name, skipped.reason) == ("id", "a column of string")
 
 
+@pytest.mark.filterwarnings("ignore:.*is skipped:jasper_store.errors.JasperStoreWarning")
 def test_conversion(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(table(), path, row_group_size=50)
@@ -107,6 +108,23 @@ def test_shards_are_one_stream(tmp_path):
     mixed = [*locate(tmp_path / "n.npy", "auto", Schema()).specs, specs_of(paths[1])["n"]]
     with pytest.raises(CorruptFileError, match="expected a part of 'n'"):
         join("n", mixed)
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped:jasper_store.errors.JasperStoreWarning")
+def test_a_directory_of_shards(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(3):
+        pq.write_table(table().slice(100 * i, 100), source / f"train-{i:05}-of-00003.parquet")
+    with js.open(source) as store:
+        assert np.array_equal(store["list"].take([299, 3, 150]).numpy(), ROWS[[299, 3, 150]])
+    js.convert(source, tmp_path / "out")
+    specs = {spec.name: spec for spec in locate(tmp_path / "out", "safetensors", Schema()).specs}
+    assert {
+        name: same(read(specs[name]), torch.from_numpy(values)) for name, values in EXPECTED.items()
+    } == dict.fromkeys(EXPECTED, True)
+    (skipped,) = [one for one in locate(source, "auto", Schema()).skipped if one.name == "id"]
+    assert skipped.path == source / "train-00000-of-00003.parquet"
 
 
 def test_no_rows(tmp_path):

@@ -99,6 +99,7 @@ def test_numbers_of_numpy_among_ids(tmp_path):
     assert skipped(path) == {"x.ids": "a tuple of 3"}
 
 
+@pytest.mark.filterwarnings("ignore:.*is skipped:jasper_store.errors.JasperStoreWarning")
 def test_a_store_and_a_conversion(tmp_path):
     path = dump(tmp_path / "corpus.pkl", (ROWS, IDS))
     for place in (path, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -85,6 +87,35 @@ def test_npy(tmp_path, rows, kind):
     expected = {"ids": rows} if array.dtype.itemsize else {}
     assert columns(NpyFormat(), tmp_path / "ids.npy") == expected
     assert len(NpyFormat().skipped(tmp_path / "ids.npy", NONE)) == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [IDS, [], ["a"] * 300, ["a", 1], ["a", None], [b"a"], [["a"], ["b"]], [np.str_("a")], [{"a": 1}, "b"]],
+    ids=repr,
+)
+def test_npy_of_objects(tmp_path, rows):
+    array = np.empty(len(rows), dtype=object)
+    array[:] = rows
+    np.save(tmp_path / "ids.npy", array, allow_pickle=True)
+    strings = all(type(row) is str for row in rows)
+    assert columns(NpyFormat(), tmp_path / "ids.npy") == ({"ids": rows} if strings else {})
+    assert "pickled Python objects" in NpyFormat().skipped(tmp_path / "ids.npy", NONE)[0].reason
+
+
+def test_npy_of_objects_executes_nothing(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    array = np.empty(2, dtype=object)
+    array[:] = ["a", Harmful()]
+    np.save(tmp_path / "ids.npy", array, allow_pickle=True)
+    assert NpyFormat().texts(tmp_path / "ids.npy", NONE) == []
+    np.save(tmp_path / "ids.npy", np.array(["x" * 100_000] * 10_000, dtype=object), allow_pickle=True)
+    assert (tmp_path / "ids.npy").stat().st_size < 1 << 18
+    assert NpyFormat().texts(tmp_path / "ids.npy", NONE) == []
+    assert not (tmp_path / "made").exists()
 
 
 def test_npy_in_blocks(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+import jasper_store as js
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Extent, Schema
 from jasper_store.formats.registry import locate
@@ -121,3 +122,19 @@ def test_other_files_named_index_beside_a_dataset_are_skipped(tmp_path):
     located = locate(tmp_path, "auto", Schema())
     assert [spec.name for spec in located.specs] == ["emb"]
     assert [one.name for one in located.skipped] == ["words"]
+
+
+@pytest.mark.parametrize("use_mmap", [True, False])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_rows_at_odd_bytes_are_served(tmp_path, use_mmap, shards):
+    # The rows begin at byte 45.
+    for i, part in enumerate(np.split(ROWS, shards)):
+        (tmp_path / f"p_{i:02}.faiss").write_bytes(flat(part))
+    if shards == 1:
+        (tmp_path / "p_00.faiss").rename(tmp_path / "p.faiss")
+    with js.open(tmp_path, use_mmap=use_mmap) as store:
+        assert store["p"].placement == ("mmap" if use_mmap else "ram")
+        assert np.array_equal(store["p"].take([29, 0, 14, 15]).numpy(), ROWS[[29, 0, 14, 15]])
+    with js.Dataset(tmp_path, {"x": "p[i]"}, use_mmap=use_mmap) as dataset:
+        batches = list(js.create_loader(dataset, batch_size=8, shuffle=False, drop_last=False))
+    assert np.array_equal(np.concatenate([batch["x"].numpy() for batch in batches]), ROWS)

@@ -18,6 +18,7 @@ from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import (
     ClosedError,
     IncompatibleOptionsError,
+    InsufficientMemoryError,
     IntegrityError,
     PerformanceWarning,
     UnknownNameError,
@@ -256,6 +257,18 @@ def test_an_id_that_claims_a_terabyte(tmp_path):
     for ask in (lambda: ids.of([0]), lambda: ids.rows(["a"])):
         with pytest.raises(IntegrityError, match="row 0 is said to be 1099511627776 bytes"):
             ask()
+
+
+def test_more_ids_than_can_be_sorted(tmp_path):
+    with h5py.File(tmp_path / "dataset.h5", "w") as file:
+        file["ids.values"] = np.empty(0, "u1")
+        file.create_dataset("ids.offsets", shape=(1 << 50,), dtype="i8", chunks=(1 << 17,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerformanceWarning)
+        ids = opened(tmp_path, use_mmap=True)
+    assert ids.of([5, 1 << 40]) == ["", ""]
+    with pytest.raises(InsufficientMemoryError, match=r"the hashes of 1,125,899,906,842,623 ids are not there"):
+        ids.rows(["a"])
 
 
 def test_bytes_that_are_no_utf8(tmp_path):

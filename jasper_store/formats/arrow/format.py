@@ -19,6 +19,7 @@ from jasper_store.formats.arrow.messages import batches_of, open_messages
 from jasper_store.formats.arrow.schema import columns_of
 from jasper_store.formats.base import Extent, Parts, Skipped, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
+from jasper_store.formats.texts import SkippedMemo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import FormatName, Schema
 
 __all__ = ["ArrowFormat"]
+
+_MEMO = SkippedMemo()
 
 
 class ArrowFormat:
@@ -42,11 +45,16 @@ class ArrowFormat:
 
         Of a column of lists with offsets, the offsets are read, in bounded memory: they prove that all have one length.
         """
-        return [_spec(path, parts) for parts in _read(path)[0]]
+        key = _MEMO.key(path)
+        found, skipped = _read(path)
+        _MEMO.put(key, skipped)
+        return [_spec(path, parts) for parts in found]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
         """See :class:`jasper_store.formats.base.SupportsSkipped`: columns of no numbers, and of lists of several lengths."""
-        return _read(path)[1]
+        key = _MEMO.key(path)
+        known = _MEMO.get(key)
+        return _MEMO.put(key, _read(path)[1]) if known is None else known
 
 
 def _read(path: Path) -> tuple[list[ColumnParts], list[Skipped]]:

@@ -92,7 +92,7 @@ class Hdf5Format:
     def texts(self, path: Path, schema: Schema) -> list[Texts]:
         """See :class:`jasper_store.formats.texts.SupportsTexts`: datasets of strings, of fixed or variable length."""
         texts = self._walked(path, schema).texts
-        return [Texts(name, path, rows, partial(read_texts, path, name, key)) for name, (key, rows) in texts.items()]
+        return [Texts(name, (path,), rows, partial(read_texts, path, name, key)) for name, (key, rows) in texts.items()]
 
     def _walked(self, path: Path, schema: Schema) -> _Walk:
         memo_key = _memo_key(path, schema)

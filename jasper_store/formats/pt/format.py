@@ -21,14 +21,13 @@ from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt import ragged as pt_ragged, unpickle as pt_pickle
 from jasper_store.formats.pt.unpickle import PickleError, PtTensor, describe
-from jasper_store.formats.texts import SkippedMemo, Texts, encode
+from jasper_store.formats.texts import SkippedMemo, Texts, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
-    from jasper_store.formats.texts import Block
 
 __all__ = ["PtFormat"]
 
@@ -70,7 +69,7 @@ class PtFormat:
 
     def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002 - names need no schema
         """See :class:`jasper_store.formats.texts.SupportsTexts`: lists of texts, all in memory as UTF-8."""
-        return [_in_memory(path, name, rows) for name, rows in _columns(path, stem_of(path, self.suffixes)).items()]
+        return [in_memory(path, name, rows) for name, rows in _columns(path, stem_of(path, self.suffixes)).items()]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
         """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
@@ -132,19 +131,6 @@ def _columns(path: Path, name: str) -> dict[str, list[str]]:
         for key, rows in columns.items():
             archive.spend(key, sum(map(len, rows)) + len(rows))  # one text may be in the list many times
     return columns
-
-
-def _in_memory(path: Path, name: str, rows: list[str]) -> Texts:
-    blocks: list[Block] = []
-
-    def read() -> Iterator[Block]:
-        # Encoded when first read, since a text that UTF-8 cannot hold is an error of reading it.
-        if not blocks:
-            blocks.append(encode(name, rows))
-            rows.clear()
-        return iter(blocks)
-
-    return Texts(name, path, len(rows), read)
 
 
 def _corrupt(path: Path, what: str, *, cause: BaseException | None = None, tensor: str | None = None) -> NoReturn:

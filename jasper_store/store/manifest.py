@@ -147,15 +147,17 @@ class Manifest:
             raise CorruptFileError(msg, path=self.directory)
         stale: list[str] = []
         by_path: dict[Path, list[TensorSpec]] = {}
+        parts = self._part_numbers()
+        seen: set[int] = set()
         for spec in specs:
             for path in spec.paths:
-                by_path.setdefault(path, []).append(spec)
-        parts = self._part_numbers()
+                number = parts.get(str(path))
+                if number is None:
+                    by_path.setdefault(path, []).append(spec)
+                elif number not in seen:
+                    seen.add(number)
+                    self._check_part(path, number)
         for path, held in by_path.items():
-            number = parts.get(str(path))
-            if number is not None:
-                self._check_part(path, number)
-                continue
             entry = self.files.get(key_of(self.directory, path) or "") if self.files else None
             if entry is None:
                 continue

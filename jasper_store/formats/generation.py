@@ -154,7 +154,7 @@ class Generation:
             msg = f"{root}: expected generation 1 to {self.number}, found {number}; open the dataset again"
             raise DatasetNotFoundError(msg, path=root)
         paths = self._checked_paths(root, number)
-        specs = [_spec(name, tensor, paths, root, number) for name, tensor in self.tensors.items()]
+        specs = self.specs_at(root, paths, number)
         for file in sorted({whole.file for whole in self.whole.values()}):
             fmt = format_for(paths[file])
             there = {spec.name: spec for spec in fmt.locate(paths[file], schema)} if fmt is not None else {}
@@ -162,6 +162,10 @@ class Generation:
                 if whole.file == file:
                     specs.append(_whole_spec(name, whole, there, paths[file]))
         return specs
+
+    def specs_at(self, root: Path, paths: Mapping[int, Path], number: int) -> list[TensorSpec]:
+        """The tensors in parts of a generation, given the path of each of its files by its number."""
+        return [_spec(name, tensor, paths, root, number) for name, tensor in self.tensors.items()]
 
     def _checked_paths(self, root: Path, number: int) -> dict[int, Path]:
         prefix = f"{root}{os.sep}"

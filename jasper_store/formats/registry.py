@@ -14,6 +14,7 @@ from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
 from jasper_store.formats.base import Skipped, Streamed, SupportsSkipped
 from jasper_store.formats.flat import stem_of
+from jasper_store.formats.found import read_found
 from jasper_store.formats.generation import read_generation
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
@@ -142,8 +143,8 @@ def locate(
     if isinstance(path, tuple):
         return _locate_files(path, format, schema)
     if path.is_dir():
-        grown = None if generation == 0 else _locate_generation(path, asked, schema, generation)
-        return grown or _locate_directory(path, asked, schema)
+        known_parts = None if generation == 0 else _locate_generation(path, asked, schema, generation)
+        return known_parts or _locate_found(path, asked) or _locate_directory(path, asked, schema)
     if not path.exists():
         there = "" if path.parent.is_dir() else f" ({path.parent} does not exist either)"
         raise DatasetNotFoundError(
@@ -250,6 +251,15 @@ def _locate_generation(root: Path, asked: FormatName | None, schema: Schema, num
     number = published.number if number is None else number
     specs = published.locate(root, schema, format_for, number)
     return Located(published.format, root, tuple(specs), generation=number)
+
+
+def _locate_found(root: Path, asked: FormatName | None) -> Located | None:
+    """The tensors of a directory that was verified before and has not changed since, without reading a header."""
+    found = read_found(root)
+    if found is None or asked not in (None, found.layout.format):
+        return None
+    suffixes = tuple(suffix for fmt in readable().values() for suffix in fmt.suffixes)
+    return Located(found.layout.format, root, tuple(found.locate(root))) if found.is_current(root, suffixes) else None
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:

@@ -18,6 +18,7 @@ from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
 from jasper_store.errors import DeclarationError, JasperStoreError, JasperStoreWarning
 from jasper_store.formats.base import Schema
+from jasper_store.formats.registry import locate
 from jasper_store.jasper.audit import relations, visitor
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.integrity import check_structure
@@ -25,6 +26,7 @@ from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.jasper.schema import SPLITS, split_tensor
 from jasper_store.jasper.writing import DatasetWriter, commit, compact
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
+from jasper_store.store import manifest_file
 from jasper_store.store.opening import FileOrFiles, open_store, plan_store
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore
@@ -219,6 +221,8 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
     report = verify_files(path, schema=known.schema, visitor=look, progress=progress)
     said = {found.message for found in report.errors}  # a file that cannot be read is one finding, not two
     report.add([found for found in (*unread, *_meaning(path, known)) if found.message not in said])
+    if report.ok and path.is_dir():
+        manifest_file.remember_parts(locate(path.absolute(), "auto", known.schema))
     return report
 
 

@@ -25,6 +25,7 @@ from jasper_store.errors import CorruptFileError
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.formats.base import Parts
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.found import FOUND, FoundParts
 from jasper_store.formats.generation import MANIFEST_NAME, Generation
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Manifest:
         verified: name of a check to the files that passed it together, with their fingerprints then.
         generation: the parts that make the dataset, where it has grown; their files have no entry in ``files``.
         verified_parts: name of a check to the digest of the generation that passed it.
+        found: parts that were found in the directory's files when they were last verified.
         pending: files that are still to be written before the directory is a dataset.
     """
 
@@ -124,6 +126,7 @@ class Manifest:
     verified: Mapping[str, Mapping[str, FileFingerprint]] = field(default_factory=dict)
     generation: Generation | None = None
     verified_parts: Mapping[str, str] = field(default_factory=dict)
+    found: FoundParts | None = None
     pending: tuple[str, ...] = ()
 
     def check(self, specs: Sequence[TensorSpec]) -> list[str]:
@@ -223,6 +226,8 @@ class Manifest:
         if self.holds_generation(paths):
             assert self.generation is not None
             return self.verified_parts.get(check) == self.generation.digest()
+        if self.found is not None and check in self.found.passed:
+            return self.found.passed[check] == self.found.layout.digest() and self._are_as_found(paths)
         marks = self.verified.get(check, {})
         for path in paths:
             fingerprint = marks.get(key_of(self.directory, path) or "")
@@ -241,11 +246,27 @@ class Manifest:
         found = {parts.get(str(path), -1) for path in paths}
         return found == set(self.generation.files_of(self.generation.number).tolist())
 
+    def _are_as_found(self, paths: Collection[Path]) -> bool:
+        """Whether these are the files that were found, unchanged."""
+        assert self.found is not None
+        files = self.found.layout.files
+        expected = dict(zip(files.names, zip(files.sizes.tolist(), files.mtimes.tolist(), strict=True), strict=True))
+        try:
+            for path in paths:
+                facts = os.stat(path)  # noqa: PTH116 - as in _check_part
+                if path.parent != self.directory or expected.pop(path.name, None) != (facts.st_size, facts.st_mtime_ns):
+                    return False
+        except OSError:
+            return False
+        return not expected
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the format version."""
-        parts = {}
+        parts: dict[str, Any] = {}
+        if self.found is not None:
+            parts[FOUND] = self.found.to_json()
         if self.generation is not None:
-            parts = {"generation": self.generation.to_json(), "verified_parts": dict(self.verified_parts)}
+            parts |= {"generation": self.generation.to_json(), "verified_parts": dict(self.verified_parts)}
         return {
             "format_version": FORMAT_VERSION if self.generation is None else PARTS_VERSION,
             **parts,

@@ -15,6 +15,7 @@ from jasper_store.errors import CorruptFileError
 from jasper_store.files.atomic import write_bytes
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import exclusive
+from jasper_store.formats.found import FOUND, MANY, FoundParts
 from jasper_store.formats.generation import Generation, safe_name
 from jasper_store.store.manifest import (
     FORMAT_VERSION,
@@ -29,12 +30,12 @@ from jasper_store.store.manifest import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.base import FormatName, TensorSpec
     from jasper_store.formats.registry import Located
 
-__all__ = ["MANIFEST_LOCK", "read", "read_and_check", "record_checks", "update", "write"]
+__all__ = ["MANIFEST_LOCK", "read", "read_and_check", "record_checks", "remember_parts", "update", "write"]
 
 MANIFEST_LOCK = f".{MANIFEST_NAME}.lock"
 _LOCK_SECONDS = 5.0
@@ -96,7 +97,8 @@ def _parse(directory: Path, raw: Any) -> Manifest:
     }
     if version == FORMAT_VERSION:
         pending = tuple(safe_name(name) for name in _typed(raw.get("pending", []), list))
-        return Manifest(directory, files, verified, pending=pending)
+        found = FoundParts.from_json(raw[FOUND], directory / MANIFEST_NAME) if FOUND in raw else None
+        return Manifest(directory, files, verified, found=found, pending=pending)
     generation = Generation.from_json(raw["generation"], directory / MANIFEST_NAME)
     passed = {_typed(check, str): str(_hex(mark)) for check, mark in _typed(raw["verified_parts"], dict).items()}
     return Manifest(directory, files, verified, generation, passed)
@@ -174,12 +176,17 @@ def write(manifest: Manifest) -> None:
         ConversionError: the directory cannot be written; the old manifest, if any, is untouched.
     """
     # With parts in columns: an element a line would be most of the file.
-    layout = 1 if manifest.generation is None else None
+    layout = 1 if manifest.generation is None and manifest.found is None else None
     text = json.dumps(manifest.to_json(), indent=layout)
     write_bytes(manifest.directory / MANIFEST_NAME, f"{text}\n".encode())
 
 
-def record_checks(directory: str | os.PathLike[str], specs: Sequence[TensorSpec], checks: Sequence[str]) -> bool:
+def record_checks(
+    directory: str | os.PathLike[str],
+    specs: Sequence[TensorSpec],
+    checks: Sequence[str],
+    chosen: FormatName = "safetensors",
+) -> bool:
     """Record that all files of these tensors passed some checks together, where the directory can be written.
 
     Returns:
@@ -201,10 +208,35 @@ def record_checks(directory: str | os.PathLike[str], specs: Sequence[TensorSpec]
             if key is None:
                 return False
             marks[key] = FileFingerprint.of(path)
-        update(directory, lambda old: replace(old, verified={**old.verified, **dict.fromkeys(checks, marks)}))
+        facts = {directory / key: (mark.size, mark.mtime_ns, mark.sample) for key, mark in marks.items()}
+        found = FoundParts.of(directory, chosen, specs, facts)
+        update(directory, lambda old: _with_checks(old, found, marks, checks))
     except OSError:
         return False
     return True
+
+
+def remember_parts(located: Located) -> bool:
+    """Record where the tensors of a directory of many files lie, so that it opens without reading their headers.
+
+    Returns:
+        Whether it was worth it and could be written.
+    """
+    paths = {path for spec in located.specs for path in spec.paths}
+    if len(paths) < MANY or located.generation:
+        return False
+    return record_checks(located.root, located.specs, ["headers"], located.format)
+
+
+def _with_checks(
+    old: Manifest, found: FoundParts | None, marks: Mapping[str, FileFingerprint], checks: Sequence[str]
+) -> Manifest:
+    """A manifest that says that files passed some checks; of many files, in columns."""
+    if found is None:
+        return replace(old, verified={**old.verified, **dict.fromkeys(checks, marks)})
+    mark = found.layout.digest()
+    same = {} if old.found is None else {name: passed for name, passed in old.found.passed.items() if passed == mark}
+    return replace(old, found=replace(found, passed={**same, **dict.fromkeys(checks, mark)}))
 
 
 def _record_parts(directory: Path, known: Manifest, paths: Collection[Path], checks: Sequence[str]) -> bool:

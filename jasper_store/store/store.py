@@ -227,7 +227,7 @@ class TensorStore(Mapping[str, StoredTensor]):
                 return False
         except OSError:
             return False
-        recorded = manifest_file.record_checks(directory, self.specs, checks)
+        recorded = manifest_file.record_checks(directory, self.specs, checks, self.format)
         if recorded:
             self.manifest = manifest_file.read(directory)
         return recorded

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 import jasper_store as js
 from jasper_store.errors import ClosedError, CorruptFileError, DatasetNotFoundError
-from jasper_store.formats.base import Extent, Parts, TensorSpec
+from jasper_store.formats.base import Extent, Parts, Schema, TensorSpec
+from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.parts import join, parts_of
 from jasper_store.native import gather, parts as native_parts
 from jasper_store.native.parts import UNMAPPED, PartTable, PlacedParts
@@ -535,3 +536,87 @@ def test_a_tensor_is_taken(made: Callable[[str, int], Path]) -> None:
         tensor = store["embs"]
         assert tensor.spec.path == tensor.spec.paths[0]
         assert "parts" in store.explain() or "mmap" in store.explain()
+
+
+# ---- many files, remembered
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    directory = tmp_path / "many"
+    directory.mkdir()
+    for k in range(100):
+        np.save(directory / f"x_{k:03d}.npy", np.arange(k * 10, k * 10 + 10, dtype=np.int64))
+    return directory
+
+
+def headers_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    read: list[Path] = []
+    real = NpyFormat.locate
+
+    def locate(self: NpyFormat, path: Path, schema: Schema) -> list[TensorSpec]:
+        read.append(path)
+        return real(self, path, schema)
+
+    monkeypatch.setattr(NpyFormat, "locate", locate)
+    return read
+
+
+def test_a_verified_directory_of_many_files_opens_without_their_headers(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert js.verify(many).ok
+    assert {path.name for path in many.iterdir() if path.suffix != ".npy"} <= {
+        "jasper_store.json",
+        ".jasper_store.json.lock",
+    }
+    read = headers_read(monkeypatch)
+    for use_mmap in (True, False):
+        with open_store(many, use_mmap=use_mmap) as store:
+            assert torch.equal(store["x"].tensor(), torch.arange(1000))
+            assert torch.equal(pickle.loads(pickle.dumps(store))["x"].take([999, 0]), torch.tensor([999, 0]))
+    with js.Dataset(many) as dataset:
+        assert len(dataset) == 1000
+    assert not read
+
+
+@pytest.mark.parametrize("change", ["replaced", "added", "removed", "touched"])
+def test_what_was_remembered_counts_only_while_nothing_changes(
+    many: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    assert js.verify(many).ok
+    expected = torch.arange(1000)
+    if change == "replaced":
+        np.save(many / "x_099.npy", np.arange(5, dtype=np.int64))
+        expected = torch.cat([torch.arange(990), torch.arange(5)])
+    elif change == "added":
+        np.save(many / "x_100.npy", np.arange(5, dtype=np.int64))
+        expected = torch.cat([torch.arange(1000), torch.arange(5)])
+    elif change == "removed":
+        (many / "x_099.npy").unlink()
+        expected = torch.arange(990)
+    else:
+        os.utime(many / "x_050.npy", ns=(1, 1))
+    read = headers_read(monkeypatch)
+    with open_store(many) as store:
+        assert torch.equal(store["x"].tensor(), expected)
+        assert not store.is_verified("headers")
+    assert read
+    assert js.verify(many).ok
+    read.clear()
+    with open_store(many) as store:
+        assert torch.equal(store["x"].tensor(), expected)
+        assert store.is_verified("headers")
+    assert not read
+
+
+def test_a_manifest_that_remembers_nonsense_is_refused_or_passed_over(many: Path) -> None:
+    assert js.verify(many).ok
+    path = many / "jasper_store.json"
+    good = json.loads(path.read_text())
+    for key, value in (("names", ["../x"] * 100), ("sizes", [0] * 100), ("mtimes_ns", "x"), ("samples", [1])):
+        bad = json.loads(json.dumps(good))
+        bad["found"]["files"][key] = value
+        path.write_text(json.dumps(bad))
+        with pytest.raises(CorruptFileError):
+            open_store(many)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
@@ -32,8 +33,9 @@ def digest_of(specs: Sequence[TensorSpec], identities: Mapping[Path, FileIdentit
     for spec in sorted(specs, key=lambda spec: spec.name):
         location = "" if isinstance(spec.location, Inline) else repr(spec.location)
         # Other nodes number the inodes and devices of a shared file system in their own way.
-        found = [(identities[path].size, identities[path].mtime_ns) for path in spec.paths]
-        facts = (spec.name, str(spec.dtype), spec.shape, location, found)
+        each = [identities[path] for path in spec.paths]
+        found = np.array([one.size for one in each] + [one.mtime_ns for one in each], np.int64)
+        facts = (spec.name, str(spec.dtype), spec.shape, location, xxhash.xxh3_64_hexdigest(found.tobytes()))
         digest.update(repr(facts).encode())
     return digest.hexdigest()
 

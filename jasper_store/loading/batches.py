@@ -38,7 +38,7 @@ class BatchSampler(TorchBatchSampler):
         arrays: yield numpy arrays, for loaders with workers: a batch of 256 reaches a worker in 42 us as an array,
             46 us as a list and 229 us as a tensor, which PyTorch sends through a separate file.
         partial_lists: yield a last batch that is not full as a list: Accelerate fills it up in position.
-        look_ahead: prefetches the rows of later batches; ``None`` prefetches nothing.
+        prefetcher: prefetches the rows of later batches; ``None`` prefetches nothing.
     """
 
     sampler: Iterable[int]

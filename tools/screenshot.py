@@ -1,4 +1,4 @@
-"""The picture of ``jasper-store report`` in the documents, made anew: ``make screenshot DATA=path/to/a/dataset``.
+"""The pictures of ``jasper-store report`` in the documents, made anew: ``make screenshot DATA=path/to/a/dataset``.
 
 The report is run from the directory that holds the dataset, by the dataset's name, so that no path of this machine is
 in the picture. Chromium draws a window that is taller than any page; what is below the page is cut off; the colours are
@@ -16,7 +16,9 @@ from pathlib import Path
 
 from PIL import Image, ImageChops
 
-WIDTH, TALLEST, MARGIN = 1280, 6000, 30
+TALLEST, MARGIN = 12_000, 30
+VARIANTS = (("", 1280, False), ("-dark", 1280, True), ("-400", 400, False), ("-400-dark", 400, True))
+"""Ending of the picture's name, width of the window in pixels, and whether the reader prefers a dark page."""
 MOST_BYTES = 400_000
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "images" / "report.png"
 
@@ -29,7 +31,7 @@ def browser() -> str:
     raise SystemExit("needs chromium, and found none; on Debian: apt install chromium")
 
 
-def draw(page: Path, shot: Path, profile: Path, width: int) -> None:
+def draw(page: Path, shot: Path, profile: Path, width: int, *, dark: bool) -> None:
     """A page as Chromium shows it, and the empty space below it."""
     command = [
         browser(),
@@ -41,6 +43,7 @@ def draw(page: Path, shot: Path, profile: Path, width: int) -> None:
         "--no-first-run",
         "--hide-scrollbars",
         "--force-device-scale-factor=1",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         f"--user-data-dir={profile}",
         f"--window-size={width},{TALLEST}",
         f"--screenshot={shot}",
@@ -59,12 +62,20 @@ def whole_page(shot: Path) -> Image.Image:
     return image.crop((0, 0, image.width, box[3] + MARGIN)).quantize(128, dither=Image.Dither.NONE)
 
 
+def keep(picture: Image.Image, path: Path) -> None:
+    """Save a picture, unless it is too large for the documents."""
+    picture.save(path, optimize=True)
+    size = path.stat().st_size
+    if size > MOST_BYTES:
+        raise SystemExit(f"{path}: {size:,} bytes, more than a picture in the documents may have ({MOST_BYTES:,})")
+    print(f"{path}: {size:,} bytes")
+
+
 def main() -> None:
-    """Run the report, draw it, keep the picture."""
+    """Run the report, draw it, keep the pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path, help="a JASPER dataset directory")
-    parser.add_argument("--out", type=Path, default=PICTURE)
-    parser.add_argument("--width", type=int, default=WIDTH, help="of the window, in pixels")
+    parser.add_argument("--out", type=Path, default=PICTURE, help="the first picture; the others lie beside it")
     options = parser.parse_args()
     data = options.data.resolve()
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,14 +89,9 @@ def main() -> None:
         )
         if not page.exists():
             raise SystemExit(1)
-        draw(page, shot, Path(scratch, "profile"), options.width)
-        whole_page(shot).save(options.out, optimize=True)
-    size = options.out.stat().st_size
-    if size > MOST_BYTES:
-        raise SystemExit(
-            f"{options.out}: {size:,} bytes, more than a picture in the documents may have ({MOST_BYTES:,})"
-        )
-    print(f"{options.out}: {size:,} bytes")
+        for ending, width, dark in VARIANTS:
+            draw(page, shot, Path(scratch, "profile"), width, dark=dark)
+            keep(whole_page(shot), options.out.with_stem(options.out.stem + ending))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ def test_the_links_of_a_page_lead_somewhere(name: str) -> None:
         assert there.exists(), f"{name}: {target} leads nowhere"
         if name.startswith("docs/"):
             assert ROOT / "docs" in there.resolve().parents, f"{name}: {target} is not part of the site"
-        if fragment:
+        if there.suffix == ".png":
+            assert fragment in {"", "only-light", "only-dark"}, f"{name}: {target} is shown by no scheme of colours"
+        elif fragment:
             headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
             assert fragment in {_slug(heading) for heading in headings}, f"{name}: no heading for {target}"
 

@@ -120,8 +120,8 @@ class Parts:
 
     def __repr__(self) -> str:
         # What stands here goes into the digest of a store: all of it, and in few bytes.
-        facts = xxhash.xxh3_64_hexdigest(b"".join(a.tobytes() for a in (self.file_of, self.offsets, self.starts)))
-        names = xxhash.xxh3_64_hexdigest("\0".join(map(str, self.files)).encode())
+        facts = xxhash.xxh3_64(b"".join(a.tobytes() for a in (self.file_of, self.offsets, self.starts))).hexdigest()
+        names = xxhash.xxh3_64("\0".join(map(str, self.files)).encode()).hexdigest()
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 

@@ -35,7 +35,7 @@ def digest_of(specs: Sequence[TensorSpec], identities: Mapping[Path, FileIdentit
         # Other nodes number the inodes and devices of a shared file system in their own way.
         each = [identities[path] for path in spec.paths]
         found = np.array([one.size for one in each] + [one.mtime_ns for one in each], np.int64)
-        facts = (spec.name, str(spec.dtype), spec.shape, location, xxhash.xxh3_64_hexdigest(found.tobytes()))
+        facts = (spec.name, str(spec.dtype), spec.shape, location, xxhash.xxh3_64(found.tobytes()).hexdigest())
         digest.update(repr(facts).encode())
     return digest.hexdigest()
 

@@ -119,6 +119,10 @@ class StoredTensor(Dataset[torch.Tensor], ABC):
             raise TypeError(msg)
         return (operator.getitem, (self.origin, self.name))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTensor:
+        """The tensor itself, where it lives: a copy by way of its pickle would open its files again, mapped."""
+        return self
+
     @abstractmethod
     def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows in any order, repeats allowed, as an owned tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,3 +74,9 @@ def test_adding_puts_datasets_in_a_row_and_is_no_arithmetic(store: TensorStore) 
 def test_a_stored_tensor_still_is_abstract() -> None:
     with pytest.raises(TypeError, match="abstract"):
         StoredTensor(None, "ram")  # type: ignore[abstract, arg-type]
+
+
+def test_a_deep_copy_stays_where_the_tensor_lives(store: TensorStore) -> None:
+    pairs = copy.deepcopy(StackDataset(emb=store["emb"], y=store["labels"]))
+    assert copy.deepcopy(store["emb"]).placement == store["emb"].placement
+    assert torch.equal(pairs[7]["emb"], EMBS[7])

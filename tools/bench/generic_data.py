@@ -53,8 +53,11 @@ class GenericShape:
 
     @classmethod
     def of(cls, kind: str, settings: Settings) -> GenericShape:
-        """As many triplets as the JASPER dataset has pairs."""
-        rows = settings.generic_rows if kind == "labels" else settings.pairs
+        """Half as many triplets as embeddings with labels, so that their two matrices take as many bytes.
+
+        A memory limit of a third of it then holds some of the largest batches and the pages that their rows lie on.
+        """
+        rows = settings.generic_rows if kind == "labels" else settings.generic_rows // 2
         return cls(kind, rows, settings.dim, settings.seed)
 
     @property

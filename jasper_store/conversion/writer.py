@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from jasper_store.formats.base import FileWriter, Format, TensorSpec
 
@@ -437,7 +438,7 @@ class DirectoryWriter:
             msg = f"{self._target}: this writer was {done}; make a new one to write more"
             raise ClosedError(msg, path=self._target)
 
-    def __enter__(self) -> DirectoryWriter:  # noqa: PYI034 - typing.Self needs Python 3.11
+    def __enter__(self) -> Self:
         self._check_open()
         return self
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,8 @@ def test_a_second_appender_is_refused(tmp_path):
 
 def test_options_that_make_no_sense(tmp_path):
     where = base(tmp_path)
-    for options in ({"compression": "gzip"}, {"overwrite": True}, {"config": {}}):
+    refused: list[dict[str, Any]] = [{"compression": "gzip"}, {"overwrite": True}, {"config": {}}]
+    for options in refused:
         with pytest.raises(IncompatibleOptionsError):
             DirectoryWriter(where, mode="append", **options)
     for shard, shards in ((2, 2), (-1, 2), (None, 2), (0, None)):

@@ -16,6 +16,7 @@ import torch
 from jasper_store.conversion.commit import commit
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
+from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store.opening import open_store
 from tests.conversion.samples import write_pt
@@ -248,7 +249,7 @@ def test_a_commit_that_moved_shards_is_run_again_after_one_of_them_was_rewritten
         with pytest.raises(Killed):
             commit(tmp_path / "set")
     with pytest.raises(DatasetNotFoundError):
-        locate(tmp_path / "set", "auto", committing.Schema())
+        locate(tmp_path / "set", "auto", Schema())
     with DirectoryWriter(tmp_path / "set", shard=1, shards=3) as writer:
         fill(writer, 9.0, 400)
     commit(tmp_path / "set")

@@ -29,9 +29,20 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import ReadFormat, Schema
 
-__all__ = ["MANIFEST_NAME", "Generation", "PartFiles", "PartedTensor", "WholeTensor", "read_generation", "safe_name"]
+__all__ = [
+    "MANIFEST_NAME",
+    "SHARDS",
+    "Generation",
+    "PartFiles",
+    "PartedTensor",
+    "WholeTensor",
+    "read_generation",
+    "safe_name",
+]
 
 MANIFEST_NAME: Final = "jasper_store.json"
+SHARDS: Final = ".shards"
+"""Directory, inside a dataset's, that shards are written into until they are committed."""
 _HEX = frozenset("0123456789abcdef")
 
 

@@ -93,7 +93,7 @@ def open_store(
         admit(plan)
     if located.skipped:
         more = f"; and {len(located.skipped) - 5} more" if len(located.skipped) > 5 else ""
-        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings of .npy, .pt and HDF5"
+        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings"
         warnings.warn(text, JasperStoreWarning, stacklevel=3)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)

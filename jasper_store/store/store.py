@@ -168,9 +168,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         if values is None or offsets is None or not is_text(values.spec, offsets.spec):
             skip = next((skip for skip in self.skipped if skip.name == name), None)
             known = ", ".join(sorted(text_names(self.specs))) or "none"
-            found = (
-                f"{skip}; jasper-store convert keeps strings of .npy, .pt and HDF5" if skip else f"there are {known}"
-            )
+            found = f"{skip}; jasper-store convert keeps strings" if skip else f"there are {known}"
             msg = f"no strings {name!r} in {self.path}; {found}"
             raise KeyError(msg)
         return Ids(name, values, offsets, hashes, order)

@@ -70,7 +70,7 @@ class HugeReader:
             try:
                 fmap = LooseMap(path)
             except JasperStoreError:
-                return None  # what is wrong with the file is said by whoever needs its rows
+                return None  # what is wrong with the file is said where its rows are needed
             if not fmap.nbytes or not madvise.advise(fmap.address, fmap.nbytes, "hugepage"):
                 return None
             self._map = fmap

@@ -15,10 +15,12 @@ import torch
 
 from jasper_store.native.library import library
 
-__all__ = ["NUMBERS", "Jobs", "Source", "kernel", "run_packed", "source_of", "widening"]
+__all__ = ["NUMBERS", "Jobs", "MapFaultError", "Source", "kernel", "run_packed", "source_of", "widening"]
 
 NUMBERS: Final = 10
 """64-bit numbers of a packed gather: the fields of ``struct gather`` in ``rows.c``."""
+_UNREADABLE: Final = -1
+"""As in ``rows.c``."""
 _WIDENS: Final = {torch.uint8: -1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
 
 
@@ -26,6 +28,18 @@ def kernel() -> Any:
     """The kernel's entry point; ``None`` if it was not built for this system."""
     found = library()
     return None if found is None else found.jasper_gather
+
+
+class MapFaultError(OSError):
+    """A page of a mapped file could not be read: the file was truncated, or its disk failed.
+
+    Attributes:
+        address: where the page is mapped.
+    """
+
+    def __init__(self, address: int) -> None:
+        super().__init__(f"the page that is mapped at {address:#x} could not be read")
+        self.address = address
 
 
 class Source(NamedTuple):
@@ -85,13 +99,27 @@ class Jobs:
         self._numbers += source.numbers
         self._numbers += (rows.data_ptr(), rows.stride(0), rows.shape[0], out.data_ptr(), widen, 0)
 
-    def run(self) -> int | None:
+    def run(self, *, mapped: bool = False) -> int | None:
         """Run all gathers, with torch's number of threads.
+
+        Args:
+            mapped: sources are maps of files. A page that cannot be read is an error then, and ends the process
+                otherwise.
 
         Returns:
             ``None``, or the number of the first gather with a row out of range; then nothing was written.
+
+        Raises:
+            MapFaultError: a page of a map could not be read.
         """
-        return run_packed(array.array("q", self._numbers))
+        jobs = array.array("q", self._numbers)
+        if not mapped:
+            return run_packed(jobs)
+        found = library()
+        bad = found.jasper_gather_mapped(jobs.buffer_info()[0], len(jobs) // NUMBERS, torch.get_num_threads())
+        if bad == _UNREADABLE:
+            raise MapFaultError(found.jasper_fault_address())
+        return bad - 1 if bad else None
 
 
 def run_packed(jobs: array.array[int]) -> int | None:

@@ -18,6 +18,8 @@ from jasper_store.store.paged import LARGE_VIEW, SMALL_TENSOR, SMALL_VIEW, Paged
 from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jasper_store.formats.base import TensorSpec
     from jasper_store.paging.mapping import FileMap
 
@@ -105,6 +107,10 @@ class MappedTensor(PagedTensor):
                 "do), then open the dataset again"
             )
             raise CorruptFileError(msg, path=self.path, tensor=self.name)
+
+    def _path_at(self, address: int) -> Path:
+        del address  # there is one file
+        return self.spec.path
 
     def _prefetch_bytes(self, begin: int, length: int) -> None:
         paging.madvise_batcher().prefetch(paging.span(self._address + begin, length))

@@ -46,6 +46,8 @@ class HostTensor(StoredTensor):
     another dtype (unsigned integers wider than a byte, unaligned bytes, narrowed values), ``_restore`` converts them.
     """
 
+    _is_mapped = False
+
     def __init__(
         self,
         spec: TensorSpec,
@@ -91,7 +93,7 @@ class HostTensor(StoredTensor):
             return self._select(source, rows, out)
         jobs = Jobs()
         jobs.add(self._kernel_source, rows, out)
-        if jobs.run() is not None:
+        if jobs.run(mapped=self._is_mapped) is not None:
             raise refused(rows, self.n_rows, self.name)
         return out
 

@@ -20,6 +20,7 @@ from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from jasper_store.samples.batch import Batch, Sample, collate_samples
+from jasper_store.store.resident import pinned_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -114,7 +115,7 @@ class CoalescingIterator:
             )
         context = self._indices.context
         if self._pin:
-            context = replace(context, pinned=True)
+            context = replace(context, empty=pinned_rows)
         batch = self._dataset.gather(wanted, context)
         if self._pin:
             # pin_memory() returns a tensor itself if it is pinned already.

@@ -28,9 +28,9 @@ from jasper_store.samples.integrity import Nouns
 from jasper_store.samples.opened import OpenedDataset, open_dataset
 from jasper_store.samples.reader import BatchIndices, SampleReader
 from jasper_store.samples.reload import reopened_tensors
+from jasper_store.samples.shared_batch import BatchSpace, in_worker
 from jasper_store.samples.shared_state import SharedState
 from jasper_store.store.guard import check_int
-from jasper_store.store.resident import empty_rows, pinned_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,6 +133,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         self.split = split
         self.seed = seed
         self._size = self.reader.graph.length
+        self._sample_nbytes = self.reader.graph.sample_nbytes
         _LOG.info("%s: %s", opened.store.path, placement_of(opened.store.plan, self._size))
 
     # --- samples ----------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if not 0 <= position < self._size:
             of = "" if self.split is None else f" of split {self.split!r}"
             raise IndexError(f"Index {position} out of range [0, {self._size}){of}")
-        return self.__getitems__(torch.tensor([position]))[0]
+        return self.gather(torch.tensor([position]))[0]
 
     def __getitems__(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> Batch:
         """Samples at these positions, gathered once per tensor; any order, repeats allowed.
@@ -186,7 +187,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             IndexError: a position outside [0, len(self)).
             ClosedError: the dataset was closed.
         """
-        return self.gather(indices, PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
+        context = PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT
+        if not in_worker():
+            return self.gather(indices, context)
+        positions = _positions(indices)
+        space = BatchSpace(positions.shape[0], self._sample_nbytes, ragged=bool(self.graph.ragged_keys))
+        batch = self.gather(positions, GatherContext(context.prefetched, empty=space.empty))
+        return Batch(space.hold(batch.tensors), len(batch), batch.ragged)
 
     def gather(
         self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], context: GatherContext = DIRECT
@@ -200,7 +207,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         draw = self.draw_now()
         compiled, positions = self._compiled_now(draw), _positions(indices)
         if compiled is not None:
-            taken = compiled.run(positions, empty=pinned_rows if context.pinned else empty_rows)
+            taken = compiled.run(positions, empty=context.empty)
             return Batch(dict(zip(self._keys, taken, strict=True)), positions.shape[0])
         size = positions.shape[0]
         staged: Mapping[int, torch.Tensor] = {}

@@ -40,11 +40,6 @@ class TensorRow:
     reason: str
     resident_nbytes: int | None
 
-    @property
-    def sample_nbytes(self) -> float:
-        """Bytes that a training sample reads of it, on average."""
-        return self.reads_per_sample * self.nbytes / max(self.shape[0] if self.shape else 1, 1)
-
 
 @dataclass(frozen=True, slots=True)
 class PlaceRow:
@@ -54,7 +49,7 @@ class PlaceRow:
         placement: the place.
         tensors: how many.
         nbytes: bytes of their values.
-        sample_nbytes: bytes that a training sample reads there, on average.
+        sample_nbytes: bytes that a sample of the report's split reads there, on average.
     """
 
     placement: str
@@ -201,9 +196,16 @@ class DatasetReport:
         for row in self.tensors:
             by_place.setdefault(row.placement, []).append(row)
         return tuple(
-            PlaceRow(place, len(rows), sum(row.nbytes for row in rows), sum(row.sample_nbytes for row in rows))
+            PlaceRow(
+                place, len(rows), sum(row.nbytes for row in rows), sum(self.reads.get(row.name, 0.0) for row in rows)
+            )
             for place, rows in by_place.items()
         )
+
+    @property
+    def reads(self) -> dict[str, float]:
+        """Bytes that a sample reads of each tensor, on average; empty where that is not known."""
+        return {} if self.samples is None else {row.tensor: row.nbytes for row in self.samples.reads}
 
     @property
     def misdeclared(self) -> bool:

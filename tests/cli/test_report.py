@@ -151,6 +151,72 @@ def test_in_json(run_json: Callable[..., Any], data: Path, tmp_path: Path, monke
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_memory_limit_draws_a_mixed_plan(
+    made: Callable[..., str], run_json: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    found = run_json("report", data, "--no-verify", "--memory-limit", "12KiB")
+    places = {place["placement"]: place for place in found["places"]}
+    assert set(places) == {"ram", "mmap"}
+    assert found["memory_limit"] == 12 << 10
+    for name, place in places.items():
+        rows = [row for row in found["tensors"] if row["placement"] == name]
+        assert place["tensors"] == len(rows)
+        assert place["nbytes"] == sum(row["nbytes"] for row in rows)
+    read = sum(row["nbytes"] for row in found["samples"]["reads"])
+    assert sum(place["sample_nbytes"] for place in places.values()) == pytest.approx(read)
+    text = made(data, "--no-verify", "--memory-limit", "12KiB")
+    page = _Page(text)
+    assert text.count("<svg") == len(SECTIONS) - 1  # one more than without a limit: what a sample reads, by place
+    for words in (
+        "preloading at most 12.00 KiB",
+        "Bytes that a sample reads",
+        " preloaded, ",
+        " mapped), batches of 32",
+    ):
+        assert words in page.text, words
+    assert "Bytes that a sample reads" not in _Page(made(data, "--no-verify")).text
+
+
+def test_questions_are_compared_with_their_negatives(
+    made: Callable[..., str], run_json: Callable[..., Any], data: Path
+) -> None:
+    page = _Page(made(data, "--no-verify"))
+    for words in (
+        "the positiveone a pair, median",
+        "Of ",
+        "with keyword_weighted",
+        "chance 25.0%",
+        "among all sources",
+        "too similar",
+    ):
+        assert words in page.text, words
+    ranking = run_json("report", data, "--no-verify")["figures"]["ranking"]
+    assert ranking["pairs"] == 50
+    assert len(ranking["recall"]) == 4
+    assert len(ranking["suspects"]["first"]) == min(25, sum(ranking["suspects"]["counts"].values()))
+    first = ranking["suspects"]["first"][0]
+    assert {"pair", "source", "similarity", "positive_similarity", "reason"} <= first.keys()
+
+
+def test_no_suspects_are_said(made: Callable[..., str], data: Path) -> None:
+    questions = torch.load(data / "question_embs.pt", weights_only=True)
+    pairs = torch.stack((torch.arange(40), torch.arange(40)), dim=1)
+    torch.save(torch.cat((pairs, pairs[:10])), data / "pair_index.pt")
+    sources = torch.cat((questions, -questions[:5]))
+    torch.save(sources, data / "source_embs.pt")
+    torch.save(torch.full((50, 3), 44), data / "hard_negatives.pt")
+    page = _Page(made(data, "--no-verify"))
+    assert "None is a positive of the same question" in page.text
+    assert "Of 0.0% it is not above 0" in page.text
+
+
+def test_without_centroids(made: Callable[..., str], data: Path) -> None:
+    (data / "centroid_embs.pt").unlink()
+    page = _Page(made(data, "--no-verify"))
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert "4 clusters hold" in page.text
+
+
 # ---- datasets that are none of JASPER's
 
 

@@ -144,7 +144,7 @@ def _speed(report: DatasetReport) -> str:
         "Samples per second of create_loader in one process, data in the page cache; a short measurement, beside "
         "whatever else ran. jasper-store bench measures more, cold too."
     )
-    mixed = len({row.placement for row in report.tensors if row.reads_per_sample > 0}) > 1
+    mixed = len({row.placement for row in report.tensors if row.name in report.reads}) > 1
     planned = f"planned ({plan_in_words(report)})" if mixed else "planned"
     drawn = charts.speed(report.speed, planned, "p-mixed" if mixed else "p-ram")
     return section("speed", title, note, drawn, _epoch_takes(report))

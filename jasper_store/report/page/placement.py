@@ -47,7 +47,7 @@ def plan_in_words(report: DatasetReport) -> str:
     """How many tensors are where, of those that a sample reads."""
     read: dict[str, int] = {}
     for row in report.tensors:
-        if row.reads_per_sample > 0:
+        if row.name in report.reads:
             read[_place(row.placement)] = read.get(_place(row.placement), 0) + 1
     return ", ".join(f"{count} {place}" for place, count in read.items())
 
@@ -74,7 +74,7 @@ def _bars(places: tuple[PlaceRow, ...]) -> str:
         for each in places
     }
     return (
-        f'<p class="note under">All bytes</p>{drawn}<p class="note under">Bytes that a training sample reads</p>'
+        f'<p class="note under">All bytes</p>{drawn}<p class="note under">Bytes that a sample reads</p>'
         f"{charts.placements(read, 'Share of the bytes that a sample reads, by place')}{_legend(read)}"
     )
 

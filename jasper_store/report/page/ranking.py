@@ -21,9 +21,9 @@ TITLES = {
 """Identifiers of these parts, in their order, and their titles."""
 
 _REASONS = {
-    "listed": "a positive of the same question",
-    "same": "the embedding of its positive",
-    "similar": "too similar to the question",
+    "listed": "listed as a positive",
+    "same": "same embedding",
+    "similar": "too similar",
 }
 _BAR = 15.0
 _MOST_ROWS = 12
@@ -104,16 +104,19 @@ def _suspects(found: Ranking) -> str:
         return section("suspects", TITLES["suspects"], note, wide=True)
     head = (
         '<tr><th class="right">pair</th><th class="right">negative</th><th class="right wide-only">tier</th>'
-        '<th class="right">cosine</th><th class="right wide-only">positive</th><th class="right">its cosine</th>'
+        '<th class="right">cosine</th><th class="right wide-only">positive</th>'
+        '<th class="right">positive\'s<span class="wide-only"> cosine</span></th>'
         '<th class="apart">why</th></tr>'
     )
     listed = found.suspects.first[:_MOST_ROWS]
     rows = joined(_row(each) for each in listed)
     shown = ""
-    if found.suspects.count > len(found.suspects.first):
-        shown = (
-            f'<p class="note under">The first {len(found.suspects.first)} of {found.suspects.count:,} are listed.</p>'
+    if found.suspects.count > len(listed):
+        words = (
+            f"The first {len(listed)} of {found.suspects.count:,}; jasper-store report --json has "
+            f"{len(found.suspects.first)}. Negative and positive are rows of source_embs."
         )
+        shown = f'<p class="note under">{words}</p>'
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>{shown}'
     return section("suspects", TITLES["suspects"], note, table, wide=True)
 

@@ -22,6 +22,7 @@ from jasper_store import errors
 if TYPE_CHECKING:
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
+    from jasper_store.hub.push import PushReport, push
     from jasper_store.jasper.api import DatasetWriter, commit, compact, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
     from jasper_store.jasper.loader import create_loader
@@ -46,6 +47,7 @@ __all__ = [
     "JASPERSteeringDataset",
     "MemoryReport",
     "Plan",
+    "PushReport",
     "StoredTensor",
     "TensorStore",
     "Variant",
@@ -59,6 +61,7 @@ __all__ = [
     "memory_report",
     "open",
     "plan",
+    "push",
     "set_epoch",
     "to_device",
     "validate_first_batch",
@@ -77,6 +80,7 @@ _HOMES = {
     "JASPERSteeringDataset": "jasper.dataset",
     "MemoryReport": "memory.report",
     "Plan": "store.placement",
+    "PushReport": "hub.push",
     "StoredTensor": "store.tensors",
     "TensorStore": "store.store",
     "VerifyReport": "conversion.verify",
@@ -88,6 +92,7 @@ _HOMES = {
     "memory_report": "memory.report",
     "open": "jasper.api",
     "plan": "jasper.api",
+    "push": "hub.push",
     "set_epoch": "loading.epochs",
     "to_device": "loading.device",
     "validate_first_batch": "loading.first_batch",

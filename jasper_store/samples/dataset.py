@@ -60,7 +60,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     too. Pickles to a few kilobytes at any size and reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        path: a directory of tensor files in any format, one file, or several files.
+        path: a directory of tensor files in any format, one file, several files, or a dataset of the Hub as
+            ``"hf://owner/name"``.
         fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
             Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
             is a field of the same name.

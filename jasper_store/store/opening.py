@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from jasper_store.errors import JasperStoreWarning, PerformanceWarning, StaleDataWarning
+from jasper_store.files.hub import local_path
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file
@@ -50,7 +51,7 @@ def open_store(
     the rest is mapped.
 
     Args:
-        path: a directory, a file, or several files.
+        path: a directory, a file, several files, or a dataset of the Hub as ``"hf://owner/name"``.
         format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
         use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
         device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
@@ -107,9 +108,9 @@ def open_store(
 
 
 def absolute(path: FileOrFiles) -> Path | tuple[Path, ...]:
-    """A path, or several, as they are named from any directory."""
+    """A path, or several, as they are named from any directory; of a dataset of the Hub, where it was downloaded to."""
     if isinstance(path, (str, os.PathLike)):
-        return Path(path).absolute()
+        return local_path(path).absolute()
     return tuple(Path(each).absolute() for each in path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from jasper_store.errors import DeclarationError, JasperStoreError, UnknownNameError
 from jasper_store.formats.base import Schema, TensorSpec
@@ -14,9 +15,12 @@ from jasper_store.jasper.config import read_config
 from jasper_store.jasper.schema import SCHEMA, TENSORS, declaration_for
 from jasper_store.jasper.steering import default_curriculum
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
-from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config
+from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config, packed_at
 
-__all__ = ["Known", "is_jasper", "known_at"]
+__all__ = ["PACKED_KIND", "Known", "is_jasper", "is_packed_jasper", "known_at"]
+
+PACKED_KIND: Final = "jasper"
+"""What a packed JASPER dataset says that it is."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,21 @@ def known_at(path: Path) -> Known:
     return Known(Schema(required=frozenset(declaration.tensors)), declaration)
 
 
+def is_packed_jasper(path: Path) -> bool:
+    """Whether a directory holds the packed samples of a JASPER dataset.
+
+    Raises:
+        CorruptFileError: what ``config.json`` says of it makes no sense.
+    """
+    packed = packed_at(path)
+    return packed is not None and packed.kind == PACKED_KIND
+
+
 def is_jasper(path: Path) -> bool:
-    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files."""
+    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files.
+
+    Packed samples of one are not: they declare what they read.
+    """
     if not path.is_dir():
         return False
     config = path / CONFIG_NAME

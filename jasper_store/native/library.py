@@ -11,7 +11,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 10
+_ABI: Final = 11
 
 
 @functools.cache
@@ -41,6 +41,8 @@ def library() -> Any:
         *(address, address, number, signed, address, address),
     ]
     found.jasper_begin_read.restype = ctypes.c_int
+    found.jasper_begin_runs.argtypes = [address, address, number]
+    found.jasper_begin_runs.restype = ctypes.c_int
     found.jasper_finish_read.argtypes = [address]
     found.jasper_finish_read.restype = signed
     return found

@@ -18,7 +18,7 @@ from jasper_store.native.library import library
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["IN_MEMORY", "READER_NBYTES", "AsyncRowReader", "RowLayout", "UnreadableError"]
+__all__ = ["IN_MEMORY", "READER_NBYTES", "AsyncRowReader", "AsyncRunReader", "RowLayout", "UnreadableError"]
 
 _MAX_GAP_PAGES: Final = 3
 """Rows at most this many pages apart are read together: a separate read costs as much as 12 KiB more of one."""
@@ -80,7 +80,82 @@ class UnreadableError(OSError):
         self.tensor = tensor
 
 
-class AsyncRowReader:
+class _Reader:
+    """A reader of the library, and the request that it works at. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._reader: int | None = _acquire_reader()
+        self._process = os.getpid()
+        # Arrays that the library reads until the request is finished; empty: nothing is begun.
+        self._arguments: tuple[object, ...] = ()
+
+    def _require_idle(self) -> None:
+        if self._reader is None or self._arguments:
+            raise ValueError("the reader has something to finish" if self._arguments else "the reader is closed")
+
+    def _begun(self, *arguments: object) -> None:
+        self._arguments = arguments
+        _unfinished.add(self)
+
+    def _wait(self) -> int:
+        error: int = library().jasper_finish_read(self._reader) if self._reader is not None else 0
+        self._arguments = ()
+        _unfinished.discard(self)
+        return error
+
+    def close(self) -> None:
+        """Wait for an unfinished request, then give the queue back. May be called twice."""
+        if self._reader is None:
+            return
+        self._wait()
+        reader, self._reader = self._reader, None
+        if self._process != os.getpid():
+            return  # its queue is the parent's
+        if len(_idle) < _MAX_IDLE:
+            _idle.append((self._process, reader))
+        else:
+            library().jasper_close_reader(reader)
+
+
+class AsyncRunReader(_Reader):
+    """Reads runs of bytes of files to memory in the background, without a copy. Needs the compiled library.
+
+    For one thread at a time. Close it, so that the next reader can reuse its queue.
+    """
+
+    def begin(self, runs: np.ndarray) -> None:
+        """Begin to read. Call :meth:`finish` before the next, and before the memory is freed.
+
+        Args:
+            runs: int64 [n, 5]: a descriptor opened with O_DIRECT, offset and number of bytes, of which as many as the
+                fourth number says have to be there, and the address to read to. Offset, number and address are
+                multiples of a page.
+
+        Raises:
+            ValueError: the reader is closed, or has begun something already.
+            MemoryError: no memory for the request.
+        """
+        self._require_idle()
+        runs = np.ascontiguousarray(runs, np.int64)
+        if not library().jasper_begin_runs(self._reader, _address(runs), len(runs)):
+            raise MemoryError(f"no memory to read {len(runs)} runs by")
+        self._begun(runs)
+
+    def finish(self) -> None:
+        """Wait for the bytes.
+
+        Raises:
+            UnreadableError: a file could not be read; ``tensor`` is the number of the run.
+            RuntimeError: this process was forked from the one that began the request.
+        """
+        error = self._wait()
+        if error == _FORKED:
+            raise RuntimeError("bytes that were being read when the process was forked are not there in the child")
+        if error:
+            raise UnreadableError(error // 3)
+
+
+class AsyncRowReader(_Reader):
     """Reads rows of several tensors in the background. For one thread at a time; needs the compiled library.
 
     Close it, so that the next reader can reuse its queue.
@@ -91,13 +166,9 @@ class AsyncRowReader:
     """
 
     def __init__(self, tensors: Sequence[RowLayout], row_nbytes: int) -> None:
+        super().__init__()
         self._tensors = np.array(tensors, np.int64).reshape(-1, len(RowLayout._fields))
         self._row_nbytes = row_nbytes
-        self._reader: int | None = _acquire_reader()
-        self._process = os.getpid()
-        self._arguments: tuple[
-            object, ...
-        ] = ()  # arrays that the library reads until finish(); empty: nothing is begun
         self._addresses = np.empty(0, np.int64)
 
     def begin(self, tensor_of: np.ndarray, rows: np.ndarray, zero_row: int, target: int) -> None:
@@ -113,8 +184,7 @@ class AsyncRowReader:
             ValueError: the reader is closed, or has begun something already.
             MemoryError: no memory for the request.
         """
-        if self._reader is None or self._arguments:
-            raise ValueError("the reader has something to finish" if self._arguments else "the reader is closed")
+        self._require_idle()
         tensor_of, rows = np.ascontiguousarray(tensor_of, np.int64), np.ascontiguousarray(rows, np.int64)
         self._addresses = np.empty(len(rows), np.int64)
         begun = library().jasper_begin_read(
@@ -123,8 +193,7 @@ class AsyncRowReader:
         )
         if not begun:
             raise MemoryError(f"no memory to read {len(rows)} rows by")
-        self._arguments = (tensor_of, rows)
-        _unfinished.add(self)
+        self._begun(tensor_of, rows)
 
     def finish(self) -> np.ndarray:
         """Wait for the rows.
@@ -152,27 +221,8 @@ class AsyncRowReader:
             raise UnreadableError(tensor)
         return self._addresses
 
-    def _wait(self) -> int:
-        error: int = library().jasper_finish_read(self._reader) if self._reader is not None else 0
-        self._arguments = ()
-        _unfinished.discard(self)
-        return error
 
-    def close(self) -> None:
-        """Wait for an unfinished request, then give the queue back. May be called twice."""
-        if self._reader is None:
-            return
-        self._wait()
-        reader, self._reader = self._reader, None
-        if self._process != os.getpid():
-            return  # its queue is the parent's
-        if len(_idle) < _MAX_IDLE:
-            _idle.append((self._process, reader))
-        else:
-            library().jasper_close_reader(reader)
-
-
-_unfinished: set[AsyncRowReader] = set()
+_unfinished: set[_Reader] = set()
 
 
 def _finish_all() -> None:

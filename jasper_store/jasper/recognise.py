@@ -15,6 +15,7 @@ from jasper_store.jasper.config import read_config
 from jasper_store.jasper.schema import SCHEMA, TENSORS, declaration_for
 from jasper_store.jasper.steering import default_curriculum
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
+from jasper_store.samples.packed import Packed
 from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config, packed_at
 
 __all__ = ["PACKED_KIND", "Known", "is_jasper", "is_packed_jasper", "known_at"]
@@ -30,10 +31,12 @@ class Known:
     Attributes:
         schema: their names.
         declaration: what samples read, if it is known.
+        packed: how the samples were packed, if they were.
     """
 
     schema: Schema
     declaration: Declaration | None = None
+    packed: Packed | None = None
 
     @property
     def describe(self) -> Callable[[Sequence[TensorSpec]], Schema] | None:
@@ -47,7 +50,7 @@ class Known:
             served: list[str | None] = [split for split, name in declaration.splits.items() if name in by_name]
             served = served or [None]
             try:
-                return describe(declaration, by_name, served, base=self.schema)
+                return describe(declaration, by_name, served, base=self.schema, packed=self.packed)
             except (DeclarationError, UnknownNameError):
                 # An incomplete dataset may still be inspected; only JASPERSteeringDataset requires all tensors.
                 return replace(self.schema, reads_per_sample=dict.fromkeys(by_name, 1.0))
@@ -73,7 +76,7 @@ def known_at(path: Path) -> Known:
     declaration = declaration_at(path)
     if declaration is None:
         return Known(Schema())
-    return Known(Schema(required=frozenset(declaration.tensors)), declaration)
+    return Known(Schema(required=frozenset(declaration.tensors)), declaration, packed_at(path))
 
 
 def is_packed_jasper(path: Path) -> bool:

@@ -160,7 +160,7 @@ class Prefetcher:
             windows = Windows(order, first, ranks)
             # What is gathered at once, and the batches around it, must lie within the windows that are held.
             ahead = GROUP_SAMPLES * ranks + 2 * step
-            if self.stage and staged and not _list_is_mapped(graph, mapped):
+            if self.stage and staged and (self.whole_blocks or not _list_is_mapped(graph, mapped)):
                 reads = self._read_ahead(mapped, order, ahead, step)
             nodes = [] if reads is None else reads.nodes
             rest = in_order - {name for node in nodes for name in graph.nodes[node.number].tensors}

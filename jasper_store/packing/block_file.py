@@ -53,7 +53,7 @@ class BlockFiles:
 
     def buffer(self, nbytes: int) -> tuple[mmap.mmap, torch.Tensor]:
         """Memory to fill and pass to :meth:`write`, of some pages: as such and as a tensor of bytes."""
-        size = -(-nbytes // PAGE) * PAGE
+        size = max(-(-nbytes // PAGE), 1) * PAGE
         while len(self._waiting) >= _IN_FLIGHT:
             self._settle()
         for number, memory in enumerate(self._free):

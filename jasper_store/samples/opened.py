@@ -126,7 +126,7 @@ def open_dataset(
             inspect(by_name)
         found.append(declared if declared is not None else everything(specs))
         try:
-            return describe(found[0], by_name, splits, base=schema, dtype=dtype)
+            return describe(found[0], by_name, splits, base=schema, dtype=dtype, packed=packed)
         except (DeclarationError, UnknownNameError) as exc:
             if declaration is not None or declared is None:
                 raise
@@ -165,6 +165,7 @@ def describe(
     *,
     base: Schema | None = None,
     dtype: torch.dtype | None = None,
+    packed: Packed | None = None,
 ) -> Schema:
     """What the storage layers are told of a declared dataset: which tensors are read, how often, which together.
 
@@ -174,6 +175,7 @@ def describe(
         splits: the splits that are served.
         base: what is known besides.
         dtype: dtype that floating tensors are opened with.
+        packed: how the samples were packed, if they were.
 
     Raises:
         DeclarationError, UnknownNameError: the declaration does not fit the tensors.
@@ -182,7 +184,9 @@ def describe(
     graphs: list[SampleGraph] = [build_graph(declaration, tensors, split) for split in splits]
     reads = {name: max(graph.reads.get(name, 0.0) for graph in graphs) for name in tensors}
     stacks = tuple(value.tensors for value in declaration.fields.values() if isinstance(value, Choice))
-    return replace(base or Schema(required=frozenset(declaration.tensors)), reads_per_sample=reads, stacks=stacks)
+    together = frozenset() if packed is None else frozenset(packed.columns)
+    known = base or Schema(required=frozenset(declaration.tensors))
+    return replace(known, reads_per_sample=reads, stacks=stacks, together=together)
 
 
 def declaration_at(path: Path) -> Declaration | None:

@@ -22,7 +22,12 @@ def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefe
     if not dataset.use_mmap:
         return None
     mapped, left = _mapped_and_left(dataset)
-    needed = _staged_nbytes(dataset) if dataset.packed is None else _blocks_nbytes(dataset.packed, dataset, batch_size)
+    ahead, needed = 0, 0
+    if dataset.packed is None:
+        needed = _staged_nbytes(dataset)
+    else:
+        ahead = 2 if left >= _blocks_nbytes(dataset.packed, dataset, batch_size, 2) else 1
+        needed = _blocks_nbytes(dataset.packed, dataset, batch_size, ahead)
     return Prefetcher(
         dataset,
         depth_for(batch_size, dataset.graph.sample_nbytes, left),
@@ -31,14 +36,14 @@ def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefe
         drop_behind=mapped > left,
         # Workers cannot see rows that are staged in this process's memory.
         stage=mapped > left and num_workers == 0 and left >= needed,
-        whole_blocks=dataset.packed is not None,
+        blocks_ahead=ahead,
     )
 
 
-def _blocks_nbytes(packed: Packed, dataset: Dataset, batch_size: int) -> int:
+def _blocks_nbytes(packed: Packed, dataset: Dataset, batch_size: int, ahead: int) -> int:
     """Most memory that windows of whole blocks take."""
     order = BlockOrder(len(dataset), block=packed.block, window=packed.window)
-    windows = held_windows(order, GROUP_SAMPLES + 3 * batch_size)
+    windows = held_windows(order, GROUP_SAMPLES + 3 * batch_size, ahead)
     nbytes = sum(dataset.store[name].row_nbytes for node in dataset.graph.nodes for name in node.tensors)
     return windows * min(order.span, len(dataset)) * nbytes
 

@@ -103,7 +103,8 @@ class Prefetcher:
         drop_behind: drop the pages of each window of a block order that was served, for data that the page cache
             cannot hold.
         stage: there is memory to read the rows of a block order past the page cache instead of prefetching them.
-        whole_blocks: the samples were packed: what is staged lies side by side in the blocks of the order.
+        blocks_ahead: the samples were packed, what is staged lies side by side in the blocks of the order, and so many
+            windows are read ahead of the one that is served; 0 for samples that were not packed.
         stopwatch: records the time that batches wait for prefetching.
     """
 
@@ -116,7 +117,7 @@ class Prefetcher:
         rely_on_faults: bool = True,
         drop_behind: bool = False,
         stage: bool = False,
-        whole_blocks: bool = False,
+        blocks_ahead: int = 0,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.dataset = dataset
@@ -124,7 +125,7 @@ class Prefetcher:
         self.rely_on_faults = rely_on_faults
         self.drop_behind = drop_behind
         self.stage = stage
-        self.whole_blocks = whole_blocks
+        self.blocks_ahead = blocks_ahead
         self.stopwatch = stopwatch
         self._idle_calls: dict[str, int] = {}
         self._group = max(1, min(GROUP_SAMPLES // batch_size, depth))
@@ -160,7 +161,7 @@ class Prefetcher:
             windows = Windows(order, first, ranks)
             # What is gathered at once, and the batches around it, must lie within the windows that are held.
             ahead = GROUP_SAMPLES * ranks + 2 * step
-            if self.stage and staged and (self.whole_blocks or not _list_is_mapped(graph, mapped)):
+            if self.stage and staged and (self.blocks_ahead or not _list_is_mapped(graph, mapped)):
                 reads = self._read_ahead(mapped, order, ahead, step)
             nodes = [] if reads is None else reads.nodes
             rest = in_order - {name for node in nodes for name in graph.nodes[node.number].tensors}
@@ -184,8 +185,8 @@ class Prefetcher:
         """What reads the rows of a window ahead; ``None`` where nothing can be read so."""
         graph, store = self.dataset.graph, self.dataset.store
         numbers = stageable_nodes(graph, mapped)
-        if self.whole_blocks and numbers:
-            blocks = whole_blocks(self.dataset, numbers, order, ahead + step)
+        if self.blocks_ahead and numbers:
+            blocks = whole_blocks(self.dataset, numbers, order, ahead + step, self.blocks_ahead)
             if blocks is not None:
                 return blocks
         if ahead + step > order.span:

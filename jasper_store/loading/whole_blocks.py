@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,21 +20,17 @@ if TYPE_CHECKING:
 
 __all__ = ["WholeBlocks", "held_windows", "whole_blocks"]
 
-_AHEAD: Final = 2
-"""Windows that are read ahead of the one that is served."""
-
-
-def held_windows(order: BlockOrder, in_flight: int) -> int:
-    """Windows that are held: those of batches on their way, the one that is served, and two ahead."""
-    return -(-in_flight // order.span) + 1 + _AHEAD
+def held_windows(order: BlockOrder, in_flight: int, ahead: int) -> int:
+    """Windows that are held: those of batches on their way, the one that is served, and some ahead."""
+    return -(-in_flight // order.span) + 1 + ahead
 
 
 def whole_blocks(
-    dataset: PrefetchSource, numbers: Sequence[int], order: BlockOrder, in_flight: int
+    dataset: PrefetchSource, numbers: Sequence[int], order: BlockOrder, in_flight: int, ahead: int
 ) -> WholeBlocks | None:
     """What reads these nodes in whole blocks; ``None`` where they do not lie so, or cannot be read directly."""
     try:
-        return WholeBlocks(dataset, numbers, order, in_flight, dataset.draw_now())
+        return WholeBlocks(dataset, numbers, order, held_windows(order, in_flight, ahead), dataset.draw_now())
     except OSError:
         return None
 
@@ -46,7 +42,7 @@ class WholeBlocks:
         dataset: whose samples.
         numbers: nodes of its graph, each a row of a tensor in blocks, or of a choice among such tensors.
         order: the pass's; its blocks are those on the disk.
-        in_flight: positions between a batch that is asked for and the one that is gathered.
+        windows: windows that are held at a time.
         draw: of the pass. Tensors of variants that it never draws are not read.
 
     Raises:
@@ -58,12 +54,12 @@ class WholeBlocks:
         dataset: PrefetchSource,
         numbers: Sequence[int],
         order: BlockOrder,
-        in_flight: int,
+        windows: int,
         draw: VariantSampler | None,
     ) -> None:
         graph, store = dataset.graph, dataset.store
         self._graph, self._numbers = graph, tuple(numbers)
-        self.windows = held_windows(order, in_flight)
+        self.windows = windows
         read: list[Any] = []
         self._columns: list[list[int]] = []
         self.nodes = []

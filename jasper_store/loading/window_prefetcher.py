@@ -246,7 +246,7 @@ class WindowPrefetcher:
         oldest = max(order.window_of(max(self._position - self._in_flight, 0)), self._first)
         self._evict(oldest)
         self._complete(now - 1)
-        self._submit_until(min(now + 2, oldest + self._ahead.windows - 1))
+        self._submit_until(min(now + READERS - 1, oldest + self._ahead.windows - 1))
         self._complete(now)
         return min(order.window_bounds(now)[1], order.window_bounds(oldest)[1] + self._in_flight - 1)
 

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 __all__ = ["PAGE", "BlockShape", "IndexTensor", "Layout", "block_shape", "lay_out"]
 
 PAGE: Final = 4096
-BLOCK_NBYTES: Final = 1 << 20
-"""Bytes of a block, at least, where there are so many: a disk reads runs of a MiB at its full rate."""
+BLOCK_NBYTES: Final = 768 << 10
+"""Bytes of a block, at least, where there are so many: a disk reads runs of this length at its full rate."""
 MOST_NBYTES: Final = 16 << 20
 """Bytes that a block grows to, so that there are not too many of them."""
 MANY_BLOCKS: Final = 16_384
-WINDOW_NBYTES: Final = 64 << 20
+WINDOW_NBYTES: Final = 32 << 20
 """Bytes of the blocks that are mixed with each other."""
 WINDOW_BLOCKS: Final = (8, 256)
 """Blocks of a window, at least and at most."""

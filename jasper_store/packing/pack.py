@@ -179,15 +179,26 @@ def _pack(sources: Mapping[str, Dataset], options: _Options, room: int, began: f
             recover_directory(target)
             check_target(target, overwrite=options.overwrite)
             hidden = parent / f".{target.name}.packing"
-            directory = next_directory(hidden, 1)
-            report = _write_parts(work, hidden, directory, options, room, began)
-            _refuse_changes(work, target)
-            _write_generation(work, hidden, directory, report[1])
-            write_bytes(hidden / CONFIG_NAME, json.dumps(work.config, indent=1).encode())
-            sync_directory(directory)
-            sync_directory(hidden)
+            try:
+                report = _pack_hidden(work, hidden, options, room, began)
+            except Exception:
+                # A kill, also by the keyboard, leaves it behind for the next run; what failed begins anew.
+                remove(hidden)
+                raise
             publish(hidden, target, overwrite=options.overwrite)
-    return replace(report[0], path=target, seconds=time.perf_counter() - began)
+    return replace(report, path=target, seconds=time.perf_counter() - began)
+
+
+def _pack_hidden(work: _Work, hidden: Path, options: _Options, room: int, began: float) -> PackReport:
+    """Write the whole dataset into a hidden directory."""
+    directory = next_directory(hidden, 1)
+    report, checksums = _write_parts(work, hidden, directory, options, room, began)
+    _refuse_changes(work, options.target)
+    _write_generation(work, hidden, directory, checksums)
+    write_bytes(hidden / CONFIG_NAME, json.dumps(work.config, indent=1).encode())
+    sync_directory(directory)
+    sync_directory(hidden)
+    return report
 
 
 def _plan(sources: Mapping[str, Dataset], options: _Options) -> _Work:

@@ -253,6 +253,9 @@ class WindowPrefetcher:
     def _submit_until(self, last: int) -> None:
         """Begin to read windows, up to a number."""
         while self._next <= last and self._next < self._order.n_windows:
+            if len(self._reads) == READERS:
+                # A batch that is larger than a window.
+                self._complete(self._reads[0].number)
             self._reads.append(self._submit(self._next))
             self._next += 1
 

@@ -268,6 +268,7 @@ class Schema:
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
         stacks: tensors that a batch gathers together, each row from one of them; see ``store/concat_buffer.py``.
+        together: tensors that are preloaded all or not at all, since they are read together in runs.
     """
 
     required: frozenset[str] = frozenset()
@@ -276,6 +277,7 @@ class Schema:
     reads_per_sample: Mapping[str, float] = field(default_factory=dict)
     stacks: tuple[tuple[str, ...], ...] = ()
     optional: frozenset[str] = frozenset()
+    together: frozenset[str] = frozenset()
 
     def hdf5_path(self, name: str) -> str:
         """HDF5 path of a tensor; of ``X.values`` and ``X.offsets``, the ragged group's path and the part."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jasper_store.conversion.checksum import checksum
-from jasper_store.conversion.generations import SHARDS
+from jasper_store.formats.generation import SHARDS
 from jasper_store.errors import ConversionError, DatasetNotFoundError, IncompatibleOptionsError
 from jasper_store.files.fingerprint import FileFingerprint, FileIdentity
 from jasper_store.formats.base import TensorSpec

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.files.hub import local_path
 from jasper_store.jasper.dataset import JASPERSteeringDataset
-from jasper_store.jasper.recognise import is_jasper
+from jasper_store.jasper.recognise import is_jasper, is_packed_jasper
 from jasper_store.jasper.schema import check_split
 from jasper_store.loading.loader import Loader, make_loader
 from jasper_store.loading.options import LoaderOptions, LoaderOrder, Padding
@@ -116,7 +116,7 @@ def _open(
 ) -> Dataset:
     """The dataset in a directory: a JASPER dataset, or any other."""
     more = {**opening, "seed": 42 if options.seed is None else options.seed, "admit": options.admit}
-    if is_jasper(path) or not path.exists():
+    if is_jasper(path) or is_packed_jasper(path) or not path.exists():
         return JASPERSteeringDataset(path, check_split(split), storage_format=storage_format, **more)
     return Dataset(path, split=split, format=storage_format, **more)
 

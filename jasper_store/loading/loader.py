@@ -59,6 +59,8 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
         padding=options.padding,
         order_kind=kind,
         device=dataset.device,
+        block=None if dataset.packed is None else dataset.packed.block,
+        window=None if dataset.packed is None else dataset.packed.window,
     )
     _require_batches(sampler, options.batch_size, dataset.split)
     sampler.set_epoch(dataset.epoch if options.epoch is None else options.epoch)

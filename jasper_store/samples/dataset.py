@@ -26,6 +26,7 @@ from jasper_store.samples.draw import VariantSampler
 from jasper_store.samples.graph import SampleGraph
 from jasper_store.samples.integrity import Nouns
 from jasper_store.samples.opened import OpenedDataset, open_dataset
+from jasper_store.samples.packed import Packed
 from jasper_store.samples.reader import BatchIndices, SampleReader
 from jasper_store.samples.reload import reopened_tensors
 from jasper_store.samples.shared_batch import BatchSpace, in_worker
@@ -124,6 +125,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         )
         self._attach(opened, split, epoch=0, seed=seed)
 
+    @classmethod
+    def over(cls, opened: OpenedDataset, split: str | None, *, epoch: int = 0, seed: int = 42) -> Self:
+        """A split of a dataset that is open: splits of one share its store, which closes with the last of them."""
+        made = cls.__new__(cls)
+        made._attach(opened, split, epoch=epoch, seed=seed)  # noqa: SLF001 (an alternative constructor)
+        return made
+
     def _attach(self, opened: OpenedDataset, split: str | None, *, epoch: int, seed: int) -> None:
         self._opened: OpenedDataset | None = opened.acquire()
         self._state = SharedState(epoch)
@@ -133,8 +141,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         self._reader: SampleReader | None = None
         self.split = split
         self.seed = seed
-        self._size = self.reader.graph.length
-        self._sample_nbytes = self.reader.graph.sample_nbytes
+        graph = self.reader.graph
+        self._size = graph.length
+        self._sample_nbytes = graph.sample_nbytes
+        if graph.choice is not None:
+            self.choice().at(0)  # a function that is missing is said now, and not by the first batch
         _LOG.info("%s: %s", opened.store.path, placement_of(opened.store.plan, self._size))
 
     # --- samples ----------------------------------------------------------------------------------------------
@@ -267,10 +278,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if graph.choice is not None:
             # Kept, because it is asked for with every batch and changes once an epoch.
             node = graph.nodes[graph.choice]
-            self._draw = VariantSampler(self.seed, epoch, self._choice().at(epoch), forced, node.n_rows)
+            choice = self.choice()
+            numbers = None if choice.key is None else self.store[choice.key].take
+            self._draw = VariantSampler(self.seed, epoch, choice.at(epoch), forced, node.n_rows, numbers)
         return self._draw
 
-    def _choice(self) -> Choice:
+    def choice(self) -> Choice:
+        """The choice that samples make, for a graph that has one."""
         fields = self.reader.graph.declaration.fields.values()
         return next(value for value in fields if isinstance(value, Choice))
 
@@ -332,6 +346,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     def graph(self) -> SampleGraph:
         """What a sample reads, compiled: keys, shapes, dtypes, bounds."""
         return self.reader.graph
+
+    @property
+    def packed(self) -> Packed | None:
+        """How the samples were packed; ``None`` for a dataset that was not packed."""
+        return self._open().packed
 
     @property
     def fields(self) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import nox
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-EXTRAS = ".[hdf5plugin,state,test]"
+EXTRAS = ".[build,hdf5plugin,state,test]"
 # The pin of constraints.txt is a CPU build; PyPI's builds of other releases bring gigabytes of CUDA.
 TORCH = os.environ.get("TORCH") or next(
     line.strip().removeprefix("torch==")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from jasper_store import errors
 
 if TYPE_CHECKING:
+    from jasper_store.building.build import build
+    from jasper_store.building.build_report import BuildReport
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
     from jasper_store.hub.push import PushReport, push
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildReport",
     "Choice",
     "ConversionReport",
     "Dataset",
@@ -56,6 +59,7 @@ __all__ = [
     "Variant",
     "VerifyReport",
     "WarmupReport",
+    "build",
     "commit",
     "compact",
     "convert",
@@ -76,6 +80,7 @@ __all__ = [
 # Where the names above live. Each is imported when it is first used: a program that asks for one pays for that one,
 # and a program that only looks at the version pays for nothing. Type checkers see the imports at the top.
 _HOMES = {
+    "BuildReport": "building.build_report",
     "Choice": "samples.declaration",
     "Dataset": "samples.dataset",
     "Variant": "samples.declaration",
@@ -90,6 +95,7 @@ _HOMES = {
     "TensorStore": "store.store",
     "VerifyReport": "conversion.verify",
     "WarmupReport": "store.warmup",
+    "build": "building.build",
     "commit": "jasper.api",
     "compact": "jasper.api",
     "convert": "jasper.api",

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import jasper_store as js
 from jasper_store.cli.bench import bench
+from jasper_store.cli.build import build
 from jasper_store.cli.compact import compact
 from jasper_store.cli.console import results
 from jasper_store.cli.convert import convert
@@ -68,7 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (demo, sample, inspect, plan, convert, compact, pack, warm, verify, train, synth, report, push, bench):
+for _command in (demo, sample, build, inspect, plan, convert, compact, pack, warm, verify, train, synth, report, push, bench):
     app.command(epilog=EXIT_CODES)(_command)
 
 

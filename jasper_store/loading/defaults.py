@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from jasper_store.loading.order import BLOCK, WINDOW
-from jasper_store.loading.prefetcher import Prefetcher, depth_for, stageable_nodes
+from jasper_store.loading.order import BLOCK, WINDOW, BlockOrder
+from jasper_store.loading.prefetcher import GROUP_SAMPLES, Prefetcher, depth_for, stageable_nodes
+from jasper_store.loading.whole_blocks import held_windows
 from jasper_store.loading.window_prefetcher import READERS, WINDOWS
 from jasper_store.native.reads import READER_NBYTES
 
 if TYPE_CHECKING:
     from jasper_store.samples.dataset import Dataset
+    from jasper_store.samples.packed import Packed
 
 __all__ = ["choose_order", "prefetcher_for"]
 
@@ -20,6 +22,12 @@ def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefe
     if not dataset.use_mmap:
         return None
     mapped, left = _mapped_and_left(dataset)
+    ahead, needed = 0, 0
+    if dataset.packed is None:
+        needed = _staged_nbytes(dataset)
+    else:
+        ahead = 2 if left >= _blocks_nbytes(dataset.packed, dataset, batch_size, 2) else 1
+        needed = _blocks_nbytes(dataset.packed, dataset, batch_size, ahead)
     return Prefetcher(
         dataset,
         depth_for(batch_size, dataset.graph.sample_nbytes, left),
@@ -27,8 +35,17 @@ def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefe
         rely_on_faults=num_workers == 0,
         drop_behind=mapped > left,
         # Workers cannot see rows that are staged in this process's memory.
-        stage=mapped > left and num_workers == 0 and left >= _staged_nbytes(dataset),
+        stage=mapped > left and num_workers == 0 and left >= needed,
+        blocks_ahead=ahead,
     )
+
+
+def _blocks_nbytes(packed: Packed, dataset: Dataset, batch_size: int, ahead: int) -> int:
+    """Most memory that windows of whole blocks take."""
+    order = BlockOrder(len(dataset), block=packed.block, window=packed.window)
+    windows = held_windows(order, GROUP_SAMPLES + 3 * batch_size, ahead)
+    nbytes = sum(dataset.store[name].row_nbytes for node in dataset.graph.nodes for name in node.tensors)
+    return windows * min(order.span, len(dataset)) * nbytes
 
 
 def _staged_nbytes(dataset: Dataset) -> int:
@@ -50,6 +67,8 @@ def choose_order(dataset: Dataset, asked: str, ranks: int) -> tuple[str, str]:
     """The order, and why."""
     if asked != "auto":
         return asked, "it was asked for"
+    if dataset.packed is not None:
+        return "block", "the samples are packed: blocks are read whole, in another order each epoch"
     if ranks > 1:
         # Each rank measures only its own machine: ranks that chose differently would repeat samples.
         return (

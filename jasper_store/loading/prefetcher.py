@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 
 from jasper_store.loading.order import BlockOrder, Order
-from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, StagedNode, WindowPrefetcher
+from jasper_store.loading.whole_blocks import whole_blocks
+from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, ReadAhead, SingleRows, WindowPrefetcher
 from jasper_store.loading.windows import Windows
 from jasper_store.samples.context import GatherContext
 from jasper_store.samples.graph import BY_POSITION
@@ -103,6 +104,8 @@ class Prefetcher:
         drop_behind: drop the pages of each window of a block order that was served, for data that the page cache
             cannot hold.
         stage: there is memory to read the rows of a block order past the page cache instead of prefetching them.
+        blocks_ahead: the samples were packed, what is staged lies side by side in the blocks of the order, and so many
+            windows are read ahead of the one that is served; 0 for samples that were not packed.
         stopwatch: records the time that batches wait for prefetching.
     """
 
@@ -115,6 +118,7 @@ class Prefetcher:
         rely_on_faults: bool = True,
         drop_behind: bool = False,
         stage: bool = False,
+        blocks_ahead: int = 0,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.dataset = dataset
@@ -122,6 +126,7 @@ class Prefetcher:
         self.rely_on_faults = rely_on_faults
         self.drop_behind = drop_behind
         self.stage = stage
+        self.blocks_ahead = blocks_ahead
         self.stopwatch = stopwatch
         self._idle_calls: dict[str, int] = {}
         self._group = max(1, min(GROUP_SAMPLES // batch_size, depth))
@@ -151,21 +156,22 @@ class Prefetcher:
         mapped = {name for name, tensor in dataset.store.items() if tensor.placement == "mmap"}
         in_order = mapped & graph.in_row_order
         stages: list[_Stage] = []
-        ahead, nodes = 0, []
+        ahead, reads = 0, None
         windows: Windows | None = None
         if isinstance(order, BlockOrder) and step and in_order:
             windows = Windows(order, first, ranks)
             # What is gathered at once, and the batches around it, must lie within the windows that are held.
             ahead = GROUP_SAMPLES * ranks + 2 * step
-            if self.stage and staged and not _list_is_mapped(graph, mapped) and ahead + step <= order.span:
-                nodes = self._staged_nodes(mapped)
+            if self.stage and staged and (self.blocks_ahead or not _list_is_mapped(graph, mapped)):
+                reads = self._read_ahead(mapped, order, ahead, step)
+            nodes = [] if reads is None else reads.nodes
             rest = in_order - {name for node in nodes for name in graph.nodes[node.number].tensors}
             stages += [self._by_window(windows, step, rest)] if rest else []
             mapped -= in_order
         stages += self._by_level(mapped)
         window_prefetcher = None
-        if nodes and windows is not None:
-            window_prefetcher = WindowPrefetcher(dataset, nodes, windows, ahead)
+        if reads is not None and windows is not None:
+            window_prefetcher = WindowPrefetcher(dataset, reads, windows, ahead)
         found: Iterator[Any] = iter(batches)
         if stages or window_prefetcher is not None:
             found = self._through(found, stages, window_prefetcher)
@@ -176,14 +182,22 @@ class Prefetcher:
         store = self.dataset.store
         return stageable_nodes(self.dataset.graph, {name for name, each in store.items() if each.placement == "mmap"})
 
-    def _staged_nodes(self, mapped: AbstractSet[str]) -> list[StagedNode]:
+    def _read_ahead(self, mapped: AbstractSet[str], order: BlockOrder, ahead: int, step: int) -> ReadAhead | None:
+        """What reads the rows of a window ahead; ``None`` where nothing can be read so."""
         graph, store = self.dataset.graph, self.dataset.store
+        numbers = stageable_nodes(graph, mapped)
+        if self.blocks_ahead and numbers:
+            blocks = whole_blocks(self.dataset, numbers, order, ahead + step, self.blocks_ahead)
+            if blocks is not None:
+                return blocks
+        if ahead + step > order.span:
+            return None
         found = []
-        for number in stageable_nodes(graph, mapped):
+        for number in numbers:
             readers = direct_readers_for([store[name] for name in graph.nodes[number].tensors], READERS)
             if readers:
-                found.append(StagedNode(number, readers))
-        return found
+                found.append((number, readers))
+        return SingleRows(graph, found) if found else None
 
     def _through(self, batches: Iterator[Any], stages: list[_Stage], windows: WindowPrefetcher | None) -> Iterator[Any]:
         """The batches, through one stage of prefetching after the other; the stages share a thread."""

@@ -21,7 +21,7 @@ from jasper_store.loading.ranks import find_ranks
 from jasper_store.loading.state import LoaderState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sized
+    from collections.abc import Callable, Iterator, Mapping, Sized
 
     from typing_extensions import Self
 
@@ -35,7 +35,7 @@ DEVICE_DRAW: Final = 1 << 20
 #: A draw of no more than this is made on the host and sent: 16 ns each, where a device's 130 kernels take 2.8 ms to
 #: start, however few the indices (an H100's; docs/notes-paging.md), and nothing is waited for.
 SENT_DRAW: Final = 1 << 16
-_ORDERS: Final[Mapping[str, type[Order]]] = {"global": GlobalOrder, "block": BlockOrder}
+_ORDERS: Final[Mapping[str, Callable[..., Order]]] = {"global": GlobalOrder, "block": BlockOrder}
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -56,6 +56,8 @@ class EpochSampler(DistributedSampler[int]):
             start of the order, ``"none"`` gives each sample to exactly one rank, so that counts may differ by one.
         order_kind: ``"global"`` or ``"block"``, see :mod:`jasper_store.loading.order`.
         device: where index tensors are made.
+        block: samples per block of a block order; goes with ``window``.
+        window: blocks that a block order mixes with each other.
 
     Raises:
         UnknownNameError: no such order or padding.
@@ -74,6 +76,8 @@ class EpochSampler(DistributedSampler[int]):
         padding: Padding = "wrap",
         order_kind: str = "global",
         device: torch.device | str = "cpu",
+        block: int | None = None,
+        window: int | None = None,
     ) -> None:
         if padding not in {"wrap", "none"}:
             raise UnknownNameError(f"unknown padding {padding!r}; expected 'wrap' or 'none'")
@@ -89,6 +93,7 @@ class EpochSampler(DistributedSampler[int]):
         self.samples = len(dataset)
         self.padding: Padding = padding
         self._order: Order | None = None
+        self._blocks = {} if block is None or window is None else {"block": block, "window": window}
         self.use_order(order_kind)
         self.device = torch.device(device)
         self.start = 0
@@ -102,7 +107,8 @@ class EpochSampler(DistributedSampler[int]):
         found = self._order
         if found is None or found.epoch != self.epoch:
             kind = _ORDERS[self.order_kind] if self.shuffle else SequentialOrder
-            self._order = found = kind(self.samples, self.seed, self.epoch)
+            blocks = self._blocks if self.shuffle and self.order_kind == "block" else {}
+            self._order = found = kind(self.samples, self.seed, self.epoch, **blocks)
         return found
 
     def use_order(self, kind: str) -> None:

@@ -47,6 +47,8 @@ def library() -> Any:
         *(address, address, number, signed, address, address),
     ]
     found.jasper_begin_read.restype = ctypes.c_int
+    found.jasper_begin_runs.argtypes = [address, address, number]
+    found.jasper_begin_runs.restype = ctypes.c_int
     found.jasper_finish_read.argtypes = [address]
     found.jasper_finish_read.restype = signed
     return found

@@ -24,6 +24,7 @@ enum {
     PAGE = 4096,
     QUEUE_DEPTH = 32,            /* reads in flight, at most */
     MAX_READ_NBYTES = 128 << 10, /* bytes of one read, at most */
+    MAX_RUN_NBYTES = 512 << 10,  /* the same of a read that needs no buffer */
     STEP_READS = 8,              /* reads that one background step submits, and completes: some 50 us */
     BUFFER_NBYTES = QUEUE_DEPTH * MAX_READ_NBYTES,
 };
@@ -66,12 +67,20 @@ struct read {
     int64_t offset, nbytes;
     int64_t needed; /* fewer bytes than this are an error; the file may end after them */
     int64_t tensor;
+    char *target; /* memory that is read to, or NULL: a buffer, out of which rows are copied */
     uint64_t first_row, end_row; /* the file rows that this read has a part of are among these */
 };
 
 struct read_list {
     struct read *items;
     uint64_t count, capacity;
+};
+
+/* Bytes of a file, and the memory that they are read to. RUN_FIELDS in reads.py packs it. */
+struct byte_run {
+    int64_t file, offset, nbytes; /* the last two are multiples of a page */
+    int64_t needed;               /* fewer bytes than this are an error; the file may end after them */
+    int64_t target;               /* address of a page */
 };
 
 /* Arguments of jasper_begin_read. */
@@ -92,7 +101,8 @@ struct read_request {
     int in_background; /* whether a helper runs it */
     struct arguments args;
     int64_t error;         /* as jasper_finish_read returns it; after an error no more reads are submitted */
-    struct file_row *rows; /* NULL until the reads are planned */
+    int planned;           /* whether `reads` is complete */
+    struct file_row *rows; /* NULL for runs of bytes */
     struct read_list reads;
     uint64_t next_read; /* the first that was not submitted */
     aio_context_t queue; /* 0: none, or it was lost */
@@ -169,9 +179,10 @@ static int compare_rows(const void *a, const void *b)
     return (one->row > other->row) - (one->row < other->row);
 }
 
-/* Split a run of bytes into reads of MAX_READ_NBYTES and append them. Returns 0 without memory. */
+/* Split a run of bytes into reads and append them. Returns 0 without memory. */
 static int append_run(struct read_list *reads, struct read run, const struct file_row *rows, int64_t row_nbytes)
 {
+    const int64_t most = run.target ? MAX_RUN_NBYTES : MAX_READ_NBYTES;
     while (run.nbytes > 0) {
         if (reads->count == reads->capacity) {
             const uint64_t capacity = reads->capacity ? 2 * reads->capacity : 256;
@@ -181,12 +192,14 @@ static int append_run(struct read_list *reads, struct read run, const struct fil
             reads->items = items, reads->capacity = capacity;
         }
         struct read read = run;
-        if (read.nbytes > MAX_READ_NBYTES)
-            read.nbytes = MAX_READ_NBYTES;
+        if (read.nbytes > most)
+            read.nbytes = most;
         if (read.needed > read.nbytes)
             read.needed = read.nbytes;
         reads->items[reads->count++] = read;
         run.offset += read.nbytes, run.nbytes -= read.nbytes, run.needed -= read.needed;
+        if (run.target)
+            run.target += read.nbytes;
         while (run.first_row < run.end_row && rows[run.first_row].offset + row_nbytes <= run.offset)
             run.first_row++;
     }
@@ -209,7 +222,7 @@ static int plan_tensor(const struct row_layout *layout, int64_t tensor, struct f
         }
         if (run_end >= 0 && (i == end || page > run_end + max_gap)) {
             const int64_t needed = (run_end < layout->end ? run_end : layout->end) - run_begin;
-            const struct read run = {(int)layout->file, run_begin, run_end - run_begin, needed, tensor, first_row, i};
+            const struct read run = {(int)layout->file, run_begin, run_end - run_begin, needed, tensor, NULL, first_row, i};
             if (!append_run(reads, run, rows, row_nbytes))
                 return 0;
             run_end = -1;
@@ -297,15 +310,16 @@ static void copy_to_target(const struct read_request *request, const struct read
 static void complete_read(struct read_request *request, const struct read *read, char *buffer, int64_t done)
 {
     const int failure = finish_short_read(read, buffer, done);
-    if (!failure)
+    if (!failure && !read->target)
         copy_to_target(request, read, buffer);
-    else if (!request->error)
+    else if (failure && !request->error)
         request->error = tensor_error(read->tensor, failure, failure == UNREADABLE ? errno : 0);
 }
 
-static char *iocb_buffer(const struct read_request *request, unsigned iocb)
+/* Where the bytes of a read go: `iocb` is the one that it is submitted by. */
+static char *buffer_of(const struct read_request *request, const struct read *read, unsigned iocb)
 {
-    return request->buffer + (size_t)iocb * MAX_READ_NBYTES;
+    return read->target ? read->target : request->buffer + (size_t)iocb * MAX_READ_NBYTES;
 }
 
 /* The system does not say any more which reads have arrived, as in a process that entered a sandbox: do without the
@@ -323,11 +337,13 @@ static void lose_queue(struct read_request *request)
         request->buffer = allocate_buffer();
     request->queue = 0;
     request->n_free = request->in_flight = 0;
-    if (!request->buffer && !request->error)
+    if (!request->buffer && request->rows && !request->error)
         request->error = NO_MEMORY;
     for (unsigned i = 0; i < QUEUE_DEPTH && !request->error; i++)
-        if (in_flight[i])
-            complete_read(request, &request->reads.items[request->iocbs[i].aio_data], request->buffer, 0);
+        if (in_flight[i]) {
+            const struct read *read = &request->reads.items[request->iocbs[i].aio_data];
+            complete_read(request, read, buffer_of(request, read, 0), 0);
+        }
 }
 
 /* Complete up to `most` reads that have arrived. Waits until at least `least` have, without a time limit. */
@@ -342,7 +358,8 @@ static void poll_completions(struct read_request *request, long least, unsigned 
     for (long k = 0; k < count; k++) {
         const unsigned iocb = (unsigned)((struct iocb *)(uintptr_t)events[k].obj - request->iocbs);
         const int64_t done = events[k].res > 0 ? events[k].res : 0;
-        complete_read(request, &request->reads.items[events[k].data], iocb_buffer(request, iocb), done);
+        const struct read *read = &request->reads.items[events[k].data];
+        complete_read(request, read, buffer_of(request, read, iocb), done);
         request->free_iocbs[request->n_free++] = iocb;
         request->in_flight--;
     }
@@ -360,7 +377,7 @@ static void submit_reads(struct read_request *request, unsigned most)
         memset(iocb, 0, sizeof *iocb);
         iocb->aio_lio_opcode = IOCB_CMD_PREAD;
         iocb->aio_fildes = (uint32_t)read->file;
-        iocb->aio_buf = (uint64_t)(uintptr_t)iocb_buffer(request, number);
+        iocb->aio_buf = (uint64_t)(uintptr_t)buffer_of(request, read, number);
         iocb->aio_nbytes = (uint64_t)read->nbytes;
         iocb->aio_offset = read->offset;
         iocb->aio_data = request->next_read + count;
@@ -375,15 +392,19 @@ static void submit_reads(struct read_request *request, unsigned most)
  * DONE. */
 static int advance(struct read_request *request, long least, unsigned most)
 {
-    if (!request->rows && !request->error)
+    if (!request->planned) {
         request->error = plan_reads(request);
+        request->planned = 1;
+    }
     if (request->in_flight)
         poll_completions(request, least, most);
     if (request->next_read < request->reads.count && !request->error) {
         submit_reads(request, most);
-        if (!request->in_flight)
+        if (!request->in_flight) {
             /* There is no queue, or it accepts nothing: read the next one with pread. */
-            complete_read(request, &request->reads.items[request->next_read++], request->buffer, 0);
+            const struct read *read = &request->reads.items[request->next_read++];
+            complete_read(request, read, buffer_of(request, read, 0), 0);
+        }
     }
     if (request->next_read < request->reads.count && !request->error)
         return BUSY;
@@ -402,6 +423,18 @@ static void run_in_caller(struct read_request *request)
         const long in_flight = request->in_flight;
         least = in_flight > QUEUE_DEPTH / 2 ? in_flight - QUEUE_DEPTH / 2 : 1;
     }
+}
+
+/* Begin a request that is filled in. */
+static void begin(struct reader *reader, struct read_request *request)
+{
+    request->task.step = background_step;
+    request->queue = reader->queue;
+    request->buffer = reader->buffer;
+    for (; reader->queue && request->n_free < QUEUE_DEPTH; request->n_free++)
+        request->free_iocbs[request->n_free] = request->n_free;
+    reader->request = request;
+    request->in_background = jasper_submit_background(&request->task);
 }
 
 /* Begin to bring rows into memory. The caller keeps all arguments valid until jasper_finish_read returns.
@@ -425,15 +458,35 @@ int jasper_begin_read(struct reader *reader, const struct row_layout *tensors, u
         free(request);
         return 0;
     }
-    request->task.step = background_step;
     request->args =
         (struct arguments){tensors, n_tensors, row_nbytes, max_gap, tensor_of, rows, n, zero_row, target, addresses};
-    request->queue = reader->queue;
-    request->buffer = reader->buffer;
-    for (; reader->queue && request->n_free < QUEUE_DEPTH; request->n_free++)
-        request->free_iocbs[request->n_free] = request->n_free;
-    reader->request = request;
-    request->in_background = jasper_submit_background(&request->task);
+    begin(reader, request);
+    return 1;
+}
+
+/* Begin to read runs of bytes to memory, without a copy. The caller keeps the memory valid until jasper_finish_read
+ * returns, which then says `tensor` for the number of a run.
+ *
+ * Returns 0 if a request is open already, or without memory. */
+int jasper_begin_runs(struct reader *reader, const struct byte_run *runs, uint64_t n)
+{
+    renew_after_fork(reader);
+    struct read_request *request = reader->request ? NULL : calloc(1, sizeof *request);
+    if (!request)
+        return 0;
+    for (uint64_t i = 0; i < n; i++) {
+        const struct byte_run *run = &runs[i];
+        const struct read read = {.file = (int)run->file, .offset = run->offset, .nbytes = run->nbytes,
+                                  .needed = run->needed, .tensor = (int64_t)i,
+                                  .target = (char *)(intptr_t)run->target};
+        if (!append_run(&request->reads, read, NULL, 0)) {
+            free(request->reads.items);
+            free(request);
+            return 0;
+        }
+    }
+    request->planned = 1;
+    begin(reader, request);
     return 1;
 }
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["DirectRowReader", "direct_readers_for"]
+__all__ = ["DirectRowReader", "direct_readers_for", "rows_anywhere"]
 
 _ANYWHERE: Final = 2**63 - 1
 _MAX_FILES: Final = 128
@@ -62,6 +62,11 @@ def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[Dire
             staging.close()
         return []
     return made
+
+
+def rows_anywhere(row: torch.Tensor) -> Source:
+    """Memory as a source of rows like this one, each named by its address."""
+    return Source(row, tuple(row.shape), row.nbytes, (0, _ANYWHERE, row.nbytes, 1))
 
 
 def _layouts(tensor: StoredTensor, undo: ExitStack) -> list[RowLayout]:
@@ -116,7 +121,7 @@ class DirectRowReader:
         first = tensors[0]
         self.row_shape, self.dtype, self._row_nbytes = tuple(first.row_shape), first.dtype, first.row_nbytes
         self._zeros = self._memory = torch.zeros(self.row_shape, dtype=self.dtype, device="cpu")
-        self.anywhere = Source(self._zeros, self.row_shape, self._row_nbytes, (0, _ANYWHERE, self._row_nbytes, 1))
+        self.anywhere = rows_anywhere(self._zeros)
         with ExitStack() as undo:
             layouts = [_layouts(tensor, undo) for tensor in tensors]
             # By tensor number, the last for -1.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.conversion.generations import SHARDS
+from jasper_store.formats.generation import SHARDS
 from jasper_store.errors import (
     ConversionError,
     DatasetNotFoundError,

@@ -35,7 +35,7 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         "HF_HUB_DISABLE_XET": True,
         "HF_HUB_OFFLINE": False,
     }.items():
-        monkeypatch.setattr(constants, name, value, raising=False)  # older releases lack some
+        monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
     yield server

@@ -86,7 +86,7 @@ def open_store(
     where = absolute(path)
     located = locate(where, format, schema)
     manifest, stale = manifest_file.read_and_check(directory_of(located.root), located)
-    identities = identities_of(located.specs)
+    identities = identities_of(located.specs, located.facts)
     if describe is not None:
         schema = describe(located.specs)
     plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
@@ -94,7 +94,7 @@ def open_store(
         admit(plan)
     if located.skipped:
         more = f"; and {len(located.skipped) - 5} more" if len(located.skipped) > 5 else ""
-        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings of .npy, .pt and HDF5"
+        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings"
         warnings.warn(text, JasperStoreWarning, stacklevel=3)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
@@ -137,7 +137,7 @@ def plan_store(
 def _reopened(spec: ReopenSpec) -> TensorStore:
     """Open a store where it was unpickled: everything that can be is mapped, and no warning is given twice."""
     located = locate(spec.path, spec.format, spec.schema, generation=spec.generation)
-    identities = identities_of(located.specs)
+    identities = identities_of(located.specs, located.facts)
     spec.check(digest_of(located.specs, identities))
     plan = plan_for(located, spec.schema, use_mmap=True, dtype=spec.dtype)
     return TensorStore(spec, located, plan, identities=identities)

@@ -178,6 +178,8 @@ class Loader(DataLoader[Any]):
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
             self._warned = True
             warn_same_epoch(sampler.epoch)
+        if previous is not None and self.persistent_workers:
+            previous.superseded = True  # PyTorch gives both the same iterator, which begins the epoch anew
         self.stopwatch = Stopwatch()
         if self._prefetcher is not None:
             self._prefetcher.stopwatch = self.stopwatch
@@ -242,8 +244,7 @@ class Loader(DataLoader[Any]):
             return sampler.state(sampler.start).to_dict()
         # Full batches are counted even where the last is shorter here than on another rank: all states agree.
         step = (self.batch_size or 1) * sampler.num_replicas
-        finished = now.finished or now.delivered >= now.batches
-        return sampler.state(sampler.samples if finished else now.start + now.delivered * step).to_dict()
+        return sampler.state(sampler.samples if now.ended else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration serve the rest of an epoch that another run has begun.
@@ -336,6 +337,7 @@ class _Progress:
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
         finished: whether the trainer asked for a batch after the last; trainers that count batches do not.
+        superseded: whether its workers serve a later pass.
     """
 
     epoch: int
@@ -344,6 +346,12 @@ class _Progress:
     gathers_before: Meter
     delivered: int = 0
     finished: bool = False
+    superseded: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether every batch was delivered."""
+        return self.finished or self.delivered >= self.batches
 
 
 class _EpochIterator:
@@ -368,6 +376,13 @@ class _EpochIterator:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
+        elif self._progress.superseded:
+            if self._progress.ended:
+                raise StopIteration
+            raise IncompatibleOptionsError(
+                "another iteration over this loader has begun, and persistent workers serve one at a time: this iterator "
+                "has ended; finish it before, make a second loader, or pass persistent_workers=False"
+            )
         watch = self._watch
         if not watch.began:
             watch.began = perf_counter()
@@ -387,10 +402,11 @@ class _EpochIterator:
             watch.ended = perf_counter()
             raise
         except DEATH_SIGNS as exc:
+            loader = self._loader()
             try:
-                raise_if_worker_died(exc, _pytorchs(self._batches))
+                dataset = None if loader is None else loader.dataset
+                raise_if_worker_died(exc, _pytorchs(self._batches), dataset)
             except WorkerDiedError:
-                loader = self._loader()
                 if loader is not None:
                     loader.discard_workers()
                 raise

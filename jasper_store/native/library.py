@@ -11,7 +11,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 11
+_ABI: Final = 12
 
 
 @functools.cache

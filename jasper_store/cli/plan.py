@@ -36,7 +36,8 @@ def plan(
     mmap: Mmap = False,
     preload: Preload = False,
     measure_disk: Annotated[
-        bool, typer.Option("--measure-disk", help="Read from the files for a second, to say what each order would reach.")
+        bool,
+        typer.Option("--measure-disk", help="Read from the files for a second, to say what each order would reach."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -64,7 +65,9 @@ def plan(
     warnings += packed_changes(path)
     if json:
         error = None if problem is None else error_entry(problem)
-        print_json({**made.to_dict(), "manifest": warnings, "orders": [each.to_dict() for each in orders], "error": error})
+        print_json(
+            {**made.to_dict(), "manifest": warnings, "orders": [each.to_dict() for each in orders], "error": error}
+        )
     else:
         show_plan(made, str(path))
         _show_orders(orders, path)

@@ -118,9 +118,7 @@ def pack(
         return pack_splits(found, dst, kind=kind, config=config, **options)
 
 
-def orders_at(
-    path: Path, specs: Sequence[TensorSpec], made: Plan, disk: DiskRates | None = None
-) -> list[Estimate]:
+def orders_at(path: Path, specs: Sequence[TensorSpec], made: Plan, disk: DiskRates | None = None) -> list[Estimate]:
     """What each order of a directory's samples allows, the fastest first, and what packing them would.
 
     Args:
@@ -140,7 +138,8 @@ def orders_at(
         return []
     by_name = {spec.name: spec for spec in specs}
     there = [split for split, name in known.declaration.splits.items() if name in by_name]
-    graphs = [build_graph(known.declaration, by_name, split) for split in (there or [None])]
+    splits: Sequence[str | None] = there or [None]
+    graphs = [build_graph(known.declaration, by_name, split) for split in splits]
     largest = max(graphs, key=lambda graph: graph.length)
     found = estimates(largest, made, disk)
     total = math.ceil(sum(packed_nbytes(graph) * graph.length for graph in graphs))

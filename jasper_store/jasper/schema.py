@@ -139,7 +139,9 @@ def packed_declaration(curriculum: Curriculum, values: Mapping[str, object], pat
     """
     found = Declaration.from_config(values, path)
     if found is None:
-        raise DeclarationError(f'{path}: expected "{CONFIG_KEY}" of a packed dataset, found none; pack again', path=path)
+        raise DeclarationError(
+            f'{path}: expected "{CONFIG_KEY}" of a packed dataset, found none; pack again', path=path
+        )
     fields = {
         name: replace(value, probabilities=curriculum.probabilities, typical=curriculum.typical())
         if isinstance(value, Choice)

@@ -81,7 +81,9 @@ class DatasetWriter(writer.DirectoryWriter):
         schema = SCHEMA if declaration is None else None
         check = _whole(Path(path), declaration, config)
         if mode == "append":
-            _refuse_packed(Path(path), "rows of it are those of the dataset that it was packed from; append to that one")
+            _refuse_packed(
+                Path(path), "rows of it are those of the dataset that it was packed from; append to that one"
+            )
         if mode == "append" and config is None:
             known = known_at(Path(path))
             schema, check = known.schema, _fits(known, Path(path))

@@ -64,7 +64,9 @@ class Estimate:
 
     def __str__(self) -> str:
         reads = f" in {self.reads:.2g} single reads" if self.reads >= _SHOWN else ""
-        return f"{self.order} {self.samples_per_s / 1000:,.0f} k samples/s ({self.nbytes / 1024:,.1f} KiB a sample{reads})"
+        return (
+            f"{self.order} {self.samples_per_s / 1000:,.0f} k samples/s ({self.nbytes / 1024:,.1f} KiB a sample{reads})"
+        )
 
 
 def packed_nbytes(graph: SampleGraph) -> float:

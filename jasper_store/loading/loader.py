@@ -264,7 +264,9 @@ class Loader(DataLoader[Any]):
             return []
         disk = DiskRates()
         shown = ", ".join(str(each) for each in estimates(dataset.graph, dataset.store.plan, disk))
-        return [f"expected of a disk of {disk.bytes_per_s / 1e9:.1f} GB/s and {disk.reads_per_s / 1000:.0f} k reads/s: {shown}"]
+        return [
+            f"expected of a disk of {disk.bytes_per_s / 1e9:.1f} GB/s and {disk.reads_per_s / 1000:.0f} k reads/s: {shown}"
+        ]
 
     def _staged_fields(self, prefetcher: Prefetcher) -> str:
         nodes = set(prefetcher.stageable())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["WholeBlocks", "held_windows", "whole_blocks"]
 
+
 def held_windows(order: BlockOrder, in_flight: int, ahead: int) -> int:
     """Windows that are held: those of batches on their way, the one that is served, and some ahead."""
     return -(-in_flight // order.span) + 1 + ahead
@@ -62,7 +63,7 @@ class WholeBlocks:
         self.windows = windows
         read: list[Any] = []
         self._columns: list[list[int]] = []
-        self.nodes = []
+        self.nodes: list[StagedNode] = []
         for number in numbers:
             node = graph.nodes[number]
             columns = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from jasper_store.packing.columns import Column
+
+_Bytes = TypeVar("_Bytes", int, "NDArray[np.int64]")
 
 __all__ = ["PAGE", "BlockShape", "IndexTensor", "Layout", "block_shape", "lay_out"]
 
@@ -115,7 +117,7 @@ class Layout:
     @property
     def n_blocks(self) -> int:
         """Number of blocks."""
-        return self.counts.shape[1]
+        return len(self.file_of)
 
 
 def lay_out(columns: Sequence[Column], counts: NDArray[np.int64], index: Sequence[IndexTensor]) -> Layout:
@@ -210,16 +212,23 @@ def _header(
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     # An empty tensor stands where it begins, before one that begins there and is not empty.
-    for offset, nbytes, name, dtype, shape in [*sorted(found, key=lambda each: each[:2]), (data_nbytes, 0, "", None, ())]:
+    for offset, nbytes, name, dtype, shape in [
+        *sorted(found, key=lambda each: each[:2]),
+        (data_nbytes, 0, "", None, ()),
+    ]:
         if offset > end:
-            entries[f".gap.{len(entries):06d}"] = {"dtype": "U8", "shape": [offset - end], "data_offsets": [end, offset]}
+            entries[f".gap.{len(entries):06d}"] = {
+                "dtype": "U8",
+                "shape": [offset - end],
+                "data_offsets": [end, offset],
+            }
         if dtype is not None:
             entries[name] = header_entry(dtype, shape, offset, offset + nbytes)
         end = offset + nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    length = int(_up(len(text) + 8, PAGE)) - 8
+    length = _up(len(text) + 8, PAGE) - 8
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _up(value: int | NDArray[np.int64], multiple: int) -> int | NDArray[np.int64]:
+def _up(value: _Bytes, multiple: int) -> _Bytes:
     return -(-value // multiple) * multiple

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -256,7 +257,8 @@ def _counts(
     """Rows of each column in each block."""
     samples = np.concatenate(
         [
-            np.full(each.n_blocks, block, np.int64) - _missing(each, block) * (np.arange(each.n_blocks) == each.n_blocks - 1)
+            np.full(each.n_blocks, block, np.int64)
+            - _missing(each, block) * (np.arange(each.n_blocks) == each.n_blocks - 1)
             for each in splits
         ]
     )
@@ -298,7 +300,7 @@ def _index(
     for name, each in splits.items():
         if name in listed:
             tensor = IndexTensor(listed[name], number, each.samples)
-            found.append(_Index(tensor, lambda start, stop, first=first: torch.arange(first + start, first + stop)))
+            found.append(_Index(tensor, partial(_arange, first)))
         first += each.samples
     origins = IndexTensor(ORIGIN, torch.int64, total)
     found.append(_Index(origins, lambda start, stop: _across(splits, SplitRows.origins, start, stop)))
@@ -315,8 +317,16 @@ def _index(
     for name, counts in lengths.items():
         ends = torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int64))
         tensor = IndexTensor(f"{name}.offsets", torch.int64, len(ends))
-        found.append(_Index(tensor, lambda start, stop, ends=ends: ends[start:stop]))
+        found.append(_Index(tensor, partial(_part_of, ends)))
     return found, key
+
+
+def _arange(first: int, start: int, stop: int) -> torch.Tensor:
+    return torch.arange(first + start, first + stop)
+
+
+def _part_of(values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return values[start:stop]
 
 
 def _across(
@@ -346,8 +356,11 @@ def _write_parts(
         remove(hidden)
     directory.mkdir(parents=True, exist_ok=True)
     paths = _paths(directory, layout)
-    there = sum(path.stat().st_blocks * 512 if hasattr(os.stat_result, "st_blocks") else path.stat().st_size
-                for path in paths if path.exists())
+    there = sum(
+        path.stat().st_blocks * 512 if hasattr(os.stat_result, "st_blocks") else path.stat().st_size
+        for path in paths
+        if path.exists()
+    )
     require_space(directory, max(sum(layout.sizes) - there, 0), what="packing")
     done = 0
 
@@ -365,7 +378,7 @@ def _write_parts(
             writer.run(steps)
         finally:
             files.close()
-        checksums = writer.checksums | _write_index(work, paths, steps)
+        checksums = writer.checksums | _write_index(work, paths)
     except BaseException:
         steps.close()
         raise
@@ -406,7 +419,7 @@ def _column_nbytes(layout: Layout) -> dict[str, int]:
     return {column.name: int(rows[number]) * column.row_nbytes for number, column in enumerate(layout.columns)}
 
 
-def _write_index(work: _Work, paths: Sequence[Path], steps: Progress) -> dict[str, list[str]]:
+def _write_index(work: _Work, paths: Sequence[Path]) -> dict[str, list[str]]:
     """Write headers and the tensors that are not in blocks; the checksum of each of these."""
     layout, found = work.layout, {}
     for path, header in zip(paths, layout.headers, strict=True):
@@ -446,9 +459,7 @@ def _part_files(root: Path, directory: Path, layout: Layout) -> PartFiles:
     )
 
 
-def _parted(
-    work: _Work, checksums: Mapping[str, list[str]], number: int, first_file: int
-) -> dict[str, PartedTensor]:
+def _parted(work: _Work, checksums: Mapping[str, list[str]], number: int, first_file: int) -> dict[str, PartedTensor]:
     """What a generation says of the columns and the index tensors."""
     layout, found = work.layout, {}
     for at, column in enumerate(layout.columns):
@@ -493,7 +504,9 @@ def _repack(
     packed = packed_at(root)
     manifest = read(root)
     if packed is None or manifest is None or manifest.generation is None:
-        raise ConversionError(f"{root}: expected a packed dataset whose columns are written anew, found none", path=root)
+        raise ConversionError(
+            f"{root}: expected a packed dataset whose columns are written anew, found none", path=root
+        )
     known = sorted({of.partition(":")[0] for of in packed.columns.values()})
     for name in columns:
         if name not in known:
@@ -522,7 +535,10 @@ def _repack(
         sync_directory(root)
         publish_generation(root, old, _extended(work, old, root, directory, checksums))
         config = load_config(root / CONFIG_NAME)
-        config = {**config, PACKED_KEY: replace(packed, files=work.packed.files, fingerprints=work.packed.fingerprints).to_config()}
+        config = {
+            **config,
+            PACKED_KEY: replace(packed, files=work.packed.files, fingerprints=work.packed.fingerprints).to_config(),
+        }
         write_bytes(root / CONFIG_NAME, json.dumps(config, indent=1).encode())
     return replace(report, generation=old.number + 1, seconds=time.perf_counter() - began)
 
@@ -542,10 +558,11 @@ def _extended(
         before = retired(tensors[name], number)
         tensors[name] = replace(
             before,
-            **{
-                column: np.concatenate([getattr(before, column), getattr(tensor, column)])
-                for column in ("file_of", "offsets", "rows", "since", "until")
-            },
+            file_of=np.concatenate([before.file_of, tensor.file_of]),
+            offsets=np.concatenate([before.offsets, tensor.offsets]),
+            rows=np.concatenate([before.rows, tensor.rows]),
+            since=np.concatenate([before.since, tensor.since]),
+            until=np.concatenate([before.until, tensor.until]),
             checksums=(*before.checksums, *tensor.checksums),
         )
     return replace(old, number=number, files=files, tensors=tensors)

@@ -91,13 +91,13 @@ class SplitRows:
 
     def _reader(self, name: str) -> tuple[SampleReader, int]:
         if name not in self._readers:
-            graph = build_graph(
-                alone(self.dataset.graph.declaration, name), self.dataset.store, self.dataset.split
-            )
+            graph = build_graph(alone(self.dataset.graph.declaration, name), self.dataset.store, self.dataset.split)
             self._readers[name] = SampleReader(graph, self.dataset.store), graph.outputs[0].node
         return self._readers[name]
 
-    def _resolve(self, reader: SampleReader, number: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _resolve(
+        self, reader: SampleReader, number: int, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows of a node at positions; index tensors that are mapped are read in the order of the positions."""
         graph, store = reader.graph, reader.store
         mapped = any(store[graph.nodes[each].tensor].placement == "mmap" for each in graph.index_nodes)

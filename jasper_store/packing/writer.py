@@ -271,5 +271,3 @@ class ColumnWriter:
             column = self._layout.columns[number]
             rows = int(self._layout.counts[number, first:last].sum())
             self._advance(column.name, rows * column.row_nbytes)
-
-

@@ -70,7 +70,9 @@ def block_shape(samples: int, sample_nbytes: int) -> BlockShape:
     while block < _MOST and block * sample_nbytes < MOST_NBYTES and samples > block * MANY_BLOCKS:
         block *= 2
     low, high = WINDOW_BLOCKS
-    return BlockShape(block, max(low, min(high, WINDOW_NBYTES // (block * sample_nbytes))))
+    wanted = max(low, min(high, WINDOW_NBYTES // (block * sample_nbytes)))
+    # A power of two, so that the blocks of a window are shared evenly by as many ranks.
+    return BlockShape(block, 1 << (wanted.bit_length() - 1))
 
 
 class IndexTensor(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 import jasper_store as js
 from jasper_store.errors import ConversionError
 from jasper_store.formats.generation import read_generation
-from jasper_store.packing import pack as packing, writer
+from jasper_store.packing import parts, writer
 from tests.builders import build_pt_dataset
 from tests.conversion.test_faults import Zygote, file_size_limit
 from tests.packing.packs import require_same
@@ -134,7 +134,7 @@ def test_other_options_begin_anew(source: Path, tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_write_index", stop)
+        patch.setattr(parts, "_write_index", stop)
         with pytest.raises(KeyboardInterrupt):
             js.pack(source, tmp_path / "packed")
     assert (tmp_path / ".packed.packing").exists()
@@ -144,7 +144,7 @@ def test_other_options_begin_anew(source: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_no_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "require_space", lambda *_, **__: None)  # as if another program had filled the disk
+        patch.setattr(parts, "require_space", lambda *_, **__: None)  # as if another program had filled the disk
         with file_size_limit(1_000_000), pytest.raises(ConversionError, match="no room to finish"):
             js.pack(source, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []

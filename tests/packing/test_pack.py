@@ -23,7 +23,7 @@ from jasper_store.errors import (
     UnknownNameError,
 )
 from jasper_store.jasper.schema import SPLITS
-from jasper_store.packing import pack as packing
+from jasper_store.packing import pack as packing, parts
 from jasper_store.samples.declaration import Choice, Variant
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.packing.packs import require_same, same, small_blocks
@@ -287,13 +287,13 @@ def test_a_directory_that_is_there_is_kept(source: Path, tmp_path: Path) -> None
 def test_a_source_that_changes_meanwhile_is_not_published(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = packing._write_index
+    real = parts._write_index
 
     def change(*arguments: Any) -> Any:
         torch.save(torch.rand(203), source / "pair_relevance.pt")
         return real(*arguments)
 
-    monkeypatch.setattr(packing, "_write_index", change)
+    monkeypatch.setattr(parts, "_write_index", change)
     with pytest.raises(ConversionError, match=r"pair_relevance.pt.*Nothing was published"):
         js.pack(source, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

@@ -11,11 +11,21 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from jasper_store.loading.order import BLOCK, WINDOW
+from jasper_store.loading.prefetcher import stageable_nodes
+from jasper_store.loading.window_prefetcher import READERS, WINDOWS
+from jasper_store.native.reads import READER_NBYTES
+
 if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
     from jasper_store.samples.graph import SampleGraph
     from jasper_store.store.placement import Plan
 
-__all__ = ["DiskRates", "Estimate", "estimates", "packed_nbytes"]
+__all__ = ["FEW_READS", "DiskRates", "Estimate", "estimates", "packed_nbytes", "windows_nbytes"]
+
+FEW_READS: Final = 0.1
+"""Rows named at random that a sample may read from maps beside a block order through the page cache."""
 
 _PAGE: Final = 4096
 _MEMORY_RATE: Final = 500_000
@@ -79,6 +89,19 @@ def packed_nbytes(graph: SampleGraph) -> float:
     return total
 
 
+def windows_nbytes(graph: SampleGraph, mapped: AbstractSet[str]) -> int:
+    """Most memory that windows of a block order take, those that are being read among them, and what they are read into.
+
+    Args:
+        graph: what a sample reads.
+        mapped: names of the tensors that are mapped.
+    """
+    rows = [
+        math.prod(node.shape) * node.dtype.itemsize for node in (graph.nodes[n] for n in stageable_nodes(graph, mapped))
+    ]
+    return sum(WINDOWS * BLOCK * WINDOW * nbytes + READERS * READER_NBYTES for nbytes in rows)
+
+
 def estimates(graph: SampleGraph, plan: Plan, disk: DiskRates | None = None) -> list[Estimate]:
     """What each way of reading a dataset that is not packed costs, the fastest first.
 
@@ -86,6 +109,9 @@ def estimates(graph: SampleGraph, plan: Plan, disk: DiskRates | None = None) -> 
         graph: what a sample reads.
         plan: where its tensors live.
         disk: the disk; typical figures by default.
+
+    Returns:
+        Without the block order where there is no memory for its windows beside rows that are named at random.
     """
     disk = disk or DiskRates()
     mapped = [entry for entry in plan.entries if entry.placement == "mmap" and entry.reads_per_sample > 0]
@@ -97,14 +123,15 @@ def estimates(graph: SampleGraph, plan: Plan, disk: DiskRates | None = None) -> 
     in_runs = sum(each.reads * each.row_nbytes for entry, each in zip(mapped, read, strict=True) if entry.name in runs)
     packed = packed_nbytes(graph)
     total = packed * graph.length
-    found = [
-        _estimate("global", 0.0, read, left, disk),
-        _estimate("block", in_runs, rest, left * (_WINDOWS if runs else 1), disk),
+    found = [_estimate("global", 0.0, read, left, disk)]
+    if left >= windows_nbytes(graph, {entry.name for entry in mapped}) or sum(each.reads for each in rest) <= FEW_READS:
+        found.append(_estimate("block", in_runs, rest, left * (_WINDOWS if runs else 1), disk))
+    found.append(
         replace(
             _estimate("packed", 0.0 if total <= plan.budget.nbytes else packed, [], left, disk),
             total_nbytes=math.ceil(total),
-        ),
-    ]
+        )
+    )
     return sorted(found, key=lambda each: -each.samples_per_s)
 
 

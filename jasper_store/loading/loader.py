@@ -45,7 +45,7 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
     plan = dataset.store.plan
     options.admit(plan)
     ranks = find_ranks(distributed=options.distributed, rank=options.rank, world_size=options.world_size)
-    kind, why = choose_order(dataset, options.order, ranks.world_size)
+    kind, why = choose_order(dataset, options.order, ranks.world_size, options.num_workers)
     shuffle = dataset.split in {None, "train"} if options.shuffle is None else options.shuffle
     drop_last = dataset.split in {None, "train"} if options.drop_last is None else options.drop_last
     sampler = EpochSampler(

@@ -72,7 +72,7 @@ def choose_order(dataset: Dataset, asked: str, ranks: int, num_workers: int = 0)
 
     A block order pays where the rows that lie in the order of the samples are read past the page cache, or are most of
     what is read. Else its windows and the rows that are named at random evict each other from a page cache that is too
-    small for both, and single rows announced some batches ahead are twice as fast (docs/notes-paging.md).
+    small for both, and single rows prefetched some batches ahead are twice as fast (docs/notes-paging.md).
     """
     if asked != "auto":
         return asked, "it was asked for"

@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-min test-integrations lint format types layers prose check bench docs screenshot wheel clean
+.PHONY: help install demo test test-slow test-min test-integrations test-asan test-ubsan test-tsan check-compilers lint format types layers prose check bench docs screenshot wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,12 +45,27 @@ test-min: ## the tests with the oldest allowed dependencies (torch at its pin, o
 	@$(PYTHON) tools/minimum.py --torch $(TORCH) > build/minimum.txt
 	@test -x $(MIN_VENV)/bin/python || $(PYTHON) -m venv $(MIN_VENV)
 	@$(MIN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint build/minimum.txt --editable '.[hdf5plugin,state,test]'
+		--constraint build/minimum.txt --editable '.[build,hdf5plugin,state,test]'
 	@$(MIN_VENV)/bin/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning, Accelerate and Ray
 	@$(PIP) --no-build-isolation --editable '.[dev,integrations]'
 	@$(BIN)/python -m pytest --slow tests/integrations $(PYTEST_ARGS)
+
+# ARGS passes tests and arguments of pytest: make test-asan ARGS="tests/native -x".
+ARGS ?=
+
+test-asan: $(STAMP) ## the compiled library under AddressSanitizer: its harness, and tests in Python
+	@$(BIN)/python -m tools.sanitizers address -- $(ARGS)
+
+test-ubsan: $(STAMP) ## the same under UndefinedBehaviorSanitizer
+	@$(BIN)/python -m tools.sanitizers undefined -- $(ARGS)
+
+test-tsan: $(STAMP) ## the same under ThreadSanitizer
+	@$(BIN)/python -m tools.sanitizers thread -- $(ARGS)
+
+check-compilers: $(STAMP) ## the C by gcc, clang, musl and for aarch64, without a warning; its harness, by qemu if need be
+	@$(BIN)/python -m tools.compilers
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check $(SOURCES) hatch_build.py hatch_readme.py

@@ -16,7 +16,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCES = tuple(Path("jasper_store/native", name) for name in ("rows.c", "parts.c", "reads.c", "helpers.c"))
+NAMES = ("rows.c", "parts.c", "reads.c", "helpers.c", "map_faults.c")
+SOURCES = tuple(Path("jasper_store/native", name) for name in NAMES)
 TARGET = Path("jasper_store/native/_rows.so")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")
 

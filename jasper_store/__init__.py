@@ -20,8 +20,11 @@ from typing import TYPE_CHECKING, Any
 from jasper_store import errors
 
 if TYPE_CHECKING:
+    from jasper_store.building.build import build
+    from jasper_store.building.build_report import BuildReport
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
+    from jasper_store.hub.push import PushReport, push
     from jasper_store.jasper.api import DatasetWriter, commit, compact, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
     from jasper_store.jasper.loader import create_loader
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildReport",
     "Choice",
     "ConversionReport",
     "Dataset",
@@ -49,11 +53,13 @@ __all__ = [
     "MemoryReport",
     "PackReport",
     "Plan",
+    "PushReport",
     "StoredTensor",
     "TensorStore",
     "Variant",
     "VerifyReport",
     "WarmupReport",
+    "build",
     "commit",
     "compact",
     "convert",
@@ -63,6 +69,7 @@ __all__ = [
     "open",
     "pack",
     "plan",
+    "push",
     "set_epoch",
     "to_device",
     "validate_first_batch",
@@ -73,6 +80,7 @@ __all__ = [
 # Where the names above live. Each is imported when it is first used: a program that asks for one pays for that one,
 # and a program that only looks at the version pays for nothing. Type checkers see the imports at the top.
 _HOMES = {
+    "BuildReport": "building.build_report",
     "Choice": "samples.declaration",
     "Dataset": "samples.dataset",
     "Variant": "samples.declaration",
@@ -82,10 +90,12 @@ _HOMES = {
     "MemoryReport": "memory.report",
     "PackReport": "packing.report",
     "Plan": "store.placement",
+    "PushReport": "hub.push",
     "StoredTensor": "store.tensors",
     "TensorStore": "store.store",
     "VerifyReport": "conversion.verify",
     "WarmupReport": "store.warmup",
+    "build": "building.build",
     "commit": "jasper.api",
     "compact": "jasper.api",
     "convert": "jasper.api",
@@ -94,6 +104,7 @@ _HOMES = {
     "open": "jasper.api",
     "pack": "jasper.packed",
     "plan": "jasper.api",
+    "push": "hub.push",
     "set_epoch": "loading.epochs",
     "to_device": "loading.device",
     "validate_first_batch": "loading.first_batch",

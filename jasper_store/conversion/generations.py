@@ -32,7 +32,6 @@ _Row: TypeAlias = "tuple[int, int, int, str | None]"
 
 __all__ = [
     "PART_DIRECTORY",
-    "SHARDS",
     "NewPart",
     "current",
     "extended",
@@ -44,7 +43,6 @@ __all__ = [
     "stray_directories",
 ]
 
-SHARDS: Final = ".shards"  # directory that shards are written into
 PART_DIRECTORY: Final = re.compile(r"part-\d{6,}")
 _WAIT_SECONDS = 60.0  # for a reader that is writing down which checks passed
 

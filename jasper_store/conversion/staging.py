@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from jasper_store.conversion.generations import PART_DIRECTORY, SHARDS
+from jasper_store.conversion.generations import PART_DIRECTORY
 from jasper_store.errors import ConversionError
 from jasper_store.files.atomic import (
     clean_stale,
@@ -18,6 +18,7 @@ from jasper_store.files.atomic import (
     temporary_name,
 )
 from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.formats.generation import SHARDS
 from jasper_store.formats.registry import FORMATS, format_for
 
 if TYPE_CHECKING:

@@ -125,6 +125,10 @@ class Parts:
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
+FileFacts: TypeAlias = tuple[int, int, int, int]
+"""What the system says of a file: bytes, modification time in nanoseconds, number in its file system, number of that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Streamed:
     """Values that can only be read from the first to the last: a deflated member of a ``.npz``, a Parquet column.

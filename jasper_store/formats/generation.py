@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -29,9 +30,20 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import ReadFormat, Schema
 
-__all__ = ["MANIFEST_NAME", "Generation", "PartFiles", "PartedTensor", "WholeTensor", "read_generation", "safe_name"]
+__all__ = [
+    "MANIFEST_NAME",
+    "SHARDS",
+    "Generation",
+    "PartFiles",
+    "PartedTensor",
+    "WholeTensor",
+    "read_generation",
+    "safe_name",
+]
 
 MANIFEST_NAME: Final = "jasper_store.json"
+SHARDS: Final = ".shards"
+"""Directory, inside a dataset's, that shards are written into until they are committed."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -247,6 +259,16 @@ class Generation:
         return cls(number, chosen, files, tensors, whole)
 
 
+@lru_cache(maxsize=1)
+def parse_json(text: bytes) -> Any:
+    """A manifest's JSON, to be looked at only: the last one is kept, since an opening needs it several times.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return json.loads(text)
+
+
 def read_generation(root: Path) -> Generation | None:
     """The generation that the manifest of a directory names; ``None`` where there is no manifest, or it names no parts.
 
@@ -261,7 +283,7 @@ def read_generation(root: Path) -> Generation | None:
     if b'"generation"' not in text:
         return None
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         return Generation.from_json(raw["generation"], path) if "generation" in raw else None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
         if isinstance(exc, CorruptFileError):

@@ -45,6 +45,11 @@ class Numbered:
     pattern: str
     files: tuple[Path, ...]
 
+    def whole_name(self, stem: str, name: str) -> str:
+        """Name in the whole of what a file whose name without suffix is ``stem`` calls ``name``."""
+        own = name == stem or name.startswith(f"{stem}.")
+        return self.base + name[len(stem) :] if own else name
+
 
 def group(files: Mapping[Path, str], *, whole: bool = True) -> tuple[list[Numbered], dict[Path, str]]:
     """Sort files into those that are numbered, and the rest.
@@ -130,10 +135,7 @@ def merge(numbered: Numbered, located: Sequence[tuple[str, Sequence[TensorSpec]]
     by_name: dict[str, list[TensorSpec]] = defaultdict(list)
     for stem, specs in located:
         for spec in specs:
-            name = spec.name
-            if name == stem or name.startswith(f"{stem}."):
-                name = numbered.base + name[len(stem) :]
-            by_name[name].append(spec)
+            by_name[numbered.whole_name(stem, spec.name)].append(spec)
     counts = {len(specs) for specs in by_name.values()}
     if counts <= {1} and len(located) > 1:
         return [_renamed(name, specs[0]) for name, specs in by_name.items()]

@@ -13,6 +13,7 @@ from typing_extensions import Self
 from jasper_store.conversion.converter import convert
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.errors import DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
+from jasper_store.files.hub import local_path
 from jasper_store.jasper.config import CONFIG_NAME, Config, read_config
 from jasper_store.jasper.integrity import check_structure, unread_bounds
 from jasper_store.jasper.schema import (
@@ -51,7 +52,7 @@ class JASPERSteeringDataset(Dataset):
     reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        dataset_dir: directory with ``config.json`` and the tensors.
+        dataset_dir: directory with ``config.json`` and the tensors, or a dataset of the Hub as ``"hf://owner/name"``.
         split: ``"train"``, ``"val"`` or ``"test"``.
         epoch: initial epoch, which decides the steering probabilities.
         device: ``None`` or ``"cpu"`` for host memory; a CUDA device preloads everything there; ``"auto"`` decides.
@@ -95,7 +96,7 @@ class JASPERSteeringDataset(Dataset):
     ) -> None:
         check_int("epoch", epoch, at_least=0)
         config, opened = _opened(
-            Path(dataset_dir),
+            dataset_dir,
             (check_split(split),),
             format=storage_format,
             use_mmap=use_mmap,
@@ -151,7 +152,7 @@ class JASPERSteeringDataset(Dataset):
     ) -> dict[str, Self]:
         """Some splits over one store; the options are those of the constructor, with ``format`` for the format."""
         check_int("epoch", epoch, at_least=0)
-        config, opened = _opened(Path(dataset_dir), splits, **{"use_mmap": None, "device": None, **options})
+        config, opened = _opened(dataset_dir, splits, **{"use_mmap": None, "device": None, **options})
         datasets: dict[str, Self] = {}
         for split in splits:
             datasets[split] = made = cls.__new__(cls)
@@ -342,7 +343,7 @@ class JASPERSteeringDataset(Dataset):
 
 
 def _opened(
-    directory: Path,
+    dataset_dir: str | PathLike[str],
     splits: Sequence[Split],
     *,
     use_mmap: bool | None,
@@ -353,6 +354,7 @@ def _opened(
     """Configuration and checked store of a directory."""
     # What is wrong with the options alone is said first, even of a directory that is not there.
     check_options(use_mmap=use_mmap, device=device)
+    directory = local_path(dataset_dir)
     config = read_config(directory)
     packed = packed_at(directory)
     if packed is not None:

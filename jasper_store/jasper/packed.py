@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import DatasetNotFoundError, JasperStoreWarning, UnknownNameError
+from jasper_store.files.hub import local_path, require_local
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.dataset import JASPERSteeringDataset
@@ -64,7 +65,8 @@ def pack(
     killed is continued by the next one with the same arguments.
 
     Args:
-        dataset: a directory, all of whose splits are packed, or an open dataset, whose split is packed.
+        dataset: a directory or ``"hf://owner/name"``, all of whose splits are packed, or an open dataset, whose split is
+            packed.
         dst: directory to make.
         fields: names of the fields to pack; all by default.
         dtype: ``"float16"`` or ``"bfloat16"``: what floating fields of more than one number a sample are narrowed to.
@@ -90,6 +92,7 @@ def pack(
         >>> js.pack("data/wordnet", "data/wordnet-packed", dtype="float16")      # doctest: +SKIP
         >>> loader = js.create_loader("data/wordnet-packed", "train", 256)       # doctest: +SKIP
     """
+    require_local(dst)
     options: dict[str, Any] = {
         "fields": fields,
         "dtype": dtype,
@@ -104,7 +107,7 @@ def pack(
         config: dict[str, Any] = _config_of(dataset) if jasper else _rest_of(dataset.dataset_dir)
         sources: dict[str, Dataset] = {dataset.split or "": dataset}
         return pack_splits(sources, dst, kind=PACKED_KIND if jasper else "dataset", config=config, **options)
-    path = Path(dataset)
+    path = local_path(dataset)
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)  # meant for training
         limit = budget.measure(memory_limit).nbytes // _PRELOADED_SHARE

@@ -11,6 +11,7 @@ from typing import Any
 from jasper_store.conversion import commit as committing, compact as compaction, writer
 from jasper_store.conversion.compact import CompactReport
 from jasper_store.errors import IncompatibleOptionsError, IntegrityError, JasperStoreError
+from jasper_store.files.hub import require_local
 from jasper_store.formats.base import TensorSpec
 from jasper_store.formats.registry import base_name
 from jasper_store.jasper.config import CONFIG_NAME, Config, parse_config, read_config
@@ -74,6 +75,7 @@ class DatasetWriter(writer.DirectoryWriter):
         shard: int | None = None,
         shards: int | None = None,
     ) -> None:
+        require_local(path)
         declaration = None if samples is None else _declared(samples)
         if declaration is not None:
             config = {**(config or {}), CONFIG_KEY: declaration.to_config()}
@@ -124,6 +126,7 @@ def commit(path: str | PathLike[str]) -> Path:
         ...     writer.append("embeddings", embed(my_texts))
         >>> js.commit("out")  # once, when all are done  # doctest: +SKIP
     """
+    require_local(path)
     known = known_at(Path(path))
     first = committing.first_shard(Path(path)) if known.declaration is None else None
     if first is not None:
@@ -153,6 +156,7 @@ def compact(
         IncompatibleOptionsError: the dataset is packed.
         CorruptFileError: a part is not the one that was written.
     """
+    require_local(path)
     _refuse_packed(Path(path), "compacting would take the blocks apart")
     return compaction.compact(path, remove_old=remove_old, progress=progress, schema=known_at(Path(path)).schema)
 

@@ -1,10 +1,10 @@
-"""Batches made in the trainer's process: several are gathered at once and served as parts.
+"""Several batches gathered at once, and served as parts.
 
 A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
-samples. So a loader without workers gathers some batches together (measured in docs/notes-paging.md). The parts
-are disjoint and each has its own version counter, so a trainer may write to a batch. What the trainer changes
-between two batches (the epoch, a forced variant, reloaded tensors) takes effect with the next batch: batches that were
-gathered ahead are gathered again.
+samples. So a loader gathers some batches together, in the trainer's process or in a worker (measured in
+docs/notes-paging.md). The parts are disjoint and each has its own version counter, so a trainer may write to a batch. What
+the trainer changes between two batches (the epoch, a forced variant, reloaded tensors) takes effect with the next batch:
+batches that were gathered ahead are gathered again, in the trainer's process.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections import deque
 from dataclasses import replace
 from itertools import accumulate, islice, pairwise
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
 from torch.utils.data import default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from jasper_store.samples.batch import Batch, Sample, collate_samples
+from jasper_store.store.resident import pinned_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from jasper_store.loading.batches import BatchIterator
     from jasper_store.samples.dataset import Dataset
 
-__all__ = ["CoalescingIterator", "batches_at_once"]
+__all__ = ["CoalescingIterator", "OwnGathers", "Unit", "batches_at_once", "is_identity_collate"]
 
 _SAMPLES: Final = 1024
 _NBYTES: Final = 16 << 20
@@ -49,32 +50,47 @@ def batches_at_once(batch_size: int, sample_nbytes: int) -> int:
     return max(1, samples // batch_size)
 
 
+class Unit(NamedTuple):
+    """Batches that were gathered together.
+
+    Attributes:
+        indices: of the samples of each batch.
+        samples: of all of them, in this order.
+        version: what the dataset's ``state_version()`` was before they were gathered.
+    """
+
+    indices: Sequence[Any]
+    samples: Batch
+    version: object
+
+
+class Gathers(Protocol):
+    """Where units come from."""
+
+    def next(self) -> Unit | None:
+        """The next one; ``None`` after the last."""
+
+    def again(self, indices: Sequence[Any]) -> Unit:
+        """Batches of a unit once more, as the dataset is now."""
+
+    def close(self) -> None:
+        """Release what was made ahead for batches that will not be served."""
+
+
 class CoalescingIterator:
     """The batches of one pass. Iterate it from one thread.
 
     Args:
         dataset: what they are gathered from.
-        indices: of the samples of each batch.
+        gathers: makes units of them.
         collate: turns a :class:`~jasper_store.samples.batch.Batch` into what the trainer receives.
-        at_once: batches that are gathered together.
-        pin: copy them to pinned memory.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        indices: BatchIterator,
-        collate: Callable[[Any], Any],
-        at_once: int,
-        *,
-        pin: bool = False,
-    ) -> None:
+    def __init__(self, dataset: Dataset, gathers: Gathers, collate: Callable[[Any], Any]) -> None:
         self._dataset = dataset
-        self._indices = indices
+        self.gathers = gathers
         # Calling the default collation costs 20 us, because it inspects a sample first.
-        self._collate = attrgetter("tensors") if _is_identity_collate(collate) else collate
-        self._at_once = at_once
-        self._pin = pin
+        self._collate = attrgetter("tensors") if is_identity_collate(collate) else collate
         self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not served yet
         self._parts: deque[Batch] = deque()  # parts that were gathered for them
         self._made_for: object = None
@@ -89,37 +105,68 @@ class CoalescingIterator:
 
     def __next__(self) -> Any:
         if not self._waiting:
-            self._waiting.extend(islice(self._indices, self._at_once))
-            if not self._waiting:
+            unit = self.gathers.next()
+            if unit is None:
                 raise StopIteration
-            self._gather()
-        elif self._made_for != self._dataset.state_version():
-            self._gather()
+            self._serve(unit)
+        if self._made_for != self._dataset.state_version():
+            self._serve(self.gathers.again(self._waiting))
         self._waiting.popleft()
         return self._collate(self._parts.popleft())
 
     def close(self) -> None:
         """Release rows that were read ahead for batches that will not be served."""
-        self._indices.close()
+        self.gathers.close()
 
-    def _gather(self) -> None:
-        """Gather what is waiting."""
-        self._made_for = self._dataset.state_version()
-        wanted = self._waiting[0]
-        if len(self._waiting) > 1:
-            # A last batch that is not full may be a list, where the others are tensors on a device.
-            device = self._dataset.device
-            wanted = torch.cat(
-                [torch.as_tensor(indices, dtype=torch.int64, device=device) for indices in self._waiting]
-            )
+    def _serve(self, unit: Unit) -> None:
+        self._waiting, self._made_for = deque(unit.indices), unit.version
+        self._parts = _split(unit.samples, [len(indices) for indices in unit.indices])
+
+
+class OwnGathers:
+    """Units gathered in the trainer's process.
+
+    Args:
+        dataset: what they are gathered from.
+        indices: of the samples of each batch.
+        at_once: batches that are gathered together.
+        pin: gather into pinned memory, or copy there.
+    """
+
+    def __init__(self, dataset: Dataset, indices: BatchIterator, at_once: int, *, pin: bool = False) -> None:
+        self._dataset = dataset
+        self._indices = indices
+        self._at_once = at_once
+        self._pin = pin
+
+    def next(self) -> Unit | None:
+        """The next one; ``None`` after the last."""
+        indices = list(islice(self._indices, self._at_once))
+        return self.again(indices) if indices else None
+
+    def again(self, indices: Sequence[Any]) -> Unit:
+        """Batches gathered now."""
+        version = self._dataset.state_version()
         context = self._indices.context
         if self._pin:
-            context = replace(context, pinned=True)
-        batch = self._dataset.gather(wanted, context)
+            context = replace(context, empty=pinned_rows)
+        batch = self._dataset.gather(joined(indices, self._dataset.device), context)
         if self._pin:
             # pin_memory() returns a tensor itself if it is pinned already.
             batch = Batch({key: value.pin_memory() for key, value in batch.tensors.items()}, len(batch), batch.ragged)
-        self._parts = _split(batch, [len(indices) for indices in self._waiting])
+        return Unit(indices, batch, version)
+
+    def close(self) -> None:
+        """Release rows that were read ahead for batches that will not be served."""
+        self._indices.close()
+
+
+def joined(indices: Sequence[Any], device: torch.device) -> Any:
+    """The indices of some batches as those of one."""
+    if len(indices) == 1:
+        return indices[0]
+    # A last batch that is not full may be a list, where the others are tensors on a device.
+    return torch.cat([torch.as_tensor(each, dtype=torch.int64, device=device) for each in indices])
 
 
 def _split(batch: Batch, sizes: list[int]) -> deque[Batch]:
@@ -146,6 +193,6 @@ def _cut(batch: Batch, key: str, value: torch.Tensor, sizes: list[int]) -> Seque
     return [value[start : stop + 1] - bound for (start, stop), bound in zip(pairwise(ends), bounds, strict=False)]
 
 
-def _is_identity_collate(collate: Callable[[Any], Any]) -> bool:
+def is_identity_collate(collate: Callable[[Any], Any]) -> bool:
     """Whether a collation returns a batch's tensors as they are."""
     return collate is default_collate and default_collate_fn_map.get(Sample) is collate_samples

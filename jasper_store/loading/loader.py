@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
 from jasper_store.loading.batches import BatchSampler
-from jasper_store.loading.coalescing import CoalescingIterator, batches_at_once
+from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
 from jasper_store.loading.epochs import warn_same_epoch
 from jasper_store.loading.estimate import DiskRates, estimates
@@ -21,6 +22,7 @@ from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_mem
 from jasper_store.loading.ranks import Ranks, find_ranks
 from jasper_store.loading.samplers import EpochSampler
 from jasper_store.loading.state import LoaderState
+from jasper_store.loading.worker_gathers import UnitSampler, UnitWorker, WorkerGathers, batches_per_unit, unwrapped
 from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
 from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
@@ -128,7 +130,7 @@ class Loader(DataLoader[Any]):
         num_workers: int = 0,
         **options: Any,
     ) -> None:
-        self._clock = WorkerClock(num_workers, worker_init_fn) if num_workers else None
+        self._clock = WorkerClock(num_workers, worker_init_fn, batch_size) if num_workers else None
         super().__init__(
             dataset,
             batch_size=batch_size,
@@ -154,6 +156,7 @@ class Loader(DataLoader[Any]):
         # What Accelerate's prepare() looks for: it would give each rank a share of this rank's share.
         self._is_accelerate_prepared = sampler.num_replicas > 1
         self._progress: _Progress | None = None
+        self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
 
     @property
@@ -186,21 +189,50 @@ class Loader(DataLoader[Any]):
         return self._serve(), self._progress, self.stopwatch
 
     def _serve(self) -> Iterator[Any]:
-        """PyTorch's iterator; without workers and where nothing is overridden, one that gathers several batches at once."""
+        """PyTorch's iterator; where nothing is overridden, one of batches that are gathered several at once."""
         dataset: Any = self.dataset
         ours = getattr(type(dataset), "__getitems__", None) is Dataset.__getitems__
-        if self.num_workers or not ours:
+        if not ours or (self.num_workers and not is_identity_collate(self.collate_fn)):
             return super().__iter__()
+        if self.num_workers:
+            return CoalescingIterator(dataset, self._worker_gathers(), self.collate_fn)
         # PyTorch's iterators draw a seed for workers, also without any: what a trainer draws must not depend on it.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         batches: Any = self.batch_sampler
         at_once = batches_at_once(self.batch_size or 1, dataset.graph.sample_nbytes)
         pin = self.pin_memory and torch.cuda.is_available()
-        return CoalescingIterator(dataset, batches.tensors(), self.collate_fn, at_once, pin=pin)
+        return CoalescingIterator(dataset, OwnGathers(dataset, batches.tensors(), at_once, pin=pin), self.collate_fn)
+
+    def _worker_gathers(self) -> WorkerGathers:
+        """PyTorch's iterator over units of several batches."""
+        units: Loader | None = self._units
+        if units is None or self._iterator is None:
+            assert self._clock is not None
+            # A copy of this loader with all of its options, but for what workers are sent and what they send back.
+            units = copy.copy(self)
+            batches: Any = self.batch_sampler
+            object.__setattr__(units, "batch_sampler", UnitSampler(batches, self._batches_per_unit()))
+            units.collate_fn, units.worker_init_fn = unwrapped, UnitWorker(self._clock)
+            units._iterator = None  # noqa: SLF001 - of this class
+        sampler: Any = units.batch_sampler
+        iterator: Any = DataLoader.__iter__(units)
+        if self.persistent_workers:
+            self._units, self._iterator = units, iterator
+        return WorkerGathers(self.dataset_obj, iterator, sampler)
+
+    def _batches_per_unit(self) -> int:
+        ahead, in_flight = self._prefetcher, self.num_workers * (self.prefetch_factor or 1)
+        return batches_per_unit(
+            self.batch_size or 1,
+            self.dataset_obj.graph.sample_nbytes,
+            len(self),
+            in_flight,
+            None if ahead is None else ahead.depth,
+        )
 
     def discard_workers(self) -> None:
         """Do not use persistent workers again: one of them has died, and the others were stopped."""
-        self._iterator = None
+        self._iterator = self._units = None
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -369,7 +401,7 @@ class _EpochIterator:
             raise
         except DEATH_SIGNS as exc:
             try:
-                raise_if_worker_died(exc, self._batches)
+                raise_if_worker_died(exc, _pytorchs(self._batches))
             except WorkerDiedError:
                 loader = self._loader()
                 if loader is not None:
@@ -388,3 +420,8 @@ class _EpochIterator:
 
     def __del__(self) -> None:
         self._release()
+
+
+def _pytorchs(batches: Any) -> Any:
+    """The iterator of PyTorch that has the workers, whether it is served from directly or by units."""
+    return getattr(getattr(batches, "gathers", None), "iterator", batches)

@@ -1,4 +1,4 @@
-"""Loads the compiled library (``rows.c``, ``parts.c``, ``reads.c``, ``helpers.c``). It is optional: every caller has a way without it."""
+"""Loads the compiled library of the C files beside it. It is optional: every caller has a way without it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def library() -> Any:
     number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
     found.jasper_gather.argtypes = [address, number, ctypes.c_uint]
     found.jasper_gather.restype = signed
+    found.jasper_gather_mapped.argtypes = [address, number, ctypes.c_uint]
+    found.jasper_gather_mapped.restype = signed
+    found.jasper_fault_address.argtypes = []
+    found.jasper_fault_address.restype = signed
+    found.jasper_use_instructions.argtypes = [ctypes.c_int]
+    found.jasper_use_instructions.restype = ctypes.c_int
     found.jasper_locate_rows.argtypes = [address, signed, address, signed, number, address]
     found.jasper_locate_rows.restype = signed
     found.jasper_parts_of_rows.argtypes = [address, address, signed, number, address]

@@ -29,11 +29,15 @@ enum {
     BUFFER_NBYTES = QUEUE_DEPTH * MAX_READ_NBYTES,
 };
 
-/* Result of jasper_finish_read. Errors of a tensor are tensor_error(tensor, ROW_MISSING or UNREADABLE). reads.py knows
- * these numbers. */
-enum { NO_MEMORY = -1, FORKED = -2, ROW_MISSING = 1, UNREADABLE = 2, ERROR_KINDS = 3 };
+/* Result of jasper_finish_read. Errors of a tensor are tensor_error(tensor, kind, the system's error number or 0).
+ * reads.py knows these numbers. */
+enum { NO_MEMORY = -1, FORKED = -2, ROW_MISSING = 1, FILE_ENDS = 2, UNREADABLE = 3 };
+enum { KIND_BITS = 2, NUMBER_BITS = 14 };
 
-static int64_t tensor_error(int64_t tensor, int kind) { return ERROR_KINDS * tensor + kind; }
+static int64_t tensor_error(int64_t tensor, int kind, int number)
+{
+    return tensor << (KIND_BITS + NUMBER_BITS) | (int64_t)number << KIND_BITS | kind;
+}
 
 /* Where the rows of a tensor lie. RowLayout in reads.py packs it. */
 struct row_layout {
@@ -48,6 +52,7 @@ struct reader {
     aio_context_t queue;          /* 0: the system refused one, and each read is a pread */
     char *buffer;                 /* MAX_READ_NBYTES for each read in flight, or NULL */
     struct read_request *request; /* begun and not finished, or NULL */
+    unsigned fork_generation;     /* of the process that all of these belong to */
 };
 
 /* A row of a request that has to be read from a file. */
@@ -100,48 +105,69 @@ struct read_request {
     struct file_row *rows; /* NULL for runs of bytes */
     struct read_list reads;
     uint64_t next_read; /* the first that was not submitted */
-    aio_context_t queue;
-    char *buffer;
+    aio_context_t queue; /* 0: none, or it was lost */
+    char *buffer;        /* another one than the reader's if the queue was lost and may still write into that */
     struct iocb iocbs[QUEUE_DEPTH]; /* each reads into its own part of the buffer */
     unsigned free_iocbs[QUEUE_DEPTH], n_free, in_flight;
 };
 
+int64_t jasper_finish_read(struct reader *reader);
+
+static void open_queue(struct reader *reader)
+{
+    reader->fork_generation = jasper_fork_generation();
+    reader->queue = 0;
+    if (syscall(SYS_io_setup, QUEUE_DEPTH, &reader->queue) != 0)
+        reader->queue = 0;
+}
+
 struct reader *jasper_open_reader(void)
 {
     struct reader *reader = calloc(1, sizeof *reader);
-    if (reader && syscall(SYS_io_setup, QUEUE_DEPTH, &reader->queue) != 0)
-        reader->queue = 0;
+    if (reader)
+        open_queue(reader);
     return reader;
 }
 
-int64_t jasper_finish_read(struct reader *reader);
+/* In a forked child neither the queue nor the buffer exists (other memory may have its address by now), and a helper of
+ * the parent may have been working on the request, so that its memory cannot be freed. Returns whether that is so, and
+ * then the reader is as if it had just been opened. */
+static int renew_after_fork(struct reader *reader)
+{
+    if (reader->fork_generation == jasper_fork_generation())
+        return 0;
+    reader->buffer = NULL;
+    reader->request = NULL;
+    open_queue(reader);
+    return 1;
+}
 
 void jasper_close_reader(struct reader *reader)
 {
     if (!reader)
         return;
-    jasper_finish_read(reader);
-    if (reader->queue)
-        syscall(SYS_io_destroy, reader->queue);
-    if (reader->buffer)
-        munmap(reader->buffer, BUFFER_NBYTES);
+    if (reader->fork_generation == jasper_fork_generation()) {
+        jasper_finish_read(reader);
+        if (reader->queue)
+            syscall(SYS_io_destroy, reader->queue);
+        if (reader->buffer)
+            munmap(reader->buffer, BUFFER_NBYTES);
+    }
     free(reader);
 }
 
-/* Allocate the buffer, in huge pages if there are any: the kernel looks up each page that it reads into. */
-static int allocate_buffer(struct reader *reader)
+/* Allocate a buffer, in huge pages if there are any: the kernel looks up each page that it reads into. Returns NULL
+ * without memory. */
+static char *allocate_buffer(void)
 {
-    if (reader->buffer)
-        return 1;
     char *buffer = mmap(NULL, BUFFER_NBYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (buffer == MAP_FAILED)
-        return 0;
+        return NULL;
     madvise(buffer, BUFFER_NBYTES, MADV_HUGEPAGE);
     /* A page that the disk is writing into must not become shared with a forked child: see O_DIRECT and fork in
      * open(2). */
     madvise(buffer, BUFFER_NBYTES, MADV_DONTFORK);
-    reader->buffer = buffer;
-    return 1;
+    return buffer;
 }
 
 /* By tensor, then by row. */
@@ -229,7 +255,7 @@ static int64_t plan_reads(struct read_request *request)
             continue;
         const struct row_layout *layout = &args->tensors[tensor];
         if (row < 0 || row >= layout->n_rows)
-            return tensor_error(tensor, ROW_MISSING);
+            return tensor_error(tensor, ROW_MISSING, 0);
         if (layout->file < 0) {
             args->addresses[i] = layout->base + row * layout->stride;
             continue;
@@ -253,7 +279,8 @@ static int64_t plan_reads(struct read_request *request)
     return 0;
 }
 
-/* Finish an interrupted or short read with pread, from byte `done` on. Returns whether all needed bytes are there. */
+/* Finish an interrupted or short read with pread, from byte `done` on. Returns 0 if all needed bytes are there, FILE_ENDS,
+ * or UNREADABLE with errno set. */
 static int finish_short_read(const struct read *read, char *buffer, int64_t done)
 {
     while (done < read->needed) {
@@ -262,10 +289,10 @@ static int finish_short_read(const struct read *read, char *buffer, int64_t done
         if (got < 0 && errno == EINTR)
             continue;
         if (got <= 0)
-            return 0;
+            return got ? UNREADABLE : FILE_ENDS;
         done += got;
     }
-    return 1;
+    return 0;
 }
 
 /* Copy the parts of rows that a read brought to their place in the target. */
@@ -282,17 +309,41 @@ static void copy_to_target(const struct read_request *request, const struct read
 
 static void complete_read(struct read_request *request, const struct read *read, char *buffer, int64_t done)
 {
-    const int whole = finish_short_read(read, buffer, done);
-    if (whole && !read->target)
+    const int failure = finish_short_read(read, buffer, done);
+    if (!failure && !read->target)
         copy_to_target(request, read, buffer);
-    else if (!whole && !request->error)
-        request->error = tensor_error(read->tensor, UNREADABLE);
+    else if (failure && !request->error)
+        request->error = tensor_error(read->tensor, failure, failure == UNREADABLE ? errno : 0);
 }
 
 /* Where the bytes of a read go: `iocb` is the one that it is submitted by. */
 static char *buffer_of(const struct read_request *request, const struct read *read, unsigned iocb)
 {
     return read->target ? read->target : request->buffer + (size_t)iocb * MAX_READ_NBYTES;
+}
+
+/* The system does not say any more which reads have arrived, as in a process that entered a sandbox: do without the
+ * queue, and read with pread what was in flight. */
+static void lose_queue(struct read_request *request)
+{
+    int in_flight[QUEUE_DEPTH];
+    for (unsigned i = 0; i < QUEUE_DEPTH; i++)
+        in_flight[i] = 1;
+    for (unsigned i = 0; i < request->n_free; i++)
+        in_flight[request->free_iocbs[i]] = 0;
+    /* Destroying a queue waits for its reads. If that fails too they may arrive at any time: the buffer is left to
+     * them. */
+    if (syscall(SYS_io_destroy, request->queue) != 0)
+        request->buffer = allocate_buffer();
+    request->queue = 0;
+    request->n_free = request->in_flight = 0;
+    if (!request->buffer && request->rows && !request->error)
+        request->error = NO_MEMORY;
+    for (unsigned i = 0; i < QUEUE_DEPTH && !request->error; i++)
+        if (in_flight[i]) {
+            const struct read *read = &request->reads.items[request->iocbs[i].aio_data];
+            complete_read(request, read, buffer_of(request, read, 0), 0);
+        }
 }
 
 /* Complete up to `most` reads that have arrived. Waits until at least `least` have, without a time limit. */
@@ -302,6 +353,8 @@ static void poll_completions(struct read_request *request, long least, unsigned 
     struct timespec no_wait = {0};
     const long count =
         syscall(SYS_io_getevents, request->queue, least, (long)most, events, least ? NULL : &no_wait);
+    if (count < 0 && errno != EINTR)
+        lose_queue(request);
     for (long k = 0; k < count; k++) {
         const unsigned iocb = (unsigned)((struct iocb *)(uintptr_t)events[k].obj - request->iocbs);
         const int64_t done = events[k].res > 0 ? events[k].res : 0;
@@ -397,8 +450,11 @@ int jasper_begin_read(struct reader *reader, const struct row_layout *tensors, u
                       int64_t max_gap, const int64_t *tensor_of, const int64_t *rows, uint64_t n, int64_t zero_row,
                       char *target, int64_t *addresses)
 {
+    renew_after_fork(reader);
     struct read_request *request = reader->request ? NULL : calloc(1, sizeof *request);
-    if (!request || !allocate_buffer(reader)) {
+    if (request && !reader->buffer)
+        reader->buffer = allocate_buffer();
+    if (!request || !reader->buffer) {
         free(request);
         return 0;
     }
@@ -414,6 +470,7 @@ int jasper_begin_read(struct reader *reader, const struct row_layout *tensors, u
  * Returns 0 if a request is open already, or without memory. */
 int jasper_begin_runs(struct reader *reader, const struct byte_run *runs, uint64_t n)
 {
+    renew_after_fork(reader);
     struct read_request *request = reader->request ? NULL : calloc(1, sizeof *request);
     if (!request)
         return 0;
@@ -433,19 +490,23 @@ int jasper_begin_runs(struct reader *reader, const struct byte_run *runs, uint64
     return 1;
 }
 
-/* Wait for the open request. Returns 0, or NO_MEMORY, or FORKED: this process was forked from the one that began it, or
- * tensor_error(t, ROW_MISSING): tensor t does not have a row, or tensor_error(t, UNREADABLE). */
+/* Wait for the open request. Returns 0, or NO_MEMORY, or FORKED: this process was forked from the one that began it, and
+ * can begin it again, or an error of tensor t: it does not have a row (ROW_MISSING), its file ends before a row
+ * (FILE_ENDS), or the system cannot read the file (UNREADABLE). */
 int64_t jasper_finish_read(struct reader *reader)
 {
     struct read_request *request = reader->request;
+    if (renew_after_fork(reader))
+        return request ? FORKED : 0;
     if (!request)
         return 0;
     reader->request = NULL;
-    if (!request->in_background)
+    if (request->in_background)
+        jasper_wait_background(&request->task);
+    else
         run_in_caller(request);
-    else if (!jasper_wait_background(&request->task))
-        /* A helper of the parent was running it and left it in an unknown state, so none of its memory can be freed. */
-        return FORKED;
+    reader->queue = request->queue;
+    reader->buffer = request->buffer;
     const int64_t error = request->error;
     free(request->reads.items);
     free(request->rows);

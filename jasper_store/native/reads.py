@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from mmap import PAGESIZE
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,9 @@ _MAX_GAP_PAGES: Final = 3
 READER_NBYTES: Final = 4 << 20
 """Bytes of a reader's buffer, whatever it reads: up to 32 reads in flight, of up to 128 KiB each."""
 IN_MEMORY: Final = -1
-# As the enum in reads.c. Errors of a tensor are 3 * tensor + kind.
+# As the enums in reads.c. Errors of a tensor are tensor << 16 | number of the system's error << 2 | kind.
 _NO_MEMORY, _FORKED = -1, -2
-_ROW_MISSING, _UNREADABLE = 1, 2
+_ROW_MISSING = 1
 
 _idle: list[tuple[int, int]] = []
 """(process id, reader of the library) of closed readers, for the next :class:`AsyncRowReader` of the same process.
@@ -73,10 +73,11 @@ class UnreadableError(OSError):
 
     Attributes:
         tensor: number of the tensor.
+        errno: what the system said; 0 if it said nothing, because the file ends before the row.
     """
 
-    def __init__(self, tensor: int) -> None:
-        super().__init__(f"a row of tensor {tensor} could not be read")
+    def __init__(self, tensor: int, code: int = 0) -> None:
+        super().__init__(code, os.strerror(code) if code else "the file ends before a row of it")
         self.tensor = tensor
 
 
@@ -86,15 +87,15 @@ class _Reader:
     def __init__(self) -> None:
         self._reader: int | None = _acquire_reader()
         self._process = os.getpid()
-        # Arrays that the library reads until the request is finished; empty: nothing is begun.
-        self._arguments: tuple[object, ...] = ()
+        # Of begin(); the library reads these arrays until the request is finished. Empty: nothing is begun.
+        self._arguments: tuple[Any, ...] = ()
 
     def _require_idle(self) -> None:
         if self._reader is None or self._arguments:
             raise ValueError("the reader has something to finish" if self._arguments else "the reader is closed")
 
-    def _begun(self, *arguments: object) -> None:
-        self._arguments = arguments
+    def _begun(self, *arguments: Any) -> None:
+        self._arguments, self._process = arguments, os.getpid()
         _unfinished.add(self)
 
     def _wait(self) -> int:
@@ -152,7 +153,7 @@ class AsyncRunReader(_Reader):
         if error == _FORKED:
             raise RuntimeError("bytes that were being read when the process was forked are not there in the child")
         if error:
-            raise UnreadableError(error // 3)
+            raise UnreadableError(error >> 16, error >> 2 & 0x3FFF)
 
 
 class AsyncRowReader(_Reader):
@@ -187,16 +188,19 @@ class AsyncRowReader(_Reader):
         self._require_idle()
         tensor_of, rows = np.ascontiguousarray(tensor_of, np.int64), np.ascontiguousarray(rows, np.int64)
         self._addresses = np.empty(len(rows), np.int64)
+        self._begin(tensor_of, rows, zero_row, target)
+
+    def _begin(self, tensor_of: np.ndarray, rows: np.ndarray, zero_row: int, target: int) -> None:
         begun = library().jasper_begin_read(
             *(self._reader, _address(self._tensors), len(self._tensors), self._row_nbytes, _MAX_GAP_PAGES * PAGESIZE),
             *(_address(tensor_of), _address(rows), len(rows), zero_row, target, _address(self._addresses)),
         )
         if not begun:
             raise MemoryError(f"no memory to read {len(rows)} rows by")
-        self._begun(tensor_of, rows)
+        self._begun(tensor_of, rows, zero_row, target)
 
     def finish(self) -> np.ndarray:
-        """Wait for the rows.
+        """Wait for the rows. In a process that was forked since :meth:`begin`, they are read again.
 
         Returns:
             Address of each row, int64 [n].
@@ -205,20 +209,20 @@ class AsyncRowReader(_Reader):
             IndexError: a row that its tensor does not have.
             UnreadableError: a file could not be read.
             MemoryError: no memory for the request.
-            RuntimeError: this process was forked from the one that began the request.
         """
-        error = self._wait()
+        arguments, error = self._arguments, self._wait()
+        if error == _FORKED:
+            self._begin(*arguments)
+            error = self._wait()
         if error == _NO_MEMORY:
             raise MemoryError(f"no memory to read {len(self._addresses)} rows by")
-        if error == _FORKED:
-            raise RuntimeError("rows that were being read when the process was forked are not there in the child")
-        tensor, kind = divmod(error, 3)
+        tensor, kind = error >> 16, error & 3
         if kind == _ROW_MISSING:
             raise IndexError(
                 f"a row that tensor {tensor} does not have; its rows are 0 to {self._tensors[tensor, 3] - 1}"
             )
-        if kind == _UNREADABLE:
-            raise UnreadableError(tensor)
+        if kind:
+            raise UnreadableError(tensor, error >> 2 & 0x3FFF)
         return self._addresses
 
 

@@ -29,9 +29,9 @@ from jasper_store.samples.opened import OpenedDataset, open_dataset
 from jasper_store.samples.packed import Packed
 from jasper_store.samples.reader import BatchIndices, SampleReader
 from jasper_store.samples.reload import reopened_tensors
+from jasper_store.samples.shared_batch import BatchSpace, in_worker
 from jasper_store.samples.shared_state import SharedState
 from jasper_store.store.guard import check_int
-from jasper_store.store.resident import empty_rows, pinned_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +61,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     too. Pickles to a few kilobytes at any size and reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        path: a directory of tensor files in any format, one file, or several files.
+        path: a directory of tensor files in any format, one file, several files, or a dataset of the Hub as
+            ``"hf://owner/name"``.
         fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
             Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
             is a field of the same name.
@@ -142,6 +143,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         self.seed = seed
         graph = self.reader.graph
         self._size = graph.length
+        self._sample_nbytes = graph.sample_nbytes
         if graph.choice is not None:
             self.choice().at(0)  # a function that is missing is said now, and not by the first batch
         _LOG.info("%s: %s", opened.store.path, placement_of(opened.store.plan, self._size))
@@ -180,7 +182,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if not 0 <= position < self._size:
             of = "" if self.split is None else f" of split {self.split!r}"
             raise IndexError(f"Index {position} out of range [0, {self._size}){of}")
-        return self.__getitems__(torch.tensor([position]))[0]
+        return self.gather(torch.tensor([position]))[0]
 
     def __getitems__(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> Batch:
         """Samples at these positions, gathered once per tensor; any order, repeats allowed.
@@ -197,7 +199,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             IndexError: a position outside [0, len(self)).
             ClosedError: the dataset was closed.
         """
-        return self.gather(indices, PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
+        context = PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT
+        if not in_worker():
+            return self.gather(indices, context)
+        positions = _positions(indices)
+        space = BatchSpace(positions.shape[0], self._sample_nbytes, ragged=bool(self.graph.ragged_keys))
+        batch = self.gather(positions, GatherContext(context.prefetched, empty=space.empty))
+        return Batch(space.hold(batch.tensors), len(batch), batch.ragged)
 
     def gather(
         self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], context: GatherContext = DIRECT
@@ -211,7 +219,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         draw = self.draw_now()
         compiled, positions = self._compiled_now(draw), _positions(indices)
         if compiled is not None:
-            taken = compiled.run(positions, empty=pinned_rows if context.pinned else empty_rows)
+            taken = compiled.run(positions, empty=context.empty)
             return Batch(dict(zip(self._keys, taken, strict=True)), positions.shape[0])
         size = positions.shape[0]
         staged: Mapping[int, torch.Tensor] = {}

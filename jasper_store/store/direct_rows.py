@@ -30,6 +30,7 @@ from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from jasper_store.store.tensors import StoredTensor
 
@@ -88,6 +89,16 @@ def _layouts(tensor: StoredTensor, undo: ExitStack) -> list[RowLayout]:
         offset = part.location.offset
         layouts.append(RowLayout(files[part.path], offset, stride, part.n_rows, offset + span_nbytes(part)))
     return layouts
+
+
+def _unreadable(exc: UnreadableError, path: Path, name: str) -> str:
+    what = f"{path}: rows of {name} could not be read"
+    if not exc.errno:
+        return (
+            f"{what}: the file was truncated or is being rewritten in place while it is read; write a new file and "
+            "rename it over the old one, then open the dataset again"
+        )
+    return f"{what}: {exc.strerror}; look at the system's log for errors of the disk, and restore or convert the file"
 
 
 class DirectRowReader:
@@ -159,7 +170,7 @@ class DirectRowReader:
             The address of each row, int64 [n], and the memory that has to be kept as long as it is used.
 
         Raises:
-            CorruptFileError: a file cannot be read to the end of a row.
+            CorruptFileError: a file ends before a row, or the disk cannot read it.
         """
         memory, self._memory = self._memory, self._zeros
         try:
@@ -167,8 +178,10 @@ class DirectRowReader:
         except UnreadableError as exc:
             number = int(np.searchsorted(self._first_places, exc.tensor, side="right")) - 1
             tensor = self.tensors[number]
-            msg = f"{tensor.path}: rows of {tensor.name} could not be read; was the file cut, or is the disk faulty?"
-            raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
+            part = list(parts_of(tensor.spec))[exc.tensor - int(self._first_places[number])]
+            raise CorruptFileError(
+                _unreadable(exc, part.path, tensor.name), path=part.path, tensor=tensor.name
+            ) from exc
 
     def close(self) -> None:
         """Close the files once the pending read is done. May be called twice."""

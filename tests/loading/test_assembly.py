@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from jasper_store.errors import IntegrityError
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.loader import create_loader
-from jasper_store.loading.coalescing import CoalescingIterator, batches_at_once
+from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once
 from jasper_store.loading.prefetcher import PrefetchedBatches
 from jasper_store.samples.context import DIRECT
 from tests.builders import build_pt_dataset
@@ -138,7 +138,7 @@ def test_global_random_numbers_are_drawn_as_by_pytorch(data: Path) -> None:
 def test_nothing_is_held_after_the_last_batch(data: Path) -> None:
     dataset = JASPERSteeringDataset(data, "train")
     indices: Any = PrefetchedBatches(iter([torch.arange(5), torch.arange(5, 9)]), DIRECT)
-    batches = CoalescingIterator(dataset, indices, lambda batch: batch.tensors, 8)
+    batches = CoalescingIterator(dataset, OwnGathers(dataset, indices, 8), lambda batch: batch.tensors)
     assert len(list(batches)) == 2
     assert not batches._parts
     with pytest.raises(StopIteration):

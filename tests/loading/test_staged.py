@@ -206,7 +206,7 @@ def test_an_iterator_that_is_alive_at_the_interpreters_end_says_nothing(tmp_path
         f"loader = js.create_loader({str(data)!r}, 'train', 64, order={order!r}, memory_limit={limit})\n"
         "batches = iter(loader)\n"
         "next(batches)\n"
-        "print(batches._batches._indices.context.staged is not None, loader.dataset_obj.use_mmap)\n"
+        "print(batches._batches.gathers._indices.context.staged is not None, loader.dataset_obj.use_mmap)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -17,6 +17,7 @@ from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
 from jasper_store.loading.epochs import warn_same_epoch
+from jasper_store.loading.estimate import DiskRates, estimates
 from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
 from jasper_store.loading.ranks import Ranks, find_ranks
 from jasper_store.loading.samplers import EpochSampler
@@ -46,7 +47,7 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
     plan = dataset.store.plan
     options.admit(plan)
     ranks = find_ranks(distributed=options.distributed, rank=options.rank, world_size=options.world_size)
-    kind, why = choose_order(dataset, options.order, ranks.world_size)
+    kind, why = choose_order(dataset, options.order, ranks.world_size, options.num_workers)
     shuffle = dataset.split in {None, "train"} if options.shuffle is None else options.shuffle
     drop_last = dataset.split in {None, "train"} if options.drop_last is None else options.drop_last
     sampler = EpochSampler(
@@ -283,10 +284,22 @@ class Loader(DataLoader[Any]):
                 if ahead and ahead.stage and block
                 else []
             ),
+            *self._estimates(),
             f"workers: {self.num_workers or 'none, batches are gathered in this process'}",
             f"pinned batches: {'yes' if self.pin_memory else 'no'}",
         ]
         return "\n".join(lines)
+
+    def _estimates(self) -> list[str]:
+        """What the disk allows in each order, where a pass reads from it."""
+        dataset = self.dataset_obj
+        if self._prefetcher is None or not self._prefetcher.drop_behind or dataset.packed is not None:
+            return []
+        disk = DiskRates()
+        shown = ", ".join(str(each) for each in estimates(dataset.graph, dataset.store.plan, disk))
+        return [
+            f"expected of a disk of {disk.bytes_per_s / 1e9:.1f} GB/s and {disk.reads_per_s / 1000:.0f} k reads/s: {shown}"
+        ]
 
     def _staged_fields(self, prefetcher: Prefetcher) -> str:
         nodes = set(prefetcher.stageable())

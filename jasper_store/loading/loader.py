@@ -28,7 +28,7 @@ from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from jasper_store.loading.prefetcher import Prefetcher
 
@@ -376,6 +376,7 @@ class _EpochIterator:
         # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
+        self._next_ready: Callable[[], Any] | None = None
         self._progress: _Progress
         self._watch: Stopwatch
 
@@ -389,6 +390,7 @@ class _EpochIterator:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
+            self._next_ready = getattr(self._batches, "next_ready", None)
         elif self._progress.superseded:
             if self._progress.ended:
                 raise StopIteration
@@ -400,10 +402,12 @@ class _EpochIterator:
         if not watch.began:
             watch.began = perf_counter()
         try:
-            if getattr(self._batches, "ready", False):
+            batch = None
+            if self._next_ready is not None:
                 # Meter's clocks cost more than returning a batch that was gathered already.
                 began = perf_counter()
-                batch = next(self._batches)
+                batch = self._next_ready()
+            if batch is not None:
                 watch.wait.add_quick(perf_counter() - began)
             else:
                 with watch.wait:

@@ -1,6 +1,6 @@
 """Whether a model learns as well from a dataset that ``build`` made as from one that was made by hand.
 
-    python tools/learns.py HAND_MADE [--epochs 50] [--seeds 0 1 2] [--out docs/bench/learns.json]
+    python tools/learns.py HAND_MADE [--epochs 50] [--seeds 0 1 2] [--no-margin] [--out docs/bench/learns.json]
 
 ``build`` gets the embeddings, pairs, keywords and splits of the hand-made dataset and computes the rest by its defaults. The
 demo's predictor is trained on both. Each is measured on the validation pairs, which are the same, with its own steering:
@@ -25,10 +25,11 @@ _BATCH = 32
 _NEGATIVES = ("hard_negatives", "negative_tiers")
 
 
-def build_from(hand: Path, out: Path, n_neg: int) -> Path:
+def build_from(hand: Path, out: Path, n_neg: int, mining: dict[str, Any]) -> Path:
     """Build a dataset from what the hand-made one holds of embeddings, pairs, keywords and splits."""
     given = dict.fromkeys(("questions", "sources", "pairs", "keywords", "pair_keywords", "relevance", "splits"), hand)
-    return js.build(out, **given, n_neg=n_neg).path  # type: ignore[arg-type]
+    # The hand-made splits are kept as they are, even where they share a question.
+    return js.build(out, **given, n_neg=n_neg, mining=mining, shared_questions=True).path  # type: ignore[arg-type]
 
 
 def with_negatives(dataset: Path, other: Path, out: Path) -> Path:
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("hand", type=Path)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--no-margin", action="store_true", help="mine without a margin to the positive")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -72,7 +74,8 @@ def main() -> None:
         ):
             for name in store:
                 writer.append(name, store[name].tensor())
-        built = build_from(root / "hand", root / "built", n_neg)
+        mining: dict[str, Any] = {"relative_margin": None} if options.no_margin else {}
+        built = build_from(root / "hand", root / "built", n_neg, mining)
         places = {
             ("hand", "hand"): root / "hand",
             ("built", "hand"): with_negatives(built, root / "hand", root / "built-hand"),
@@ -98,6 +101,7 @@ def main() -> None:
                     print(json.dumps(runs[-1]), flush=True)
         with js.open(built, use_mmap=True) as store:
             facts = {
+                "mining": mining,
                 "pairs": len(store["pair_index"]),
                 "clusters": len(store["centroid_embs"]),
                 "epochs": options.epochs,

@@ -40,6 +40,7 @@ __all__ = [
     "dtype_name",
     "open_for_reading",
     "read_at",
+    "read_file",
     "require_open",
     "shown",
     "tensor_bytes",
@@ -168,6 +169,12 @@ def read_at(file: BinaryIO, offset: int, nbytes: int) -> bytes:
         parts.append(part)
         nbytes -= len(part)
     return b"".join(parts)
+
+
+def read_file(path: Path) -> bytes:
+    """The whole content of a small regular file; errors as :func:`open_for_reading`."""
+    with open_for_reading(path) as (file, size):
+        return read_at(file, 0, size)
 
 
 def write_at(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from jasper_store.formats.base import Extent, Parts
+from jasper_store.formats.files import read_file
 from jasper_store.formats.generation import MANIFEST_NAME, Generation, PartedTensor, PartFiles
 from jasper_store.formats.numbered import INDEX_SUFFIX
 
@@ -120,7 +121,7 @@ def read_found(root: Path) -> FoundParts | None:
     """What the manifest of a directory remembers; ``None`` where it remembers nothing, or nothing that makes sense."""
     path = root / MANIFEST_NAME
     try:
-        text = path.read_bytes()
+        text = read_file(path)
         raw = json.loads(text) if f'"{FOUND}"'.encode() in text else {}
         return FoundParts.from_json(raw[FOUND], path) if FOUND in raw else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError):

@@ -14,6 +14,7 @@
         ├── ClosedError                 also ValueError; use after close()
         ├── ConversionError             also OSError; a conversion that could not be finished
         ├── WorkerDiedError             also RuntimeError; a worker process of a loader ended by itself
+        ├── RankError                   also RuntimeError; ranks that would serve different epochs, or one that is missing
         └── InsufficientMemoryError     also MemoryError; it would not fit, with the numbers
 
     UserWarning
@@ -46,6 +47,7 @@ __all__ = [
     "JasperStoreError",
     "JasperStoreWarning",
     "PerformanceWarning",
+    "RankError",
     "StaleDataWarning",
     "UnknownNameError",
     "WorkerDiedError",
@@ -114,6 +116,10 @@ class ConversionError(JasperStoreError, OSError):
 
 class WorkerDiedError(JasperStoreError, RuntimeError):
     """A worker process of a loader ended by itself; the message names it and says how. The others were stopped."""
+
+
+class RankError(JasperStoreError, RuntimeError):
+    """Processes of one run would not serve one epoch together: their data, seed or order differ, or one did not answer."""
 
 
 class InsufficientMemoryError(JasperStoreError, MemoryError):

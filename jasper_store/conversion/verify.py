@@ -7,8 +7,10 @@ layer that knows the names, whose findings go into the same report.
 from __future__ import annotations
 
 import re
+import struct
 import threading
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -409,7 +411,19 @@ def _verify_records(file: Path, advance: Callable[[str, int], None]) -> Finding 
                 with archive.open(info) as record:
                     while data := record.read(1 << 20):
                         advance(file.name, len(data))
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as exc:
+    # zipfile's own errors, and whatever else it meets in a directory that makes no sense.
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        zlib.error,
+        struct.error,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        OverflowError,
+    ) as exc:
         text = f"{file}: its bytes have changed since it was saved ({exc}); restore the file"
         return Finding("error", file.name, "records", text)
     return None

@@ -20,7 +20,7 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.verify_parts import part_headers
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
-from jasper_store.formats.files import dtype_name
+from jasper_store.formats.files import dtype_name, system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.parts import join
 from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
@@ -345,7 +345,7 @@ class _Check:
                 if progress is not None:
                     progress(name, done, total)
 
-        with ThreadPoolExecutor(max(threads, 1), "verify") as pool:
+        with system_refusals(self.path), ThreadPoolExecutor(max(threads, 1), "verify") as pool:
             try:
                 found = [
                     *pool.map(lambda job: _verify_values(job, advance, drop=drop), jobs),

@@ -64,7 +64,9 @@ def shared_store(ranks: Ranks) -> Any:
         return None
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=WAIT_SECONDS))
+        return dist.TCPStore(  # type: ignore[attr-defined] # public, and not re-exported by name
+            host, port, is_master=False, timeout=timedelta(seconds=WAIT_SECONDS)
+        )
     except (KeyError, ValueError, RuntimeError) as exc:
         raise RankError(
             f"rank {ranks.rank} cannot reach the store of torchrun's agent, over which ranks compare what they serve:"

@@ -146,7 +146,7 @@ def run(source: Path, todo: list[Patch], *, verify: bool = False) -> dict[str, A
     ended = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / source.name
-        judge = _opened
+        judge: Callable[[Path], str] = _opened
         if verify:
             judge = verifier(source)
             entry = FileEntry(FileFingerprint.of(source), _tensors(source))

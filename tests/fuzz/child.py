@@ -55,6 +55,7 @@ def main() -> None:
 def _reader(target: Any, name: str, kept: Path, counts: Counts, scratch: Path) -> Callable[[bytes], None]:
     """Reads one input within limits, and writes it down if it shows a defect."""
     accepted = importlib.import_module("tests.fuzz.targets").accepted
+    faulthandler.enable()
     faulthandler.register(signal.SIGPROF, chain=True)  # ends the process
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     most = mapped + _FUZZERS_NBYTES + NBYTES

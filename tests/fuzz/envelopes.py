@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["deflated", "hdf5_object", "npy_header", "pt_records", "safetensors_header", "sound_zip"]
+__all__ = ["deflated", "hdf5_object", "npy_header", "pt_records", "raw_deflate", "safetensors_header", "sound_zip"]
 
 RECORD = bytes(range(96))
 """What each storage of a ``.pt`` seed holds."""
@@ -19,11 +19,17 @@ _END_OF_TENSOR = re.compile(rb"data_offsets[^]]{0,40}?(\d{1,5})\s*\]")
 _MAX_DATA = 1 << 14
 
 
+def raw_deflate(data: bytes, level: int) -> bytes:
+    """A deflate stream without zlib's header and checksum."""
+    encoder = zlib.compressobj(level, wbits=-15)
+    return encoder.compress(data) + encoder.flush()
+
+
 def sound_zip(records: Iterable[tuple[bytes, bytes]], *, deflate: bool = False) -> bytes:
     """A zip archive of these names and contents, all lengths and checksums as they should be."""
     out, directory, count = bytearray(), bytearray(), 0
     for name, data in records:
-        stored = zlib.compress(data, 1, wbits=-15) if deflate else data
+        stored = raw_deflate(data, 1) if deflate else data
         sizes = (zlib.crc32(data), len(stored), len(data), len(name), 0)
         head = struct.pack("<5H3L2H", 20, 0, 8 if deflate else 0, 0, 33, *sizes)
         directory += b"PK\1\2\x14\0" + head + struct.pack("<3HLL", 0, 0, 0, 0, len(out)) + name

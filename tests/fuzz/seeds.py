@@ -9,13 +9,15 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
 import torch
+
+from tests.fuzz.envelopes import raw_deflate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +88,11 @@ _ARRAYS = [
 
 def npy() -> list[bytes]:
     objects = [np.array(["a", "bc"], object), np.array([1, None], object)]
-    return [_written(lambda file, a=array: np.save(file, a, allow_pickle=True)) for array in [*_ARRAYS, *objects]]
+    return [_written(partial(_save_npy, array)) for array in [*_ARRAYS, *objects]]
+
+
+def _save_npy(array: np.ndarray[Any, Any], file: Any) -> None:
+    np.save(file, array, allow_pickle=True)
 
 
 def npy_headers() -> list[bytes]:
@@ -99,9 +105,8 @@ def npy_objects() -> list[bytes]:
 
 
 def npz() -> list[bytes]:
-    arrays = {"a": _ARRAYS[0], "b": _ARRAYS[1], "text": _ARRAYS[6]}
     return [
-        _written(lambda file: np.savez(file, **arrays)),
+        _written(lambda file: np.savez(file, a=_ARRAYS[0], b=_ARRAYS[1], text=_ARRAYS[6])),
         _written(lambda file: np.savez_compressed(file, a=_ARRAYS[0], c=_ARRAYS[2])),
         _written(lambda file: np.savez(file, only=_ARRAYS[3])),
     ]
@@ -131,7 +136,7 @@ def _checkpoints() -> list[Any]:
 
 
 def pt() -> list[bytes]:
-    return [_written(lambda file, v=value: torch.save(v, file)) for value in _checkpoints()]
+    return [_written(partial(torch.save, value)) for value in _checkpoints()]
 
 
 def pt_pickles() -> list[bytes]:
@@ -307,7 +312,7 @@ _HDF5_KINDS: list[Callable[[Any], object]] = [
 def deflates() -> list[bytes]:
     """A byte that says whether the checksum is mended, then the stream."""
     contents = [b"", b"a", b"abc" * 100, bytes(range(256)) * 4, np.arange(300.0).tobytes()]
-    raw = [zlib.compress(content, level, wbits=-15) for content in contents for level in (0, 1, 9)]
+    raw = [raw_deflate(content, level) for content in contents for level in (0, 1, 9)]
     return [b"\1" + stream for stream in raw] + [b"\0" + zlib.compress(content) for content in contents]
 
 

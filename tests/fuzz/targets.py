@@ -224,10 +224,25 @@ def _sound_hdf5(data: bytes, folder: Path) -> None:
     walk_file(readable()["hdf5"], folder / "x.h5")
 
 
-_JSON = (b"{", b"}", b"[", b"]", b'"', b",", b":", b"null", b"true", b"-1", b"1e400", b"0.5", b"\\ud800", b"\\u0000")
+_JSON: tuple[bytes, ...] = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b":",
+    b"null",
+    b"true",
+    b"-1",
+    b"1e400",
+    b"0.5",
+    b"\\ud800",
+    b"\\u0000",
+)
 _JSON += (b"9223372036854775807", b"9223372036854775808", b"18446744073709551616", b"NaN", b"2147483648")
 _TENSOR_KEYS = (b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"F32"', b'"BF16"', b'"I64"', b'"BOOL"')
-_MANIFEST_KEYS = (
+_MANIFEST_KEYS: tuple[bytes, ...] = (
     b'"format_version"',
     b'"files"',
     b'"verified"',
@@ -237,7 +252,15 @@ _MANIFEST_KEYS = (
     b'"pending"',
 )
 _MANIFEST_KEYS += (b'"tensors"', b'"made_from"', b'"sample"', b'"parts"', b'"whole"', b'"a.npy"', b'"part-2/b.npy"')
-_CONFIG_KEYS = (b'"samples"', b'"fields"', b'"splits"', b'"embedding_dim"', b'"n_neg"', b'"curriculum"', b'"train"')
+_CONFIG_KEYS: tuple[bytes, ...] = (
+    b'"samples"',
+    b'"fields"',
+    b'"splits"',
+    b'"embedding_dim"',
+    b'"n_neg"',
+    b'"curriculum"',
+    b'"train"',
+)
 _CONFIG_KEYS += (
     b'"split_sizes"',
     b'"n_clusters"',
@@ -260,7 +283,7 @@ _NPY = (
     b",",
     b"1e9",
 )
-_PICKLE = tuple(
+_PICKLE: tuple[bytes, ...] = tuple(
     bytes([op]) for op in b"\x80\x95(0N\x88\x89KMJ\x8aGX\x8c]})\x85\x86\x87taesuqr\x94hjc\x93RQbCB\x8e\x96."
 )
 _PICKLE += (

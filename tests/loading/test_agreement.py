@@ -64,7 +64,7 @@ else:
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("agree")
     (folder / "program.py").write_text(PROGRAM)
-    same = {"n_pairs": 90, "dim": 4}
+    same: dict[str, Any] = {"n_pairs": 90, "dim": 4}
     return (
         folder / "program.py",
         build_pt_dataset(folder / "a", **same),
@@ -143,7 +143,7 @@ def test_what_one_rank_does_not_know_is_not_compared() -> None:
 def test_nothing_is_left_in_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
-    store = dist.HashStore()
+    store = dist.HashStore()  # type: ignore[attr-defined]
     checks = iter([5, 5, 6, 6])
     monkeypatch.setattr(agreement, "_CHECKS", checks)
     before = store.num_keys()

@@ -227,7 +227,12 @@ def test_a_source_that_is_no_data_file_is_not_read(dataset, tmp_path, monkeypatc
         (tmp_path / name).write_bytes(b"before")
     opened = []
     real = FileFingerprint.of
-    monkeypatch.setattr(FileFingerprint, "of", lambda path: opened.append(os.path.realpath(path)) or real(path))
+
+    def of(path):
+        opened.append(os.path.realpath(path))
+        return real(path)
+
+    monkeypatch.setattr(FileFingerprint, "of", of)
     for name in ("secret", "raw.pt"):
         enter(dataset, made_from=(SourceFile(str(tmp_path / name), FileFingerprint(6, 1, "0" * 32)),))
         opened.clear()

@@ -163,7 +163,7 @@ def keep_access(old: Path, new: Path) -> None:
     """Give a file or directory the permissions of the one that it will replace, and its owner and group where that can be.
 
     Nothing is done where there is no old one, or it is a link; the new one then has what the umask leaves. Access control lists
-    are not kept. A group that cannot be kept (only a member may give a file to it) gets no more than everybody has.
+    are not kept. A group that cannot be kept (only a member may give a file to it) gets no more than all others have.
     """
     try:
         facts = old.lstat()

@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="in all")
     given = parser.parse_args()
     modes = ["guided", "bulk"] if importlib.util.find_spec("atheris") else ["bulk"]
-    todo = [(name, mode) for name in given.targets or TARGETS for mode in modes]
+    names = sorted(given.targets or TARGETS, key=lambda name: _inputs(name, given.folder))
+    todo = [(name, mode) for name in names for mode in modes]
     end = time.monotonic() + 60 * given.minutes
     share = max(_SHORTEST, int(60 * given.minutes / len(todo)))
     for name, mode in todo:
@@ -37,6 +38,12 @@ def main() -> None:
             if _run(name, mode, int(min(share, left)), given.folder):
                 break
     sys.exit(_report(given.folder))
+
+
+def _inputs(name: str, folder: Path) -> int:
+    """Inputs of a target so far; those that had few come first."""
+    counts = Counts(folder / f"{name}.counts")
+    return counts.traced + counts.untraced
 
 
 def _run(name: str, mode: str, seconds: int, folder: Path) -> bool:

@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-min test-integrations test-asan test-ubsan test-tsan check-compilers lint format types layers prose check bench docs screenshot wheel clean
+.PHONY: help install demo fuzz test test-slow test-min test-integrations test-asan test-ubsan test-tsan check-compilers lint format types layers prose check bench docs screenshot wheel clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,14 @@ test-slow: $(STAMP) ## every test
 # given, because that one is a CPU build: PyPI's builds of other releases bring gigabytes of CUDA.
 MIN_VENV ?= .venv-min
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+
+# What was found before is taken up again; TARGETS names some parsers. Without atheris, inputs are changed at random only.
+MINUTES ?= 10
+FUZZ ?= build/fuzz
+
+fuzz: $(STAMP) ## fuzz all parsers for MINUTES=10, guided by coverage, and print the counts of all runs so far
+	@$(PIP) atheris || echo "no atheris for this Python: inputs are changed at random only"
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ) $(TARGETS)
 
 test-min: ## the tests with the oldest allowed dependencies (torch at its pin, or TORCH=x.y.z; any PYTHON=)
 	@mkdir -p build

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
+from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
@@ -158,6 +159,7 @@ class Loader(DataLoader[Any]):
         self._progress: _Progress | None = None
         self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
+        self._compared = self._ranks.world_size == 1
 
     @property
     def order(self) -> str:
@@ -185,10 +187,22 @@ class Loader(DataLoader[Any]):
         if self._prefetcher is not None:
             self._prefetcher.stopwatch = self.stopwatch
         gathers_before = Meter() if self._clock is None else self._clock.read()
+        if not self._compared:
+            self._compare_ranks()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
         batches = sampler.batches(self.batch_size or 1, sampler.start)
         self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
         return self._serve(), self._progress, self.stopwatch
+
+    def _compare_ranks(self) -> None:
+        """Compare with the other ranks, before the first batch of all; where they share no store, nothing is compared."""
+        store = shared_store(self._ranks)
+        if store is not None:
+            facts = self.sampler_obj.state(self.sampler_obj.start).to_dict()
+            contents = getattr(self.dataset_obj, "contents", None)
+            known = str(contents()) if callable(contents) else ""
+            compare_ranks(store, self._ranks, {**facts, "contents": known, "batch_size": self.batch_size})
+        self._compared = True
 
     def _serve(self) -> Iterator[Any]:
         """PyTorch's iterator; where nothing is overridden, one of batches that are gathered several at once."""

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import jasper_store
 from jasper_store.building.build_report import BuildReport, StageReport
 from jasper_store.building.clusters import Clusters, default_count, given_of_pairs, given_of_sources, k_means
 from jasper_store.building.finder import Finder
@@ -342,7 +341,7 @@ class _Build:
             "split_sizes": {name: len(rows) for name, rows in derived.splits.items()},
             # No time of day: the same inputs and settings give the same file.
             BUILT: {
-                "by": f"jasper_store {jasper_store.__version__}",
+                "by": f"jasper_store {metadata.version('jasper-store')}",
                 "key": key,
                 "settings": {**self.settings.to_dict(), "mining": self.mining.to_dict()},
                 "clusters": inputs.clusters[0] if isinstance(inputs.clusters, tuple) else "k-means",

@@ -4,10 +4,10 @@ A target returns if the input is opened, and raises an error of ``jasper_store.e
 over 10 s of work, or over 1 GB of memory is a defect.
 """
 
-from __future__ import json
-import annotations
+from __future__ import annotations
 
 import io
+import json
 import os
 import zlib
 from dataclasses import dataclass, field

@@ -69,7 +69,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (demo, sample, build, inspect, plan, convert, compact, pack, warm, verify, train, synth, report, push, bench):
+for _command in (
+    demo,
+    sample,
+    build,
+    inspect,
+    plan,
+    convert,
+    compact,
+    pack,
+    warm,
+    verify,
+    train,
+    synth,
+    report,
+    push,
+    bench,
+):
     app.command(epilog=EXIT_CODES)(_command)
 
 

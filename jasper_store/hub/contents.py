@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jasper_store.conversion.checksum import checksum
-from jasper_store.formats.generation import SHARDS
 from jasper_store.errors import ConversionError, DatasetNotFoundError, IncompatibleOptionsError
 from jasper_store.files.fingerprint import FileFingerprint, FileIdentity
 from jasper_store.formats.base import TensorSpec
 from jasper_store.formats.files import dtype_name
+from jasper_store.formats.generation import SHARDS
 from jasper_store.formats.registry import format_for, locate
 from jasper_store.jasper.recognise import known_at
 from jasper_store.store import manifest_file

@@ -214,7 +214,9 @@ class JASPERSteeringDataset(Dataset):
         found: list[torch.Tensor] = []
         start = 0
         clusters_of = self.store[self._cluster_tensor()]
-        for pairs in self.split_indices.split(1 << 20):
+        listed = self.split_indices
+        for first in range(0, len(listed), 1 << 20):
+            pairs = listed[first : first + (1 << 20)]
             ids = clusters_of.take(pairs.to(torch.int64)).to(torch.int64)
             found.append(torch.isin(ids.cpu(), wanted).nonzero().view(-1) + start)
             start += len(pairs)

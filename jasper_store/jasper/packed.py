@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import DatasetNotFoundError, JasperStoreWarning, UnknownNameError
+from jasper_store.files.hub import local_path, require_local
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.config import read_config
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.integrity import require_structure
-from jasper_store.jasper.recognise import PACKED_KIND, is_jasper, is_packed_jasper
+from jasper_store.jasper.recognise import PACKED_KIND, is_jasper, is_packed_jasper, known_at
 from jasper_store.jasper.schema import SCHEMA, SPLITS
+from jasper_store.loading.estimate import estimates, packed_nbytes
 from jasper_store.memory import budget
 from jasper_store.packing.pack import pack_splits
+from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.dataset import Dataset
 from jasper_store.samples.declaration import CONFIG_KEY
 from jasper_store.samples.expression import closest
@@ -28,9 +33,12 @@ if TYPE_CHECKING:
 
     import torch
 
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.loading.estimate import DiskRates, Estimate
     from jasper_store.packing.report import PackReport
+    from jasper_store.store.placement import Plan
 
-__all__ = ["pack"]
+__all__ = ["orders_at", "pack"]
 
 _PRELOADED_SHARE = 8
 """The part of the memory that tensors of the source are preloaded to, index tensors first: one eighth."""
@@ -57,7 +65,8 @@ def pack(
     killed is continued by the next one with the same arguments.
 
     Args:
-        dataset: a directory, all of whose splits are packed, or an open dataset, whose split is packed.
+        dataset: a directory or ``"hf://owner/name"``, all of whose splits are packed, or an open dataset, whose split is
+            packed.
         dst: directory to make.
         fields: names of the fields to pack; all by default.
         dtype: ``"float16"`` or ``"bfloat16"``: what floating fields of more than one number a sample are narrowed to.
@@ -83,6 +92,7 @@ def pack(
         >>> js.pack("data/wordnet", "data/wordnet-packed", dtype="float16")      # doctest: +SKIP
         >>> loader = js.create_loader("data/wordnet-packed", "train", 256)       # doctest: +SKIP
     """
+    require_local(dst)
     options: dict[str, Any] = {
         "fields": fields,
         "dtype": dtype,
@@ -97,7 +107,7 @@ def pack(
         config: dict[str, Any] = _config_of(dataset) if jasper else _rest_of(dataset.dataset_dir)
         sources: dict[str, Dataset] = {dataset.split or "": dataset}
         return pack_splits(sources, dst, kind=PACKED_KIND if jasper else "dataset", config=config, **options)
-    path = Path(dataset)
+    path = local_path(dataset)
     with contextlib.ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore", JasperStoreWarning)  # meant for training
         limit = budget.measure(memory_limit).nbytes // _PRELOADED_SHARE
@@ -109,6 +119,34 @@ def pack(
         for each in found.values():
             stack.callback(each.close)
         return pack_splits(found, dst, kind=kind, config=config, **options)
+
+
+def orders_at(path: Path, specs: Sequence[TensorSpec], made: Plan, disk: DiskRates | None = None) -> list[Estimate]:
+    """What each order of a directory's samples allows, the fastest first, and what packing them would.
+
+    Args:
+        path: the directory.
+        specs: its tensors.
+        made: where they would live.
+        disk: what its disk gives; typical figures by default.
+
+    Returns:
+        None of them where no sample would be read from the disk, the samples are packed, or nothing is declared.
+    """
+    known = known_at(path)
+    mapped = sum(each.nbytes for each in made.entries if each.placement == "mmap" and each.reads_per_sample > 0)
+    if known.declaration is None or known.packed is not None:
+        return []
+    if mapped <= max(made.budget.nbytes - made.preloaded_nbytes, 0):
+        return []
+    by_name = {spec.name: spec for spec in specs}
+    there = [split for split, name in known.declaration.splits.items() if name in by_name]
+    splits: Sequence[str | None] = there or [None]
+    graphs = [build_graph(known.declaration, by_name, split) for split in splits]
+    largest = max(graphs, key=lambda graph: graph.length)
+    found = estimates(largest, made, disk)
+    total = math.ceil(sum(packed_nbytes(graph) * graph.length for graph in graphs))
+    return [replace(each, total_nbytes=total) if each.order == "packed" else each for each in found]
 
 
 def _jasper_splits(path: Path, asked: Sequence[str] | None, limit: int) -> dict[str, JASPERSteeringDataset]:

@@ -15,8 +15,8 @@ from jasper_store.jasper.config import read_config
 from jasper_store.jasper.schema import SCHEMA, TENSORS, declaration_for
 from jasper_store.jasper.steering import default_curriculum
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
-from jasper_store.samples.packed import Packed
 from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config, packed_at
+from jasper_store.samples.packed import Packed
 
 __all__ = ["PACKED_KIND", "Known", "is_jasper", "is_packed_jasper", "known_at"]
 

@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
+from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
 from jasper_store.loading.epochs import warn_same_epoch
+from jasper_store.loading.estimate import DiskRates, estimates
 from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
 from jasper_store.loading.ranks import Ranks, find_ranks
 from jasper_store.loading.samplers import EpochSampler
@@ -27,7 +29,7 @@ from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from jasper_store.loading.prefetcher import Prefetcher
 
@@ -46,7 +48,7 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
     plan = dataset.store.plan
     options.admit(plan)
     ranks = find_ranks(distributed=options.distributed, rank=options.rank, world_size=options.world_size)
-    kind, why = choose_order(dataset, options.order, ranks.world_size)
+    kind, why = choose_order(dataset, options.order, ranks.world_size, options.num_workers)
     shuffle = dataset.split in {None, "train"} if options.shuffle is None else options.shuffle
     drop_last = dataset.split in {None, "train"} if options.drop_last is None else options.drop_last
     sampler = EpochSampler(
@@ -157,6 +159,7 @@ class Loader(DataLoader[Any]):
         self._progress: _Progress | None = None
         self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
+        self._compared = self._ranks.world_size == 1
 
     @property
     def order(self) -> str:
@@ -184,10 +187,22 @@ class Loader(DataLoader[Any]):
         if self._prefetcher is not None:
             self._prefetcher.stopwatch = self.stopwatch
         gathers_before = Meter() if self._clock is None else self._clock.read()
+        if not self._compared:
+            self._compare_ranks()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
         batches = sampler.batches(self.batch_size or 1, sampler.start)
         self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
         return self._serve(), self._progress, self.stopwatch
+
+    def _compare_ranks(self) -> None:
+        """Compare with the other ranks, before the first batch of all; where they share no store, nothing is compared."""
+        store = shared_store(self._ranks)
+        if store is not None:
+            facts = self.sampler_obj.state(self.sampler_obj.start).to_dict()
+            contents = getattr(self.dataset_obj, "contents", None)
+            known = str(contents()) if callable(contents) else ""
+            compare_ranks(store, self._ranks, {**facts, "contents": known, "batch_size": self.batch_size})
+        self._compared = True
 
     def _serve(self) -> Iterator[Any]:
         """PyTorch's iterator; where nothing is overridden, one of batches that are gathered several at once."""
@@ -283,10 +298,22 @@ class Loader(DataLoader[Any]):
                 if ahead and ahead.stage and block
                 else []
             ),
+            *self._estimates(),
             f"workers: {self.num_workers or 'none, batches are gathered in this process'}",
             f"pinned batches: {'yes' if self.pin_memory else 'no'}",
         ]
         return "\n".join(lines)
+
+    def _estimates(self) -> list[str]:
+        """What the disk allows in each order, where a pass reads from it."""
+        dataset = self.dataset_obj
+        if self._prefetcher is None or not self._prefetcher.drop_behind or dataset.packed is not None:
+            return []
+        disk = DiskRates()
+        shown = ", ".join(str(each) for each in estimates(dataset.graph, dataset.store.plan, disk))
+        return [
+            f"expected of a disk of {disk.bytes_per_s / 1e9:.1f} GB/s and {disk.reads_per_s / 1000:.0f} k reads/s: {shown}"
+        ]
 
     def _staged_fields(self, prefetcher: Prefetcher) -> str:
         nodes = set(prefetcher.stageable())
@@ -363,6 +390,7 @@ class _EpochIterator:
         # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
+        self._next_ready: Callable[[], Any] | None = None
         self._progress: _Progress
         self._watch: Stopwatch
 
@@ -376,6 +404,7 @@ class _EpochIterator:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
+            self._next_ready = getattr(self._batches, "next_ready", None)
         elif self._progress.superseded:
             if self._progress.ended:
                 raise StopIteration
@@ -387,10 +416,12 @@ class _EpochIterator:
         if not watch.began:
             watch.began = perf_counter()
         try:
-            if getattr(self._batches, "ready", False):
+            batch = None
+            if self._next_ready is not None:
                 # Meter's clocks cost more than returning a batch that was gathered already.
                 began = perf_counter()
-                batch = next(self._batches)
+                batch = self._next_ready()
+            if batch is not None:
                 watch.wait.add_quick(perf_counter() - began)
             else:
                 with watch.wait:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
+from jasper_store.formats.files import system_refusals
 from jasper_store.loading.order import BlockOrder, Order
 from jasper_store.loading.whole_blocks import whole_blocks
 from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, ReadAhead, SingleRows, WindowPrefetcher
@@ -218,7 +219,8 @@ class Prefetcher:
         while group := list(islice(batches, self._group)):
             whole = group[0] if len(group) == 1 else torch.cat([torch.as_tensor(batch) for batch in group])
             job = prefetch(torch.as_tensor(whole, dtype=torch.int64))
-            done = None if job is None else thread.submit(job)
+            with system_refusals("prefetching rows"):
+                done = None if job is None else thread.submit(job)
             waiting.extend((batch, done) for batch in group)
             while len(waiting) > self.depth:
                 yield self._prefetched(thread, *waiting.popleft())

@@ -63,7 +63,7 @@ class WholeBlocks:
         self.windows = windows
         read: list[Any] = []
         self._columns: list[list[int]] = []
-        self.nodes = []
+        self.nodes: list[StagedNode] = []
         for number in numbers:
             node = graph.nodes[number]
             columns = []

@@ -107,10 +107,13 @@ class Wanted:
 class ReadAhead(Protocol):
     """How the rows of a window are read. For the trainer's thread alone."""
 
-    nodes: Sequence[StagedNode]
-    """The nodes whose rows are read."""
-    windows: int
-    """Windows that are held at a time."""
+    @property
+    def nodes(self) -> Sequence[StagedNode]:
+        """The nodes whose rows are read."""
+
+    @property
+    def windows(self) -> int:
+        """Windows that are held at a time."""
 
     def begin(self, wanted: Wanted) -> Any:
         """Begin to read; at most :data:`READERS` windows at a time."""
@@ -144,7 +147,7 @@ class SingleRows:
         self.nodes = [StagedNode(number, each[0].anywhere, each[0].dtype) for number, each in readers]
         self._idle = [list(each) for _, each in readers]
 
-    def begin(self, wanted: Wanted) -> list[DirectRowReader]:
+    def begin(self, wanted: Wanted) -> Any:
         """See :class:`ReadAhead`."""
         begun = []
         for staged, idle in zip(self.nodes, self._idle, strict=True):
@@ -153,7 +156,7 @@ class SingleRows:
             begun.append(reader)
         return begun
 
-    def finish(self, job: list[DirectRowReader]) -> tuple[list[np.ndarray], object]:
+    def finish(self, job: Any) -> tuple[list[np.ndarray], object]:
         """See :class:`ReadAhead`."""
         found, memories = [], []
         for reader, idle in zip(job, self._idle, strict=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from jasper_store.packing.columns import Column
+
+_Bytes = TypeVar("_Bytes", int, "NDArray[np.int64]")
 
 __all__ = ["PAGE", "BlockShape", "IndexTensor", "Layout", "block_shape", "lay_out"]
 
@@ -68,7 +70,9 @@ def block_shape(samples: int, sample_nbytes: int) -> BlockShape:
     while block < _MOST and block * sample_nbytes < MOST_NBYTES and samples > block * MANY_BLOCKS:
         block *= 2
     low, high = WINDOW_BLOCKS
-    return BlockShape(block, max(low, min(high, WINDOW_NBYTES // (block * sample_nbytes))))
+    wanted = max(low, min(high, WINDOW_NBYTES // (block * sample_nbytes)))
+    # A power of two, so that the blocks of a window are shared evenly by as many ranks.
+    return BlockShape(block, 1 << (wanted.bit_length() - 1))
 
 
 class IndexTensor(NamedTuple):
@@ -115,7 +119,7 @@ class Layout:
     @property
     def n_blocks(self) -> int:
         """Number of blocks."""
-        return self.counts.shape[1]
+        return len(self.file_of)
 
 
 def lay_out(columns: Sequence[Column], counts: NDArray[np.int64], index: Sequence[IndexTensor]) -> Layout:
@@ -224,9 +228,9 @@ def _header(
             entries[name] = header_entry(dtype, shape, offset, offset + nbytes)
         end = offset + nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
-    length = int(_up(len(text) + 8, PAGE)) - 8
+    length = _up(len(text) + 8, PAGE) - 8
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def _up(value: int | NDArray[np.int64], multiple: int) -> int | NDArray[np.int64]:
+def _up(value: _Bytes, multiple: int) -> _Bytes:
     return -(-value // multiple) * multiple

@@ -52,11 +52,11 @@ class PackReport:
     def __str__(self) -> str:
         splits = ", ".join(f"{name} {count:,}" if name else f"{count:,}" for name, count in self.samples.items())
         rate = format_bytes(int(self.nbytes / max(self.seconds, 1e-9)))
+        block = f"blocks of {self.block} ({format_bytes(round(self.block * self.sample_nbytes))}), {self.window} mixed"
+        cost = f"{format_bytes(self.nbytes)} written from {format_bytes(self.nbytes_read)} read in {self.seconds:.1f} s"
         lines = [
-            f"{self.path}: {splits} samples of {format_bytes(round(self.sample_nbytes))}, in blocks of {self.block}"
-            f" ({format_bytes(round(self.block * self.sample_nbytes))}), {self.window} mixed",
-            f"{format_bytes(self.nbytes)} written from {format_bytes(self.nbytes_read)} read in {self.seconds:.1f} s"
-            f" ({rate}/s){', an earlier run continued' if self.resumed else ''}",
+            f"{self.path}: {splits} samples of {format_bytes(round(self.sample_nbytes))}, in {block}",
+            f"{cost} ({rate}/s){', an earlier run continued' if self.resumed else ''}",
         ]
         lines += [f"{name}: largest error {error:.3g}" for name, error in self.max_error.items()]
         return "\n".join(lines)

@@ -36,17 +36,17 @@ class RowsInMemory(NamedTuple):
 
     Attributes:
         memory: bytes of rows [u, row_nbytes].
-        index: which of them each wanted row is, int64 [n].
+        which: which of them each wanted row is, int64 [n].
         source: ``memory`` as the kernel gathers from it.
     """
 
     memory: torch.Tensor
-    index: torch.Tensor
+    which: torch.Tensor
     source: Source
 
     def gather(self, start: int, stop: int, out: torch.Tensor) -> None:
         """Copy the wanted rows number ``start`` to ``stop`` to ``out``, uint8 [stop - start, row_nbytes], contiguous."""
-        rows = self.index[start:stop]
+        rows = self.which[start:stop]
         if not out.numel():
             return
         if not self.source.numbers:

@@ -17,6 +17,7 @@ __all__ = ["PACKED_KEY", "Packed"]
 PACKED_KEY: Final = "packed"
 """Key of ``config.json`` that it stands under."""
 _VERSION: Final = 1
+_MOST: Final = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class Packed:
         if not changed:
             return []
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        return [
+        msg = (
             f"{directory} was packed from files that have changed since ({', '.join(changed[:3])}{more}); pack again"
             " (jasper-store pack --overwrite), or only what has changed (--columns)"
-        ]
+        )
+        return [msg]
 
     def to_config(self) -> dict[str, Any]:
         """Plain values."""
@@ -86,17 +88,22 @@ class Packed:
             CorruptFileError: it makes no sense, or a later release wrote it.
         """
         try:
-            if raw["version"] != _VERSION:
-                raise ValueError(f"version {raw['version']!r:.20}, this release reads {_VERSION}")
-            files = tuple(_source(each) for each in raw["files"])
+            _require(raw["version"] == _VERSION, f"version {raw['version']!r:.20}, this release reads {_VERSION}")
             made = cls(
-                *(str(raw["kind"]), raw["block"], raw["window"], raw["seed"], raw["dtype"]),
-                *(str(raw["origin"]), str(raw["source"])),
-                *(dict(raw["fingerprints"]), files, dict(raw["columns"])),
+                kind=str(raw["kind"]),
+                block=raw["block"],
+                window=raw["window"],
+                seed=raw["seed"],
+                dtype=raw["dtype"],
+                origin=str(raw["origin"]),
+                source=str(raw["source"]),
+                fingerprints=dict(raw["fingerprints"]),
+                files=tuple(_source(each) for each in raw["files"]),
+                columns=dict(raw["columns"]),
             )
             for name in ("block", "window"):
-                if type(getattr(made, name)) is not int or not 1 <= getattr(made, name) < 2**31:
-                    raise ValueError(f"{name} {getattr(made, name)!r:.20}")
+                value = getattr(made, name)
+                _require(type(value) is int and 1 <= value < _MOST, f"{name} {value!r:.20}")
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             msg = (
                 f'{path}: what it says of "{PACKED_KEY}" cannot be understood ({exc!r:.200}); restore the file, or pack'
@@ -104,6 +111,11 @@ class Packed:
             )
             raise CorruptFileError(msg, path=path) from exc
         return made
+
+
+def _require(sound: bool, what: str) -> None:
+    if not sound:
+        raise ValueError(what)
 
 
 def _source(raw: Any) -> SourceFile:

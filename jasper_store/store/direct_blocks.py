@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -89,7 +90,7 @@ def _runs(files: np.ndarray, offsets: np.ndarray, ends: np.ndarray) -> tuple[np.
     """Columns that are read together: number of the run of each, and the columns of each run."""
     order = np.lexsort((offsets[:, 0], files[:, 0])).tolist()
     runs = [[order[0]]]
-    for before, column in zip(order, order[1:], strict=False):
+    for before, column in pairwise(order):
         gap = offsets[column] - ends[before]
         same = (files[column] == files[before]) & (gap >= 0) & (gap <= _MAX_GAP)
         if same.all():

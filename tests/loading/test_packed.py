@@ -15,6 +15,7 @@ import jasper_store as js
 from jasper_store.errors import CorruptFileError, IncompatibleOptionsError
 from jasper_store.loading import coalescing, defaults, prefetcher, whole_blocks
 from jasper_store.loading.loader import Loader
+from jasper_store.loading.turn_order import TurnOrder
 from jasper_store.native import gather
 from jasper_store.samples.reader import SampleReader
 from tests.builders import build_pt_dataset
@@ -221,3 +222,53 @@ def test_a_state_of_another_order_is_refused(packed: Path) -> None:
     state = loader.state_dict()
     with pytest.raises(IncompatibleOptionsError):
         mapped(packed, 7, order="block").load_state_dict(state)
+
+
+# --- the order ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 64, 65, 200, 4096, 5000])
+@pytest.mark.parametrize(("block", "window"), [(16, 4), (16, 1), (1, 8), (7, 5), (64, 32)])
+def test_turns_are_an_order(n: int, block: int, window: int) -> None:
+    first, second = TurnOrder(n, 1, 0, block, window), TurnOrder(n, 1, 1, block, window)
+    whole = first[:].tolist()
+    assert sorted(whole) == list(range(n))
+    assert [first[place] for place in range(0, n, 37)] == whole[::37]
+    assert first.at(torch.arange(n).flip(0)).flip(0).tolist() == whole
+    assert n < 100 or whole != second[:].tolist()
+
+
+def test_a_window_takes_its_blocks_in_turn_and_ranks_share_them() -> None:
+    order = TurnOrder(64 * 16 * 5 + 3, 3, 2, 16, 8)
+    for number in range(order.n_windows):
+        start, stop = order.window_bounds(number)
+        indices = order[start:stop]
+        if len(indices) < 128:
+            continue
+        blocks = indices // 16
+        for turn in blocks.view(-1, 8):
+            assert len(set(turn.tolist())) == 8
+        for ranks in (2, 4, 8):
+            for rank in range(ranks):
+                assert len(set(blocks[rank::ranks].tolist())) == 8 // ranks
+        assert len(set((indices % 16)[::8].tolist())) == 16
+        assert len({tuple((indices % 16)[k::8].tolist()) for k in range(8)}) > 1
+
+
+def test_ranks_read_their_share_of_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = build_pt_dataset(tmp_path / "data", n_pairs=2000, dim=16)
+    with pytest.MonkeyPatch.context() as patch:
+        small_blocks(patch)
+        js.pack(source, tmp_path / "packed")
+    read: list[int] = []
+    real = whole_blocks.WholeBlocks.begin
+
+    def begin(self: whole_blocks.WholeBlocks, wanted: Any) -> Any:
+        begun = real(self, wanted)
+        read.append(len(begun[0][3]))
+        return begun
+
+    monkeypatch.setattr(whole_blocks.WholeBlocks, "begin", begin)
+    for rank in range(4):
+        list(mapped(tmp_path / "packed", 8, rank=rank, world_size=4, padding="none"))
+    assert sum(read) < 1.2 * 1400 / 16

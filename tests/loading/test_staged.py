@@ -12,7 +12,7 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -236,7 +236,7 @@ def test_integers_that_are_served_as_int64_are_so_where_they_are_staged(
 
 
 @pytest.mark.parametrize("order", ["block", "global"])
-def test_a_forked_child_goes_on_with_an_iterator(data: Path, order: str) -> None:
+def test_a_forked_child_goes_on_with_an_iterator(data: Path, order: Literal["block", "global"]) -> None:
     """Its parent's helper and prefetching thread do not exist there; it said that the file was cut, or waited for ever."""
     loader = create_loader(data, "train", 2, order=order, memory_limit=100_000, drop_last=False, epoch=40)
     plain = list(plain_loader(data, 2, order=order, epoch=40))

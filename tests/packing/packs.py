@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import jasper_store as js
+from jasper_store.jasper.schema import Split
 from jasper_store.packing import layout
 
 BLOCK = 16
@@ -29,7 +30,7 @@ def positions_in_source(source: js.JASPERSteeringDataset, packed: js.JASPERSteer
     return [where[int(row)] for row in rows]
 
 
-def require_same(source: Path, packed: Path, split: str = "train", epochs: tuple[int, ...] = (0, 25, 40)) -> None:
+def require_same(source: Path, packed: Path, split: Split = "train", epochs: tuple[int, ...] = (0, 25, 40)) -> None:
     """Every sample of a split has the same bits, also those that are drawn."""
     with js.JASPERSteeringDataset(source, split) as one, js.JASPERSteeringDataset(packed, split) as other:
         positions = positions_in_source(one, other)

@@ -18,7 +18,7 @@ import torch
 import jasper_store as js
 from jasper_store.errors import ConversionError
 from jasper_store.formats.generation import read_generation
-from jasper_store.packing import pack as packing, writer
+from jasper_store.packing import parts, writer
 from tests.builders import build_pt_dataset
 from tests.conversion.test_faults import Zygote, file_size_limit
 from tests.packing.packs import require_same
@@ -39,7 +39,9 @@ def zygote() -> Iterator[Zygote]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_pt_dataset(tmp_path_factory.mktemp("source") / "data", n_pairs=8_000, dim=64, n_questions=900, n_sources=900)
+    return build_pt_dataset(
+        tmp_path_factory.mktemp("source") / "data", n_pairs=8_000, dim=64, n_questions=900, n_sources=900
+    )
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,7 @@ def test_other_options_begin_anew(source: Path, tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "_write_index", stop)
+        patch.setattr(parts, "_write_index", stop)
         with pytest.raises(KeyboardInterrupt):
             js.pack(source, tmp_path / "packed")
     assert (tmp_path / ".packed.packing").exists()
@@ -142,12 +144,12 @@ def test_other_options_begin_anew(source: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_no_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "require_space", lambda *_, **__: None)  # as if another program had filled the disk
+        patch.setattr(parts, "require_space", lambda *_, **__: None)  # as if another program had filled the disk
         with file_size_limit(1_000_000), pytest.raises(ConversionError, match="no room to finish"):
             js.pack(source, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))  # type: ignore[attr-defined]
-    with pytest.raises(ConversionError, match="packing needs .* found 5 bytes free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 5, 5))
+    with pytest.raises(ConversionError, match=r"packing needs .* found 5 bytes free"):
         js.pack(source, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
 
@@ -178,9 +180,7 @@ print(json.dumps({"taken": peak - before, "nbytes": report.nbytes}))
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/status")
 def test_memory_is_bounded(tmp_path: Path) -> None:
     small = build_pt_dataset(tmp_path / "small", n_pairs=300, dim=384)
-    source = build_pt_dataset(
-        tmp_path / "data", n_pairs=60_000, dim=384, n_questions=60_000, n_sources=60_000, n_neg=3
-    )
+    source = build_pt_dataset(tmp_path / "data", n_pairs=60_000, dim=384, n_questions=60_000, n_sources=60_000, n_neg=3)
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, source, tmp_path, small], capture_output=True, text=True, check=False
     )

@@ -22,12 +22,11 @@ from jasper_store.errors import (
     StaleDataWarning,
     UnknownNameError,
 )
-from jasper_store.packing import pack as packing
+from jasper_store.jasper.schema import SPLITS
+from jasper_store.packing import pack as packing, parts
 from jasper_store.samples.declaration import Choice, Variant
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.packing.packs import require_same, same, small_blocks
-
-SPLITS = ("train", "val", "test")
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +94,10 @@ def test_safetensors_reads_the_file(source: Path, tmp_path: Path) -> None:
 
 def test_fields_are_left_out(source: Path, tmp_path: Path) -> None:
     js.pack(source, tmp_path / "packed", fields=["question_emb", "negative_embs"])
-    with js.JASPERSteeringDataset(tmp_path / "packed", "train") as packed, js.JASPERSteeringDataset(source, "train") as one:
+    with (
+        js.JASPERSteeringDataset(tmp_path / "packed", "train") as packed,
+        js.JASPERSteeringDataset(source, "train") as one,
+    ):
         assert list(packed[0]) == ["question_emb", "negative_embs"]
         rows = packed.store["packed_row"].take(packed.split_indices.long()).tolist()
         position = one.split_indices.tolist().index(rows[7])
@@ -107,13 +109,16 @@ def test_fields_are_left_out(source: Path, tmp_path: Path) -> None:
 def test_narrowed_fields(source: Path, tmp_path: Path) -> None:
     report = js.pack(source, tmp_path / "packed", dtype="float16")
     assert 0 < report.max_error["question_emb"] < 1e-3
-    with js.JASPERSteeringDataset(tmp_path / "packed", "train") as packed, js.JASPERSteeringDataset(source, "train") as one:
+    with (
+        js.JASPERSteeringDataset(tmp_path / "packed", "train") as packed,
+        js.JASPERSteeringDataset(source, "train") as one,
+    ):
         rows = packed.store["packed_row"].take(packed.split_indices.long()).tolist()
         where = one.split_indices.tolist()
         wanted, found = one[[where.index(row) for row in rows]], packed[list(range(len(packed)))]
     assert found["negative_embs"].dtype == torch.float16
     assert found["relevance"].dtype == torch.float32
-    wanted = {key: found[key] if key in {"relevance"} else value for key, value in wanted.items()}
+    wanted = {key: found[key] if key == "relevance" else value for key, value in wanted.items()}
     same({key: value.to(found[key].dtype) for key, value in wanted.items()}, found)
 
 
@@ -144,7 +149,10 @@ def test_some_splits(source: Path, tmp_path: Path) -> None:
 def test_packed_again(source: Path, tmp_path: Path) -> None:
     js.pack(source, tmp_path / "one")
     js.pack(tmp_path / "one", tmp_path / "two", seed=7)
-    with js.JASPERSteeringDataset(tmp_path / "one", "train") as one, js.JASPERSteeringDataset(tmp_path / "two", "train") as two:
+    with (
+        js.JASPERSteeringDataset(tmp_path / "one", "train") as one,
+        js.JASPERSteeringDataset(tmp_path / "two", "train") as two,
+    ):
         rows = two.store["packed_row"].take(two.split_indices.long()).tolist()
         where = one.split_indices.tolist()
         for epoch in (0, 40):
@@ -155,7 +163,10 @@ def test_packed_again(source: Path, tmp_path: Path) -> None:
 
 def test_clusters_and_loaders(source: Path, tmp_path: Path) -> None:
     js.pack(source, tmp_path / "packed")
-    with js.JASPERSteeringDataset(tmp_path / "packed", "train") as packed, js.JASPERSteeringDataset(source, "train") as one:
+    with (
+        js.JASPERSteeringDataset(tmp_path / "packed", "train") as packed,
+        js.JASPERSteeringDataset(source, "train") as one,
+    ):
         assert len(packed.subset_by_cluster([1, 2])) == len(one.subset_by_cluster([1, 2]))
         with pytest.raises(UnknownNameError, match="clusters 0 to 3"):
             packed.subset_by_cluster([4])
@@ -252,7 +263,9 @@ def test_a_file_that_is_cut_does_not_open(source: Path, tmp_path: Path) -> None:
         ({"memory_limit": "lots"}, IncompatibleOptionsError, "lots"),
     ],
 )
-def test_options_that_make_no_sense(source: Path, tmp_path: Path, options: dict[str, Any], error: Any, match: str) -> None:
+def test_options_that_make_no_sense(
+    source: Path, tmp_path: Path, options: dict[str, Any], error: Any, match: str
+) -> None:
     with pytest.raises(error, match=match):
         js.pack(source, tmp_path / "packed", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
@@ -274,13 +287,13 @@ def test_a_directory_that_is_there_is_kept(source: Path, tmp_path: Path) -> None
 def test_a_source_that_changes_meanwhile_is_not_published(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = packing._write_index
+    real = parts._write_index
 
     def change(*arguments: Any) -> Any:
         torch.save(torch.rand(203), source / "pair_relevance.pt")
         return real(*arguments)
 
-    monkeypatch.setattr(packing, "_write_index", change)
+    monkeypatch.setattr(parts, "_write_index", change)
     with pytest.raises(ConversionError, match=r"pair_relevance.pt.*Nothing was published"):
         js.pack(source, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
@@ -333,7 +346,11 @@ def test_probabilities_that_are_a_function_are_given_again(tmp_path: Path) -> No
         js.pack(dataset, tmp_path / "packed")
         with pytest.raises(DeclarationError, match="a function of the epoch"):
             js.Dataset(tmp_path / "packed")
-        again = {**fields, "some": Choice(("emb", "other"), by_epoch, rows="row", key="packed_row"), "label": "label[row]"}
+        again = {
+            **fields,
+            "some": Choice(("emb", "other"), by_epoch, rows="row", key="packed_row"),
+            "label": "label[row]",
+        }
         with js.Dataset(tmp_path / "packed", again) as packed:
             rows = packed.store["packed_row"].tensor()
             for epoch in (0, 5):

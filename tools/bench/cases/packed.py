@@ -72,9 +72,15 @@ def run(context: Context) -> CaseResult:
     for batch in BATCHES:
         rate = _rate(ours.get(("packed", batch)))
         what = f"packed, cold, batch {batch}"
-        result.targets.append(target(what, "block order of the source", rate, _rate(ours.get(("block order", batch))), 5.0))
+        result.targets.append(
+            target(what, "block order of the source", rate, _rate(ours.get(("block order", batch))), 5.0)
+        )
         for peer in PEERS.values():
-            best = [_rate(found) or 0 for (label, size), found in peers.items() if size == batch and label.startswith(peer.label)]
+            best = [
+                _rate(found) or 0
+                for (label, size), found in peers.items()
+                if size == batch and label.startswith(peer.label)
+            ]
             result.targets.append(target(what, peer.label, rate, max(best) if best else None, 10.0))
     result.notes.append(
         "Every batch is gathered whole. The target against the disk compares bytes that the device read for the packed "
@@ -91,10 +97,14 @@ def _pack(context: Context, result: CaseResult, source: Path, packed: Path) -> N
     for _ in range(context.settings.repeats):
         shutil.rmtree(packed, ignore_errors=True)
         with context.cap(limit, result) as cap:
-            one = context.try_call("packing", "tools.bench.measure_pack:pack", source=str(source), target=str(packed), cap=cap)
+            one = context.try_call(
+                "packing", "tools.bench.measure_pack:pack", source=str(source), target=str(packed), cap=cap
+            )
         other = packed.with_name("packed-copy")
         with context.cap(limit, result) as cap:
-            two = context.try_call("copying", "tools.bench.measure_pack:copy", source=str(packed), target=str(other), cap=cap)
+            two = context.try_call(
+                "copying", "tools.bench.measure_pack:copy", source=str(packed), target=str(other), cap=cap
+            )
         shutil.rmtree(other, ignore_errors=True)
         for name, each in (("packing", one), ("copying as many bytes", two)):
             if isinstance(each, str):
@@ -158,13 +168,13 @@ def _serve(
     return runs
 
 
-def _peers(
-    context: Context, result: CaseResult, source: Path, limit: int
-) -> dict[tuple[str, int], list[spawn.Result]]:
+def _peers(context: Context, result: CaseResult, source: Path, limit: int) -> dict[tuple[str, int], list[spawn.Result]]:
     runs: dict[tuple[str, int], list[spawn.Result]] = defaultdict(list)
     for key, peer in PEERS.items():
         if peer.missing:
-            result.notes.append(f"{peer.label} is not installed here (pip install {peer.dist}), so it was not measured.")
+            result.notes.append(
+                f"{peer.label} is not installed here (pip install {peer.dist}), so it was not measured."
+            )
             continue
         nbytes = 2 * shape_for(context).nbytes
         recipe = ReopenSpec("tools.bench.packed_peers:write", {"peer": key, "source": str(source)}, nbytes)

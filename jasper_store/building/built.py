@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import jasper_store
 from jasper_store.building.gathered import Facts, Inputs
 from jasper_store.building.mining import MiningSettings
 from jasper_store.building.settings import BuildSettings
@@ -56,7 +55,7 @@ def make_config(
         "dataset_name": name,
         "split_sizes": {name: len(rows) for name, rows in derived.splits.items()},
         BUILT: {
-            "by": f"jasper_store {jasper_store.__version__}",
+            "by": "jasper_store build",
             "key": key,
             "settings": {**settings.to_dict(), "mining": mining.to_dict()},
             "clusters": inputs.clusters[0] if isinstance(inputs.clusters, tuple) else "k-means",

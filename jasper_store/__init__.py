@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from jasper_store.building.build_report import BuildReport
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
+    from jasper_store.hub.push import PushReport, push
     from jasper_store.jasper.api import DatasetWriter, commit, compact, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
     from jasper_store.jasper.loader import create_loader
+    from jasper_store.jasper.packed import pack
     from jasper_store.loading.device import to_device
     from jasper_store.loading.epochs import set_epoch
     from jasper_store.loading.first_batch import validate_first_batch
     from jasper_store.memory.report import MemoryReport, memory_report
+    from jasper_store.packing.report import PackReport
     from jasper_store.samples.dataset import Dataset
     from jasper_store.samples.declaration import Choice, Variant
     from jasper_store.store.placement import Plan
@@ -48,7 +51,9 @@ __all__ = [
     "DatasetWriter",
     "JASPERSteeringDataset",
     "MemoryReport",
+    "PackReport",
     "Plan",
+    "PushReport",
     "StoredTensor",
     "TensorStore",
     "Variant",
@@ -62,7 +67,9 @@ __all__ = [
     "errors",
     "memory_report",
     "open",
+    "pack",
     "plan",
+    "push",
     "set_epoch",
     "to_device",
     "validate_first_batch",
@@ -81,7 +88,9 @@ _HOMES = {
     "DatasetWriter": "jasper.api",
     "JASPERSteeringDataset": "jasper.dataset",
     "MemoryReport": "memory.report",
+    "PackReport": "packing.report",
     "Plan": "store.placement",
+    "PushReport": "hub.push",
     "StoredTensor": "store.tensors",
     "TensorStore": "store.store",
     "VerifyReport": "conversion.verify",
@@ -93,7 +102,9 @@ _HOMES = {
     "create_loader": "jasper.loader",
     "memory_report": "memory.report",
     "open": "jasper.api",
+    "pack": "jasper.packed",
     "plan": "jasper.api",
+    "push": "hub.push",
     "set_epoch": "loading.epochs",
     "to_device": "loading.device",
     "validate_first_batch": "loading.first_batch",

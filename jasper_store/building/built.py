@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def make_config(
         "dataset_name": name,
         "split_sizes": {name: len(rows) for name, rows in derived.splits.items()},
         BUILT: {
-            "by": "jasper_store build",
+            "by": f"jasper_store {metadata.version('jasper-store')}",
             "key": key,
             "settings": {**settings.to_dict(), "mining": mining.to_dict()},
             "clusters": inputs.clusters[0] if isinstance(inputs.clusters, tuple) else "k-means",

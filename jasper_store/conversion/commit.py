@@ -154,8 +154,9 @@ class _Commit:
                 (self.root / SHARDS / name).rename(self.target / name)
             moved = [locate(self.target / name, shards[0].format, self.schema) for name in self.names]
             parts = self._parts(moved)
-            sync_directory(self.target)
-            sync_directory(self.root)
+            # A move is on the disk when both directories are.
+            for directory in (self.target, self.root / SHARDS, self.root):
+                sync_directory(directory)
             before = self.old or Generation(0, moved[0].format)
             new = extended(before, self.root, parts, Manifest(self.root, self.entries), number=self.number)
             self._check(before, new)

@@ -78,6 +78,7 @@ def _fill(real: Path, staging: Path, ready: Sequence[tuple[Path, Path, FileEntry
         os.link(temporary, staging / target.name)
     known = read(real) or Manifest(real)
     new = {target.name: entry for _, target, entry in ready if entry is not None}
-    write(replace(known, directory=staging, files={**known.files, **new}))
+    # With these, a conversion that was killed before is finished.
+    write(replace(known, directory=staging, files={**known.files, **new}, pending=()))
     keep_access(real / MANIFEST_NAME, staging / MANIFEST_NAME)
     sync_directory(staging)

@@ -39,6 +39,7 @@ __all__ = [
     "publish",
     "require_alike",
     "require_growable",
+    "retired",
     "stray_directories",
 ]
 
@@ -137,7 +138,7 @@ def extended(
             # Without rows it may have no place in its file (HDF5).
             offset = each.location.offset if isinstance(each.location, Extent) else 0
             columns.setdefault(spec.name, []).append((numbers[each.path], offset, each.n_rows, part.checksum))
-    tensors = {name: _retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()}
+    tensors = {name: retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()}
     for name, rows in columns.items():
         tensors[name] = _longer(tensors.get(name), spec_of[name], rows, number)
     return Generation(number, old.format, files.columns(), tensors, whole)
@@ -179,7 +180,8 @@ def _growable(spec: TensorSpec) -> bool:
     return bool(spec.shape) and (isinstance(spec.location, Parts) or spec.contiguous or not spec.n_rows)
 
 
-def _retired(tensor: PartedTensor, number: int) -> PartedTensor:
+def retired(tensor: PartedTensor, number: int) -> PartedTensor:
+    """A tensor whose parts end with a generation."""
     return replace(tensor, until=np.where(tensor.until == 0, number, tensor.until).astype(np.int64))
 
 

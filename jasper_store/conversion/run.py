@@ -132,6 +132,8 @@ class Run:
                 self._replace_all(todo, side_files)
             else:
                 self._publish_each(todo, side_files, manifest)
+            if manifest.pending:  # of a run that was killed: what it still lacked is there now
+                self._batch.begin([])
         except BaseException:
             # What is published already is noted for the next run; the first error is the one to be seen.
             with contextlib.suppress(OSError, CorruptFileError):
@@ -271,8 +273,6 @@ class Run:
             self._batch.write_if_due()
         if not begun:
             self._publish_side_files(side_files)
-            if manifest.pending:  # of a run that was killed when all files were there
-                self._batch.begin([])
 
     def _publish_side_files(self, side_files: Sequence[Path]) -> None:
         for path in side_files:

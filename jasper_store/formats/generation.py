@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -258,6 +259,16 @@ class Generation:
         return cls(number, chosen, files, tensors, whole)
 
 
+@lru_cache(maxsize=1)
+def parse_json(text: bytes) -> Any:
+    """A manifest's JSON, to be looked at only: the last one is kept, since an opening needs it several times.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return json.loads(text)
+
+
 def read_generation(root: Path) -> Generation | None:
     """The generation that the manifest of a directory names; ``None`` where there is no manifest, or it names no parts.
 
@@ -272,7 +283,7 @@ def read_generation(root: Path) -> Generation | None:
     if b'"generation"' not in text:
         return None
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         return Generation.from_json(raw["generation"], path) if "generation" in raw else None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
         if isinstance(exc, CorruptFileError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
+    from jasper_store.formats.base import FileFacts, Format, FormatName, ReadFormat, Schema, TensorSpec
 
 __all__ = [
     "AUTO_ORDER",
@@ -78,6 +78,7 @@ class Located:
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
         generation: number of the generation, where a manifest names the parts; 0 for files as they lie.
+        facts: what the system said of the files, where it was asked.
         skipped: what lies in the files or beside them and is no tensor, or none that is read.
     """
 
@@ -87,6 +88,7 @@ class Located:
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     generation: int = 0
+    facts: Mapping[Path, FileFacts] = field(default_factory=dict)
 
 
 def readable() -> Mapping[FormatName, ReadFormat]:
@@ -267,7 +269,13 @@ def _locate_found(root: Path, asked: FormatName | None) -> Located | None:
     if found is None or asked not in (None, found.layout.format):
         return None
     suffixes = tuple(suffix for fmt in readable().values() for suffix in fmt.suffixes)
-    return Located(found.layout.format, root, tuple(found.locate(root))) if found.is_current(root, suffixes) else None
+    facts = found.current_facts(root, suffixes)
+    if facts is None:
+        return None
+    paths = found.paths(root)
+    return Located(
+        found.layout.format, root, tuple(found.locate(root, paths)), facts=dict(zip(paths, facts, strict=True))
+    )
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:

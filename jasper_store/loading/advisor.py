@@ -70,11 +70,13 @@ class WorkerClock:
     Args:
         workers: number of workers.
         then: the user's ``worker_init_fn``, called first.
+        batch_size: samples per batch; a gather of more is several batches.
     """
 
-    def __init__(self, workers: int, then: Callable[[int], None] | None = None) -> None:
+    def __init__(self, workers: int, then: Callable[[int], None] | None = None, batch_size: int | None = None) -> None:
         self._sums = torch.zeros(workers, 4, dtype=torch.float64).share_memory_()  # type: ignore[no-untyped-call]
         self._then = then
+        self._batch_size = batch_size
 
     def __call__(self, worker: int) -> None:
         """Run in a worker as it starts."""
@@ -85,11 +87,12 @@ class WorkerClock:
         gather = getattr(dataset, "__getitems__", None)
         if gather is None:
             return
-        sums, meter = self._sums[worker], Meter()
+        sums, meter, batch_size = self._sums[worker], Meter(), self._batch_size
 
         def timed(indices: Any) -> Any:
             with meter:
                 batch = gather(indices)
+            meter.batches += 0 if batch_size is None else max(-(-len(indices) // batch_size) - 1, 0)
             sums.copy_(torch.tensor([meter.batches, meter.wall, meter.cpu, meter.faults], dtype=torch.float64))
             return batch
 

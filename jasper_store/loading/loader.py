@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,19 +15,21 @@ from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
 from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
-from jasper_store.loading.coalescing import CoalescingIterator, batches_at_once
+from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
 from jasper_store.loading.epochs import warn_same_epoch
+from jasper_store.loading.estimate import DiskRates, estimates
 from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
 from jasper_store.loading.ranks import Ranks, find_ranks
 from jasper_store.loading.samplers import EpochSampler
 from jasper_store.loading.state import LoaderState
+from jasper_store.loading.worker_gathers import UnitSampler, UnitWorker, WorkerGathers, batches_per_unit, unwrapped
 from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
 from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from jasper_store.loading.prefetcher import Prefetcher
 
@@ -45,7 +48,7 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
     plan = dataset.store.plan
     options.admit(plan)
     ranks = find_ranks(distributed=options.distributed, rank=options.rank, world_size=options.world_size)
-    kind, why = choose_order(dataset, options.order, ranks.world_size)
+    kind, why = choose_order(dataset, options.order, ranks.world_size, options.num_workers)
     shuffle = dataset.split in {None, "train"} if options.shuffle is None else options.shuffle
     drop_last = dataset.split in {None, "train"} if options.drop_last is None else options.drop_last
     sampler = EpochSampler(
@@ -58,6 +61,8 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
         padding=options.padding,
         order_kind=kind,
         device=dataset.device,
+        block=None if dataset.packed is None else dataset.packed.block,
+        window=None if dataset.packed is None else dataset.packed.window,
     )
     _require_batches(sampler, options.batch_size, dataset.split)
     sampler.set_epoch(dataset.epoch if options.epoch is None else options.epoch)
@@ -126,7 +131,7 @@ class Loader(DataLoader[Any]):
         num_workers: int = 0,
         **options: Any,
     ) -> None:
-        self._clock = WorkerClock(num_workers, worker_init_fn) if num_workers else None
+        self._clock = WorkerClock(num_workers, worker_init_fn, batch_size) if num_workers else None
         super().__init__(
             dataset,
             batch_size=batch_size,
@@ -152,6 +157,7 @@ class Loader(DataLoader[Any]):
         # What Accelerate's prepare() looks for: it would give each rank a share of this rank's share.
         self._is_accelerate_prepared = sampler.num_replicas > 1
         self._progress: _Progress | None = None
+        self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
         self._compared = self._ranks.world_size == 1
 
@@ -175,6 +181,8 @@ class Loader(DataLoader[Any]):
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
             self._warned = True
             warn_same_epoch(sampler.epoch)
+        if previous is not None and self.persistent_workers:
+            previous.superseded = True  # PyTorch gives both the same iterator, which begins the epoch anew
         self.stopwatch = Stopwatch()
         if self._prefetcher is not None:
             self._prefetcher.stopwatch = self.stopwatch
@@ -197,21 +205,50 @@ class Loader(DataLoader[Any]):
         self._compared = True
 
     def _serve(self) -> Iterator[Any]:
-        """PyTorch's iterator; without workers and where nothing is overridden, one that gathers several batches at once."""
+        """PyTorch's iterator; where nothing is overridden, one of batches that are gathered several at once."""
         dataset: Any = self.dataset
         ours = getattr(type(dataset), "__getitems__", None) is Dataset.__getitems__
-        if self.num_workers or not ours:
+        if not ours or (self.num_workers and not is_identity_collate(self.collate_fn)):
             return super().__iter__()
+        if self.num_workers:
+            return CoalescingIterator(dataset, self._worker_gathers(), self.collate_fn)
         # PyTorch's iterators draw a seed for workers, also without any: what a trainer draws must not depend on it.
         torch.empty((), dtype=torch.int64).random_(generator=self.generator)
         batches: Any = self.batch_sampler
         at_once = batches_at_once(self.batch_size or 1, dataset.graph.sample_nbytes)
         pin = self.pin_memory and torch.cuda.is_available()
-        return CoalescingIterator(dataset, batches.tensors(), self.collate_fn, at_once, pin=pin)
+        return CoalescingIterator(dataset, OwnGathers(dataset, batches.tensors(), at_once, pin=pin), self.collate_fn)
+
+    def _worker_gathers(self) -> WorkerGathers:
+        """PyTorch's iterator over units of several batches."""
+        units: Loader | None = self._units
+        if units is None or self._iterator is None:
+            assert self._clock is not None
+            # A copy of this loader with all of its options, but for what workers are sent and what they send back.
+            units = copy.copy(self)
+            batches: Any = self.batch_sampler
+            object.__setattr__(units, "batch_sampler", UnitSampler(batches, self._batches_per_unit()))
+            units.collate_fn, units.worker_init_fn = unwrapped, UnitWorker(self._clock)
+            units._iterator = None  # noqa: SLF001 - of this class
+        sampler: Any = units.batch_sampler
+        iterator: Any = DataLoader.__iter__(units)
+        if self.persistent_workers:
+            self._units, self._iterator = units, iterator
+        return WorkerGathers(self.dataset_obj, iterator, sampler)
+
+    def _batches_per_unit(self) -> int:
+        ahead, in_flight = self._prefetcher, self.num_workers * (self.prefetch_factor or 1)
+        return batches_per_unit(
+            self.batch_size or 1,
+            self.dataset_obj.graph.sample_nbytes,
+            len(self),
+            in_flight,
+            None if ahead is None else ahead.depth,
+        )
 
     def discard_workers(self) -> None:
         """Do not use persistent workers again: one of them has died, and the others were stopped."""
-        self._iterator = None
+        self._iterator = self._units = None
 
     # --- state ------------------------------------------------------------------------------------------------
 
@@ -222,8 +259,7 @@ class Loader(DataLoader[Any]):
             return sampler.state(sampler.start).to_dict()
         # Full batches are counted even where the last is shorter here than on another rank: all states agree.
         step = (self.batch_size or 1) * sampler.num_replicas
-        finished = now.finished or now.delivered >= now.batches
-        return sampler.state(sampler.samples if finished else now.start + now.delivered * step).to_dict()
+        return sampler.state(sampler.samples if now.ended else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration serve the rest of an epoch that another run has begun.
@@ -262,10 +298,22 @@ class Loader(DataLoader[Any]):
                 if ahead and ahead.stage and block
                 else []
             ),
+            *self._estimates(),
             f"workers: {self.num_workers or 'none, batches are gathered in this process'}",
             f"pinned batches: {'yes' if self.pin_memory else 'no'}",
         ]
         return "\n".join(lines)
+
+    def _estimates(self) -> list[str]:
+        """What the disk allows in each order, where a pass reads from it."""
+        dataset = self.dataset_obj
+        if self._prefetcher is None or not self._prefetcher.drop_behind or dataset.packed is not None:
+            return []
+        disk = DiskRates()
+        shown = ", ".join(str(each) for each in estimates(dataset.graph, dataset.store.plan, disk))
+        return [
+            f"expected of a disk of {disk.bytes_per_s / 1e9:.1f} GB/s and {disk.reads_per_s / 1000:.0f} k reads/s: {shown}"
+        ]
 
     def _staged_fields(self, prefetcher: Prefetcher) -> str:
         nodes = set(prefetcher.stageable())
@@ -316,6 +364,7 @@ class _Progress:
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
         finished: whether the trainer asked for a batch after the last; trainers that count batches do not.
+        superseded: whether its workers serve a later pass.
     """
 
     epoch: int
@@ -324,6 +373,12 @@ class _Progress:
     gathers_before: Meter
     delivered: int = 0
     finished: bool = False
+    superseded: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether every batch was delivered."""
+        return self.finished or self.delivered >= self.batches
 
 
 class _EpochIterator:
@@ -335,6 +390,7 @@ class _EpochIterator:
         # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
+        self._next_ready: Callable[[], Any] | None = None
         self._progress: _Progress
         self._watch: Stopwatch
 
@@ -348,14 +404,24 @@ class _EpochIterator:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
+            self._next_ready = getattr(self._batches, "next_ready", None)
+        elif self._progress.superseded:
+            if self._progress.ended:
+                raise StopIteration
+            raise IncompatibleOptionsError(
+                "another iteration over this loader has begun, and persistent workers serve one at a time: this iterator "
+                "has ended; finish it before, make a second loader, or pass persistent_workers=False"
+            )
         watch = self._watch
         if not watch.began:
             watch.began = perf_counter()
         try:
-            if getattr(self._batches, "ready", False):
+            batch = None
+            if self._next_ready is not None:
                 # Meter's clocks cost more than returning a batch that was gathered already.
                 began = perf_counter()
-                batch = next(self._batches)
+                batch = self._next_ready()
+            if batch is not None:
                 watch.wait.add_quick(perf_counter() - began)
             else:
                 with watch.wait:
@@ -367,10 +433,11 @@ class _EpochIterator:
             watch.ended = perf_counter()
             raise
         except DEATH_SIGNS as exc:
+            loader = self._loader()
             try:
-                raise_if_worker_died(exc, self._batches)
+                dataset = None if loader is None else loader.dataset
+                raise_if_worker_died(exc, _pytorchs(self._batches), dataset)
             except WorkerDiedError:
-                loader = self._loader()
                 if loader is not None:
                     loader.discard_workers()
                 raise
@@ -387,3 +454,8 @@ class _EpochIterator:
 
     def __del__(self) -> None:
         self._release()
+
+
+def _pytorchs(batches: Any) -> Any:
+    """The iterator of PyTorch that has the workers, whether it is served from directly or by units."""
+    return getattr(getattr(batches, "gathers", None), "iterator", batches)

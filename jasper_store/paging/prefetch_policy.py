@@ -101,12 +101,11 @@ class PrefetchPolicy:
 
     def should_prefetch(self) -> bool:
         """Whether to prefetch the next batch; call once per batch. False if the system has no such call."""
-        if madvise_batcher().backend == "none":
-            return False
-        if self._on:
-            return True
-        self._batches_off += 1
-        return self._probe_every > 0 and self._batches_off % self._probe_every == 0
+        if not self._on:
+            self._batches_off += 1
+            if not self._probe_every or self._batches_off % self._probe_every:
+                return False
+        return madvise_batcher().backend != "none"
 
     def prefetch(self, ranges: np.ndarray) -> None:
         """Prefetch page ranges, and record how many of their pages had to be read."""

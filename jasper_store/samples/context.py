@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import torch
+
+from jasper_store.store.resident import empty_rows
 
 if TYPE_CHECKING:
     from jasper_store.samples.draw import VariantSampler
@@ -35,12 +37,12 @@ class GatherContext:
     Attributes:
         prefetched: its rows were asked for ahead; without, the dataset asks for them itself.
         staged: rows that were read ahead.
-        pinned: gather into pinned memory if that costs no copy, for batches that go to a CUDA device next.
+        empty: makes the memory of results of a gather that is one call, on the host, of a shape, a dtype and its bytes.
     """
 
     prefetched: bool = False
     staged: StagedBatches | None = None
-    pinned: bool = False
+    empty: Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor] = empty_rows
 
 
 DIRECT: Final = GatherContext()

@@ -27,11 +27,12 @@ from jasper_store.samples.draw import VariantSampler
 from jasper_store.samples.graph import SampleGraph
 from jasper_store.samples.integrity import Nouns
 from jasper_store.samples.opened import OpenedDataset, open_dataset
+from jasper_store.samples.packed import Packed
 from jasper_store.samples.reader import BatchIndices, SampleReader
 from jasper_store.samples.reload import reopened_tensors
+from jasper_store.samples.shared_batch import BatchSpace, in_worker
 from jasper_store.samples.shared_state import SharedState
 from jasper_store.store.guard import check_int
-from jasper_store.store.resident import empty_rows, pinned_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,7 +62,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     too. Pickles to a few kilobytes at any size and reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        path: a directory of tensor files in any format, one file, or several files.
+        path: a directory of tensor files in any format, one file, several files, or a dataset of the Hub as
+            ``"hf://owner/name"``.
         fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
             Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
             is a field of the same name.
@@ -124,6 +126,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         )
         self._attach(opened, split, epoch=0, seed=seed)
 
+    @classmethod
+    def over(cls, opened: OpenedDataset, split: str | None, *, epoch: int = 0, seed: int = 42) -> Self:
+        """A split of a dataset that is open: splits of one share its store, which closes with the last of them."""
+        made = cls.__new__(cls)
+        made._attach(opened, split, epoch=epoch, seed=seed)  # noqa: SLF001 (an alternative constructor)
+        return made
+
     def _attach(self, opened: OpenedDataset, split: str | None, *, epoch: int, seed: int) -> None:
         self._opened: OpenedDataset | None = opened.acquire()
         self._state = SharedState(epoch)
@@ -133,7 +142,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         self._reader: SampleReader | None = None
         self.split = split
         self.seed = seed
-        self._size = self.reader.graph.length
+        graph = self.reader.graph
+        self._size = graph.length
+        self._sample_nbytes = graph.sample_nbytes
+        if graph.choice is not None:
+            self.choice().at(0)  # a function that is missing is said now, and not by the first batch
         _LOG.info("%s: %s", opened.store.path, placement_of(opened.store.plan, self._size))
 
     # --- samples ----------------------------------------------------------------------------------------------
@@ -170,7 +183,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if not 0 <= position < self._size:
             of = "" if self.split is None else f" of split {self.split!r}"
             raise IndexError(f"Index {position} out of range [0, {self._size}){of}")
-        return self.__getitems__(torch.tensor([position]))[0]
+        return self.gather(torch.tensor([position]))[0]
 
     def __getitems__(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> Batch:
         """Samples at these positions, gathered once per tensor; any order, repeats allowed.
@@ -187,7 +200,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             IndexError: a position outside [0, len(self)).
             ClosedError: the dataset was closed.
         """
-        return self.gather(indices, PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT)
+        context = PREFETCHED if isinstance(indices, PrefetchedIndices) else DIRECT
+        if not in_worker():
+            return self.gather(indices, context)
+        positions = _positions(indices)
+        space = BatchSpace(positions.shape[0], self._sample_nbytes, ragged=bool(self.graph.ragged_keys))
+        batch = self.gather(positions, GatherContext(context.prefetched, empty=space.empty))
+        return Batch(space.hold(batch.tensors), len(batch), batch.ragged)
 
     def gather(
         self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any], context: GatherContext = DIRECT
@@ -201,7 +220,7 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         draw = self.draw_now()
         compiled, positions = self._compiled_now(draw), _positions(indices)
         if compiled is not None:
-            taken = compiled.run(positions, empty=pinned_rows if context.pinned else empty_rows)
+            taken = compiled.run(positions, empty=context.empty)
             return Batch(dict(zip(self._keys, taken, strict=True)), positions.shape[0])
         size = positions.shape[0]
         staged: Mapping[int, torch.Tensor] = {}
@@ -260,10 +279,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if graph.choice is not None:
             # Kept, because it is asked for with every batch and changes once an epoch.
             node = graph.nodes[graph.choice]
-            self._draw = VariantSampler(self.seed, epoch, self._choice().at(epoch), forced, node.n_rows)
+            choice = self.choice()
+            numbers = None if choice.key is None else self.store[choice.key].take
+            self._draw = VariantSampler(self.seed, epoch, choice.at(epoch), forced, node.n_rows, numbers)
         return self._draw
 
-    def _choice(self) -> Choice:
+    def choice(self) -> Choice:
+        """The choice that samples make, for a graph that has one."""
         fields = self.reader.graph.declaration.fields.values()
         return next(value for value in fields if isinstance(value, Choice))
 
@@ -325,6 +347,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     def graph(self) -> SampleGraph:
         """What a sample reads, compiled: keys, shapes, dtypes, bounds."""
         return self.reader.graph
+
+    @property
+    def packed(self) -> Packed | None:
+        """How the samples were packed; ``None`` for a dataset that was not packed."""
+        return self._open().packed
 
     @property
     def fields(self) -> dict[str, str]:

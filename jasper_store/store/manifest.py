@@ -149,6 +149,8 @@ class Manifest:
                 "it, or run it again"
             )
             raise CorruptFileError(msg, path=self.directory)
+        if not self.files and self.generation is None:
+            return []
         stale: list[str] = []
         by_path: dict[Path, list[TensorSpec]] = {}
         parts = self._part_numbers()

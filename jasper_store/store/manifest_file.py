@@ -17,8 +17,8 @@ from jasper_store.files.atomic import write_bytes
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import exclusive
 from jasper_store.formats.files import read_file
-from jasper_store.formats.found import FOUND, MANY, FoundParts
-from jasper_store.formats.generation import Generation, safe_name
+from jasper_store.formats.found import MANY, FoundParts, parse_found
+from jasper_store.formats.generation import Generation, parse_json, safe_name
 from jasper_store.store.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -58,7 +58,7 @@ def read(directory: str | os.PathLike[str]) -> Manifest | None:
         msg = f"{exc} Make it readable, or delete it and run jasper-store verify."
         raise CorruptFileError(msg, path=path) from exc
     try:
-        return _parse(directory, json.loads(text))
+        return _parse(directory, text)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
         detail = f"missing {exc}" if isinstance(exc, KeyError) else str(exc)
         # Without a manifest that names parts, the dataset would be the files it began with.
@@ -86,7 +86,8 @@ def read_and_check(directory: Path, located: Located) -> tuple[Manifest | None, 
     return manifest, stale if known else [*stale, *located.warnings]
 
 
-def _parse(directory: Path, raw: Any) -> Manifest:
+def _parse(directory: Path, text: bytes) -> Manifest:
+    raw = parse_json(text)
     version = raw["format_version"]
     if version != (PARTS_VERSION if "generation" in raw else FORMAT_VERSION):
         msg = f"format_version {version!r}, expected {FORMAT_VERSION}, or {PARTS_VERSION} where it names parts"
@@ -98,7 +99,7 @@ def _parse(directory: Path, raw: Any) -> Manifest:
     }
     if version == FORMAT_VERSION:
         pending = tuple(safe_name(name) for name in _typed(raw.get("pending", []), list))
-        found = FoundParts.from_json(raw[FOUND], directory / MANIFEST_NAME) if FOUND in raw else None
+        found = parse_found(text, directory / MANIFEST_NAME)
         return Manifest(directory, files, verified, found=found, pending=pending)
     generation = Generation.from_json(raw["generation"], directory / MANIFEST_NAME)
     passed = {_typed(check, str): str(_hex(mark)) for check, mark in _typed(raw["verified_parts"], dict).items()}

@@ -18,6 +18,8 @@ from jasper_store.store.paged import LARGE_VIEW, SMALL_TENSOR, SMALL_VIEW, Paged
 from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jasper_store.formats.base import TensorSpec
     from jasper_store.paging.mapping import FileMap
 
@@ -92,19 +94,23 @@ class MappedTensor(PagedTensor):
     def _require_whole_file(self) -> None:
         """Raise if the file was truncated since it was mapped: touching a page beyond its end would end the process.
 
-        Costs half a microsecond. It cannot protect views returned before, nor detect a truncation after it.
+        Costs a quarter of a microsecond, as seeking to the end does; fstat takes three times as long. It cannot protect views returned before, nor detect a truncation after it.
 
         Raises:
             CorruptFileError: the file ends before the end of this tensor.
         """
         fmap = self._fmap
-        if fmap is not None and os.fstat(fmap.fileno()).st_size < self._offset + self._span:
+        if fmap is not None and os.lseek(fmap.fileno(), 0, os.SEEK_END) < self._offset + self._span:
             msg = (
                 f"{self.path}: the file was truncated or is being rewritten in place while {self.name} is mapped; "
                 "write a new file and rename it over the old one (as torch.save to a temporary name and os.replace "
                 "do), then open the dataset again"
             )
             raise CorruptFileError(msg, path=self.path, tensor=self.name)
+
+    def _path_at(self, address: int) -> Path:
+        del address  # there is one file
+        return self.spec.path
 
     def _prefetch_bytes(self, begin: int, length: int) -> None:
         paging.madvise_batcher().prefetch(paging.span(self._address + begin, length))

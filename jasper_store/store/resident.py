@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from jasper_store.native.gather import Jobs, Source, source_of
+from jasper_store.native.gather import Source, SourceGather, source_of
 from jasper_store.paging.buffers import BufferPool
 from jasper_store.store.rows import as_rows, out_of_range, refused, require_in_range
 from jasper_store.store.tensors import StoredTensor
@@ -46,6 +46,8 @@ class HostTensor(StoredTensor):
     another dtype (unsigned integers wider than a byte, unaligned bytes, narrowed values), ``_restore`` converts them.
     """
 
+    _is_mapped = False
+
     def __init__(
         self,
         spec: TensorSpec,
@@ -68,7 +70,7 @@ class HostTensor(StoredTensor):
         self._plain = not as_bytes and signed is None and self.dtype == source.dtype
         # What the gather kernel reads from; None if it cannot.
         gatherable = source_of(self._source) if self._plain and self._source.ndim else None
-        self._kernel_source = gatherable if gatherable and gatherable.numbers else None
+        self._kernel = SourceGather(gatherable, mapped=self._is_mapped) if gatherable and gatherable.numbers else None
 
     def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""
@@ -85,13 +87,15 @@ class HostTensor(StoredTensor):
         if not self._plain:
             got = self._restore(self._select(source, rows))
             return got if out is None else out.copy_(got)
+        kernel, n = self._kernel, rows.shape[0]
         if out is None:
-            out = empty_rows((len(rows), *self.row_shape), self.dtype, len(rows) * self.row_nbytes)
-        if self._kernel_source is None or not out.is_contiguous():
+            if kernel is not None and n * kernel.source.row_nbytes < SMALL_TAKE:
+                out = kernel.empty(n)
+            else:
+                out = empty_rows((n, *self.row_shape), self.dtype, n * self.row_nbytes)
+        if kernel is None or not out.is_contiguous():
             return self._select(source, rows, out)
-        jobs = Jobs()
-        jobs.add(self._kernel_source, rows, out)
-        if jobs.run() is not None:
+        if not kernel.run(rows, n, out):
             raise refused(rows, self.n_rows, self.name)
         return out
 
@@ -142,7 +146,7 @@ class HostTensor(StoredTensor):
 
     def close(self) -> None:
         """Release the data; existing views stay valid and keep it in memory as long as they live."""
-        self._source = self._kernel_source = None
+        self._source = self._kernel = None
 
 
 class ResidentTensor(HostTensor):
@@ -159,7 +163,7 @@ class ResidentTensor(HostTensor):
     @property
     def in_memory(self) -> Source | None:
         """The source for a gather from several tensors in one kernel call; ``None`` if the kernel cannot read it."""
-        return self._kernel_source
+        return None if self._kernel is None else self._kernel.source
 
 
 class DeviceTensor(HostTensor):

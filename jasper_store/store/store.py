@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from jasper_store.files.fingerprint import FileIdentity
-    from jasper_store.formats.base import FormatName
+    from jasper_store.formats.base import FileFacts, FormatName
     from jasper_store.store.explain import StoreMemory
     from jasper_store.store.manifest import Manifest
     from jasper_store.store.placement import Plan
@@ -74,7 +73,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         located: Located,
         plan: Plan,
         *,
-        identities: Mapping[Path, FileIdentity],
+        identities: Mapping[Path, FileFacts],
         manifest: Manifest | None = None,
         progress: Progress | None = None,
     ) -> None:

@@ -43,7 +43,7 @@ def main() -> None:
 def _inputs(name: str, folder: Path) -> int:
     """Inputs of a target so far; those that had few come first."""
     counts = Counts(folder / f"{name}.counts")
-    return counts.traced + counts.untraced
+    return int(counts.traced + counts.untraced)
 
 
 def _run(name: str, mode: str, seconds: int, folder: Path) -> bool:

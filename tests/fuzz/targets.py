@@ -7,6 +7,7 @@ over 10 s of work, or over 1 GB of memory is a defect.
 from __future__ import annotations
 
 import io
+import json
 import os
 import zlib
 from dataclasses import dataclass, field
@@ -154,14 +155,14 @@ def _manifest(data: bytes, folder: Path) -> None:
             os.utime(folder / name, ns=(1, 1))
     known = manifest_file.read(folder)
     assert known is not None
-    assert manifest_file._parse(folder, known.to_json()).to_json() == known.to_json()
+    assert manifest_file._parse(folder, json.dumps(known.to_json()).encode()).to_json() == known.to_json()
     if known.generation is None:
         specs = readable()["npy"].locate(folder / "a.npy", Schema())
         known.check(specs)
         for check in known.verified:
             known.is_verified(specs, check)
-        if (found := read_found(folder)) is not None and found.is_current(folder, (".npy",)):
-            walk_specs(found.locate(folder), {path: path.stat().st_size for path in folder.rglob("*.npy")})
+        if (found := read_found(folder)) is not None and found.current_facts(folder, (".npy",)) is not None:
+            walk_specs(found.locate(folder, found.paths(folder)), {path: path.stat().st_size for path in folder.rglob("*.npy")})
         return
     generation = read_generation(folder)
     assert generation is not None

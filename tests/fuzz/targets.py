@@ -162,7 +162,9 @@ def _manifest(data: bytes, folder: Path) -> None:
         for check in known.verified:
             known.is_verified(specs, check)
         if (found := read_found(folder)) is not None and found.current_facts(folder, (".npy",)) is not None:
-            walk_specs(found.locate(folder, found.paths(folder)), {path: path.stat().st_size for path in folder.rglob("*.npy")})
+            walk_specs(
+                found.locate(folder, found.paths(folder)), {path: path.stat().st_size for path in folder.rglob("*.npy")}
+            )
         return
     generation = read_generation(folder)
     assert generation is not None

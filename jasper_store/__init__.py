@@ -20,15 +20,20 @@ from typing import TYPE_CHECKING, Any
 from jasper_store import errors
 
 if TYPE_CHECKING:
+    from jasper_store.building.build import build
+    from jasper_store.building.build_report import BuildReport
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
+    from jasper_store.hub.push import PushReport, push
     from jasper_store.jasper.api import DatasetWriter, commit, compact, convert, open, plan, verify, warm_up  # noqa: A004
     from jasper_store.jasper.dataset import JASPERSteeringDataset
     from jasper_store.jasper.loader import create_loader
+    from jasper_store.jasper.packed import pack
     from jasper_store.loading.device import to_device
     from jasper_store.loading.epochs import set_epoch
     from jasper_store.loading.first_batch import validate_first_batch
     from jasper_store.memory.report import MemoryReport, memory_report
+    from jasper_store.packing.report import PackReport
     from jasper_store.samples.dataset import Dataset
     from jasper_store.samples.declaration import Choice, Variant
     from jasper_store.store.placement import Plan
@@ -39,18 +44,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BuildReport",
     "Choice",
     "ConversionReport",
     "Dataset",
     "DatasetWriter",
     "JASPERSteeringDataset",
     "MemoryReport",
+    "PackReport",
     "Plan",
+    "PushReport",
     "StoredTensor",
     "TensorStore",
     "Variant",
     "VerifyReport",
     "WarmupReport",
+    "build",
     "commit",
     "compact",
     "convert",
@@ -58,7 +67,9 @@ __all__ = [
     "errors",
     "memory_report",
     "open",
+    "pack",
     "plan",
+    "push",
     "set_epoch",
     "to_device",
     "validate_first_batch",
@@ -69,6 +80,7 @@ __all__ = [
 # Where the names above live. Each is imported when it is first used: a program that asks for one pays for that one,
 # and a program that only looks at the version pays for nothing. Type checkers see the imports at the top.
 _HOMES = {
+    "BuildReport": "building.build_report",
     "Choice": "samples.declaration",
     "Dataset": "samples.dataset",
     "Variant": "samples.declaration",
@@ -76,18 +88,23 @@ _HOMES = {
     "DatasetWriter": "jasper.api",
     "JASPERSteeringDataset": "jasper.dataset",
     "MemoryReport": "memory.report",
+    "PackReport": "packing.report",
     "Plan": "store.placement",
+    "PushReport": "hub.push",
     "StoredTensor": "store.tensors",
     "TensorStore": "store.store",
     "VerifyReport": "conversion.verify",
     "WarmupReport": "store.warmup",
+    "build": "building.build",
     "commit": "jasper.api",
     "compact": "jasper.api",
     "convert": "jasper.api",
     "create_loader": "jasper.loader",
     "memory_report": "memory.report",
     "open": "jasper.api",
+    "pack": "jasper.packed",
     "plan": "jasper.api",
+    "push": "hub.push",
     "set_epoch": "loading.epochs",
     "to_device": "loading.device",
     "validate_first_batch": "loading.first_batch",

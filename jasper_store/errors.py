@@ -13,7 +13,9 @@
         ├── BatchError                  also AssertionError and ValueError; a batch that failed a check
         ├── ClosedError                 also ValueError; use after close()
         ├── ConversionError             also OSError; a conversion that could not be finished
+        ├── HubError                    also OSError; the Hub refused, or could not be reached
         ├── WorkerDiedError             also RuntimeError; a worker process of a loader ended by itself
+        ├── RankError                   also RuntimeError; ranks that would serve different epochs, or one that is missing
         └── InsufficientMemoryError     also MemoryError; it would not fit, with the numbers
 
     UserWarning
@@ -40,12 +42,14 @@ __all__ = [
     "CorruptFileError",
     "DatasetNotFoundError",
     "DeclarationError",
+    "HubError",
     "IncompatibleOptionsError",
     "InsufficientMemoryError",
     "IntegrityError",
     "JasperStoreError",
     "JasperStoreWarning",
     "PerformanceWarning",
+    "RankError",
     "StaleDataWarning",
     "UnknownNameError",
     "WorkerDiedError",
@@ -112,8 +116,16 @@ class ConversionError(JasperStoreError, OSError):
     """A conversion or a write could not be finished: no space, read-only, source changed, target busy."""
 
 
+class HubError(JasperStoreError, OSError):
+    """The Hugging Face Hub refused, could not be reached, or a transfer was cut; run again, what is complete is kept."""
+
+
 class WorkerDiedError(JasperStoreError, RuntimeError):
     """A worker process of a loader ended by itself; the message names it and says how. The others were stopped."""
+
+
+class RankError(JasperStoreError, RuntimeError):
+    """Processes of one run would not serve one epoch together: their data, seed or order differ, or one did not answer."""
 
 
 class InsufficientMemoryError(JasperStoreError, MemoryError):

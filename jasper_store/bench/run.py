@@ -13,6 +13,7 @@ from jasper_store.bench.disk import COLD, DiskRate, cached_share, make_cold, pro
 from jasper_store.bench.serving import LoaderRate, loader_rate, quietly, row_rate
 from jasper_store.bench.torch_files import torch_load_seconds
 from jasper_store.errors import DeclarationError, IncompatibleOptionsError
+from jasper_store.files.hub import local_path
 from jasper_store.formats.base import Extent, Parts, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.api import open as open_dataset, plan
@@ -124,7 +125,9 @@ def bench(
         )
     began = time.perf_counter()
     with unrecorded():
-        run = _Run(Path(path), storage_format, seconds, step or (lambda _: None), cold=cold, memory_limit=memory_limit)
+        run = _Run(
+            local_path(path), storage_format, seconds, step or (lambda _: None), cold=cold, memory_limit=memory_limit
+        )
         run.opening()
         run.disk()
         run.rows()

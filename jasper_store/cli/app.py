@@ -15,13 +15,16 @@ from typer.core import TyperGroup
 
 import jasper_store as js
 from jasper_store.cli.bench import bench
+from jasper_store.cli.build import build
 from jasper_store.cli.compact import compact
 from jasper_store.cli.console import results
 from jasper_store.cli.convert import convert
 from jasper_store.cli.demo import demo
 from jasper_store.cli.errors import EXIT_CODES, reported
 from jasper_store.cli.inspect import inspect
+from jasper_store.cli.pack import pack
 from jasper_store.cli.plan import plan
+from jasper_store.cli.push import push
 from jasper_store.cli.report import report
 from jasper_store.cli.sample import sample
 from jasper_store.cli.synth import synth
@@ -66,7 +69,23 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _command in (demo, sample, inspect, plan, convert, compact, warm, verify, train, synth, report, bench):
+for _command in (
+    demo,
+    sample,
+    build,
+    inspect,
+    plan,
+    convert,
+    compact,
+    pack,
+    warm,
+    verify,
+    train,
+    synth,
+    report,
+    push,
+    bench,
+):
     app.command(epilog=EXIT_CODES)(_command)
 
 

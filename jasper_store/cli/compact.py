@@ -9,13 +9,13 @@ import typer
 import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.convert import follow_bytes
-from jasper_store.cli.options import Directory, Json
+from jasper_store.cli.options import Json, LocalDirectory
 
 __all__ = ["compact"]
 
 
 def compact(
-    path: Directory,
+    path: LocalDirectory,
     *,
     remove_old: Annotated[
         bool,

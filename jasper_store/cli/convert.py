@@ -22,7 +22,7 @@ __all__ = ["convert", "follow_bytes"]
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="A dataset directory, or one file.")],
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="A dataset directory, one file, or hf://owner/name.")],
     dst: Annotated[
         Path | None,
         typer.Argument(metavar="[DST]", help="Directory to write to; by default beside the source's files."),

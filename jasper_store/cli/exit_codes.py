@@ -9,6 +9,7 @@ from jasper_store.errors import (
     ConversionError,
     CorruptFileError,
     DatasetNotFoundError,
+    HubError,
     IncompatibleOptionsError,
     InsufficientMemoryError,
     IntegrityError,
@@ -43,6 +44,7 @@ class ExitCode(IntEnum):
     DATA = 4, "damaged or contradictory data"
     MEMORY = 5, "does not fit in memory"
     WRITE = 6, "could not be written"
+    HUB = 7, "the Hub refused, or could not be reached"
     INTERRUPTED = 130, "interrupted"
 
 
@@ -53,6 +55,7 @@ ERRORS: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (IntegrityError, ExitCode.DATA),
     (InsufficientMemoryError, ExitCode.MEMORY),
     (ConversionError, ExitCode.WRITE),
+    (HubError, ExitCode.HUB),
     (MemoryError, ExitCode.MEMORY),
     (KeyboardInterrupt, ExitCode.INTERRUPTED),
 )

@@ -10,9 +10,10 @@ from jasper_store.formats.base import TensorSpec
 from jasper_store.formats.registry import Located
 from jasper_store.jasper.recognise import known_at
 from jasper_store.report.sample import SampleView, look_at_samples
+from jasper_store.samples.opened import packed_at
 from jasper_store.store.manifest_file import read
 
-__all__ = ["manifest_says", "samples_of"]
+__all__ = ["manifest_says", "packed_changes", "samples_of"]
 
 
 def manifest_says(path: Path, located: Located) -> list[str]:
@@ -22,6 +23,15 @@ def manifest_says(path: Path, located: Located) -> list[str]:
         return known.check(located.specs) if known is not None else []
     except CorruptFileError as exc:
         return [str(exc)]
+
+
+def packed_changes(path: Path) -> list[str]:
+    """Where a packed dataset's source has changed since it was packed."""
+    try:
+        packed = packed_at(path)
+    except JasperStoreError as exc:
+        return [str(exc)]
+    return [] if packed is None else packed.changes(path)
 
 
 def samples_of(path: Path, specs: Iterable[TensorSpec]) -> tuple[SampleView | None, JasperStoreError | None]:

@@ -9,6 +9,7 @@ import typer
 
 from jasper_store.cli.sizes import parse_size
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.files.hub import is_hub_path, local_path
 
 __all__ = [
     "TRAIN_BATCH",
@@ -16,19 +17,33 @@ __all__ = [
     "Directory",
     "FormatOption",
     "Json",
+    "LocalDirectory",
     "MemoryLimit",
     "Mmap",
     "Preload",
     "Seed",
+    "downloaded",
     "use_mmap",
 ]
 
 TRAIN_BATCH = 32
 """Samples per step of ``train``, unless asked for otherwise."""
 
+
+def downloaded(path: Path) -> Path:
+    """Where a path lies on this machine; a dataset of the Hub is downloaded."""
+    return local_path(path) if is_hub_path(path) else path
+
+
 Directory: TypeAlias = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensor files, or one file.")
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        callback=downloaded,
+        help="A dataset directory, any directory of tensor files, one file, or hf://owner/name.",
+    ),
 ]
+LocalDirectory: TypeAlias = Annotated[Path, typer.Argument(metavar="DIR", help="A dataset directory.")]
 FormatOption: TypeAlias = Annotated[
     str,
     typer.Option(

@@ -7,18 +7,17 @@ from typing import Annotated
 
 import typer
 
+import jasper_store as js
 from jasper_store.cli.console import print_json, progress, results
 from jasper_store.cli.exit_codes import ExitCode
-from jasper_store.cli.options import FormatOption, Json, MemoryLimit
+from jasper_store.cli.options import Directory, FormatOption, Json, MemoryLimit
 from jasper_store.cli.outputs import require_file
 
 __all__ = ["report"]
 
 
 def report(
-    path: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A dataset directory, any directory of tensors, or one file.")
-    ],
+    path: Directory,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Page to write.")] = Path("report.html"),
     storage_format: FormatOption = "auto",
     *,
@@ -59,7 +58,7 @@ def report(
     if json:
         print_json(found.to_dict())
     else:
-        write_bytes(out, page(found).encode("utf-8", "replace"))
+        write_bytes(out, page(found, js.__version__).encode("utf-8", "replace"))
         results().print(f"{out}: open it in a browser", markup=False, soft_wrap=True)
     if not found.ok:
         raise typer.Exit(ExitCode.DATA)

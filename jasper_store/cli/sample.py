@@ -53,7 +53,7 @@ def sample(
 def _copy(files: list[Path], path: Path, nbytes: int) -> None:
     # Imported here because they import torch, for which --help need not wait.
     from jasper_store.conversion.staging import make_staging, publish
-    from jasper_store.files.atomic import map_os_errors, require_space
+    from jasper_store.files.atomic import map_os_errors, require_space, sync_directory, sync_file
 
     target = path.absolute()
     if target.is_dir() and any(target.iterdir()):
@@ -64,4 +64,6 @@ def _copy(files: list[Path], path: Path, nbytes: int) -> None:
         with map_os_errors(target, staging, nbytes):
             for file in files:
                 shutil.copyfile(file, staging / file.name)
+                sync_file(staging / file.name)
+            sync_directory(staging)
             publish(staging, target, overwrite=False)

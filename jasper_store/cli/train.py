@@ -12,7 +12,18 @@ import typer
 
 import jasper_store as js
 from jasper_store.cli.console import errors, print_json, progress, results
-from jasper_store.cli.options import TRAIN_BATCH, Device, FormatOption, Json, MemoryLimit, Mmap, Preload, Seed, use_mmap
+from jasper_store.cli.options import (
+    TRAIN_BATCH,
+    Device,
+    FormatOption,
+    Json,
+    MemoryLimit,
+    Mmap,
+    Preload,
+    Seed,
+    downloaded,
+    use_mmap,
+)
 from jasper_store.cli.outputs import make_directory
 from jasper_store.errors import IncompatibleOptionsError
 
@@ -26,7 +37,10 @@ _CHECKPOINT = "checkpoint.pt"
 
 
 def train(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="A JASPER dataset directory.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", callback=downloaded, help="A JASPER dataset directory, or hf://owner/name."),
+    ],
     epochs: Annotated[int, typer.Option(min=1, help="Epochs in all, resumed ones included.")] = 50,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per step.")] = TRAIN_BATCH,
     out: Annotated[Path | None, typer.Option("--out", help="Directory for a checkpoint after every epoch.")] = None,

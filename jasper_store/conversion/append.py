@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from jasper_store.conversion.generations import (
-    SHARDS,
     NewPart,
     current,
     extended,
@@ -22,7 +21,7 @@ from jasper_store.conversion.generations import (
 from jasper_store.errors import ConversionError, IncompatibleOptionsError, IntegrityError, UnknownNameError
 from jasper_store.files.atomic import clean_stale, map_os_errors, remove, sync_directory, temporary_name
 from jasper_store.files.lock import LOCK_NAME, exclusive, remove_stale
-from jasper_store.formats.generation import read_generation
+from jasper_store.formats.generation import SHARDS, read_generation
 from jasper_store.formats.registry import FORMATS, base_name, format_for, locate
 from jasper_store.store.manifest import Manifest
 from jasper_store.store.manifest_file import MANIFEST_LOCK
@@ -99,10 +98,10 @@ class Appending:
             msg = f"{name!r}: expected rows of {base!r} through append_ragged(), since it is ragged, found append()"
             raise IntegrityError(msg, tensor=name)
 
-    def require_ragged(self, name: str) -> None:
-        """Check that rows may be appended to a ragged tensor; as :meth:`require`."""
-        for part in ("values", "offsets"):
-            self.require(f"{name}.{part}", torch.int64, ())
+    def require_ragged(self, name: str, dtype: torch.dtype) -> None:
+        """Check that rows of such values may be appended to a ragged tensor; as :meth:`require`."""
+        self.require(f"{name}.values", dtype, ())
+        self.require(f"{name}.offsets", torch.int64, ())
 
     def publish(
         self,

@@ -7,12 +7,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from jasper_store.conversion.append import SHARD_NAME, clean_parts
 from jasper_store.conversion.checksum import Hasher
 from jasper_store.conversion.generations import (
-    SHARDS,
     NewPart,
     current,
     extended,
@@ -28,8 +28,9 @@ from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import LOCK_NAME, exclusive
 from jasper_store.formats.base import Schema
 from jasper_store.formats.files import dtype_name
-from jasper_store.formats.generation import Generation, read_generation
+from jasper_store.formats.generation import SHARDS, Generation, read_generation
 from jasper_store.formats.registry import FORMATS, base_name, format_for, locate
+from jasper_store.formats.texts import text_names
 from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry, key_of
 from jasper_store.store.manifest_file import read
 
@@ -54,7 +55,7 @@ def commit(
     """Publish the shards of a dataset: nothing of them is visible before, everything after.
 
     Shards follow each other by their numbers, behind the rows of a dataset that is there. Their files are moved, not
-    copied; only offsets of ragged tensors, 8 bytes a row, are written again, since they count from the first row of all.
+    copied; only offsets of ragged tensors and rows of ids, 8 bytes a row, are written again: they count from the first row of all.
     A commit that was killed is run again.
 
     Args:
@@ -153,8 +154,9 @@ class _Commit:
                 (self.root / SHARDS / name).rename(self.target / name)
             moved = [locate(self.target / name, shards[0].format, self.schema) for name in self.names]
             parts = self._parts(moved)
-            sync_directory(self.target)
-            sync_directory(self.root)
+            # A move is on the disk when both directories are.
+            for directory in (self.target, self.root / SHARDS, self.root):
+                sync_directory(directory)
             before = self.old or Generation(0, moved[0].format)
             new = extended(before, self.root, parts, Manifest(self.root, self.entries), number=self.number)
             self._check(before, new)
@@ -224,39 +226,47 @@ class _Commit:
         return found[0]
 
     def _parts(self, moved: Sequence[Located]) -> list[NewPart]:
+        shards = [{spec.name: spec for spec in located.specs} for located in moved]
         names = [spec.name for spec in moved[0].specs]
         ragged = sorted({base_name(n) for n in names if f"{base_name(n)}.offsets" in names and n.endswith(".values")})
-        offsets = {f"{name}.offsets" for name in ragged}
+        rebased = [self._rebased(f"{name}.offsets", self._ends(f"{name}.values", shards), shards) for name in ragged]
+        rebased += [
+            self._rebased(f"{name}.order", self._ends(f"{name}.hashes", shards), shards)
+            for name in sorted(text_names(moved[0].specs))
+            if f"{name}.order" in names
+        ]
+        replaced = {part.spec.name for part in rebased}
         known = Manifest(self.root, self.entries)
         parts = [
             NewPart(spec, known.checksum(spec))
             for position, located in enumerate(moved)
             for spec in located.specs
-            if spec.name not in offsets and (spec.shape or position == 0)
+            if spec.name not in replaced and (spec.shape or position == 0)
         ]
-        by_shard = [{spec.name: spec for spec in located.specs} for located in moved]
-        return parts + [self._rebased(name, by_shard) for name in ragged]
+        return parts + rebased
 
-    def _rebased(self, name: str, shards: Sequence[Mapping[str, TensorSpec]]) -> NewPart:
-        """Offsets of all shards in one file, counted from the first value of the dataset."""
-        before = self.old.tensors[f"{name}.values"].n_rows(self.old.number) if self.old is not None else 0
-        fmt = FORMATS["npy" if shards[0][f"{name}.offsets"].path.suffix == ".npy" else "safetensors"]
-        file = self.target / f"{name}.offsets{fmt.suffixes[0]}"
+    def _ends(self, name: str, shards: Sequence[Mapping[str, TensorSpec]]) -> list[int]:
+        """Rows of a tensor of the dataset before the first shard, the second, and so on."""
+        before = self.old.tensors[name].n_rows(self.old.number) if self.old is not None else 0
+        return [before, *(before + np.cumsum([shard[name].n_rows for shard in shards])).tolist()]
+
+    def _rebased(self, name: str, starts: Sequence[int], shards: Sequence[Mapping[str, TensorSpec]]) -> NewPart:
+        """Offsets or row numbers of all shards in one file, counted from the beginning of the dataset."""
+        fmt = FORMATS["npy" if shards[0][name].path.suffix == ".npy" else "safetensors"]
+        file = self.target / f"{name}{fmt.suffixes[0]}"
         file.unlink(missing_ok=True)
         writer, hasher, rows = fmt.writer(file, self.schema), Hasher(), 0
+        # Every shard's offsets begin with a zero; only the first of all is one of the dataset.
+        zeros = [int(name.endswith(".offsets") and (i > 0 or self.old is not None)) for i in range(len(shards))]
         try:
-            writer.begin(f"{name}.offsets", torch.int64, (), None)
-            for number, shard in enumerate(shards):
-                done = 0
-                for block in read_blocks(shard[f"{name}.offsets"]):
-                    # Every shard's offsets begin with a zero; only the first of all is one of the dataset.
-                    skipped = int(done == 0 and (number > 0 or self.old is not None))
-                    absolute = block[skipped:] + before
-                    done += len(block)
+            writer.begin(name, torch.int64, (), None)
+            for shard, start, skipped in zip(shards, starts, zeros, strict=False):
+                for block in read_blocks(shard[name]):
+                    absolute = block[skipped:] + start
+                    skipped = 0  # noqa: PLW2901 - of the first block only
                     writer.append(absolute)
                     hasher.update(absolute)
                     rows += len(absolute)
-                before += shard[f"{name}.values"].n_rows
             writer.end()
             writer.close()
         except BaseException:
@@ -264,7 +274,7 @@ class _Commit:
             raise
         sync_file(file)
         entry = TensorEntry("int64", (rows,), hasher.hexdigest())
-        found = FileEntry(FileFingerprint.of(file), {f"{name}.offsets": entry})
+        found = FileEntry(FileFingerprint.of(file), {name: entry})
         self.entries[f"{self.target.name}/{file.name}"] = found
         return NewPart(fmt.locate(file, self.schema)[0], entry.xxh3_128)
 

@@ -32,7 +32,6 @@ _Row: TypeAlias = "tuple[int, int, int, str | None]"
 
 __all__ = [
     "PART_DIRECTORY",
-    "SHARDS",
     "NewPart",
     "current",
     "extended",
@@ -40,10 +39,10 @@ __all__ = [
     "publish",
     "require_alike",
     "require_growable",
+    "retired",
     "stray_directories",
 ]
 
-SHARDS: Final = ".shards"  # directory that shards are written into
 PART_DIRECTORY: Final = re.compile(r"part-\d{6,}")
 _WAIT_SECONDS = 60.0  # for a reader that is writing down which checks passed
 
@@ -139,7 +138,7 @@ def extended(
             # Without rows it may have no place in its file (HDF5).
             offset = each.location.offset if isinstance(each.location, Extent) else 0
             columns.setdefault(spec.name, []).append((numbers[each.path], offset, each.n_rows, part.checksum))
-    tensors = {name: _retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()}
+    tensors = {name: retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()}
     for name, rows in columns.items():
         tensors[name] = _longer(tensors.get(name), spec_of[name], rows, number)
     return Generation(number, old.format, files.columns(), tensors, whole)
@@ -181,7 +180,8 @@ def _growable(spec: TensorSpec) -> bool:
     return bool(spec.shape) and (isinstance(spec.location, Parts) or spec.contiguous or not spec.n_rows)
 
 
-def _retired(tensor: PartedTensor, number: int) -> PartedTensor:
+def retired(tensor: PartedTensor, number: int) -> PartedTensor:
+    """A tensor whose parts end with a generation."""
     return replace(tensor, until=np.where(tensor.until == 0, number, tensor.until).astype(np.int64))
 
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from jasper_store.conversion.generations import PART_DIRECTORY, SHARDS
+from jasper_store.conversion.generations import PART_DIRECTORY
 from jasper_store.errors import ConversionError
 from jasper_store.files.atomic import (
     clean_stale,
@@ -18,12 +18,13 @@ from jasper_store.files.atomic import (
     temporary_name,
 )
 from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.formats.generation import SHARDS
 from jasper_store.formats.registry import FORMATS, format_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["make_staging", "publish"]
+__all__ = ["check_target", "make_staging", "publish"]
 
 
 def make_staging(stack: contextlib.ExitStack, target: Path, *, overwrite: bool) -> Path:
@@ -39,11 +40,12 @@ def make_staging(stack: contextlib.ExitStack, target: Path, *, overwrite: bool) 
     with map_os_errors(target):
         recover_directory(target)
         clean_stale(parent, target.name)
-        _check_target(target, overwrite=overwrite)
+        check_target(target, overwrite=overwrite)
         staging = temporary_name(target, "staging")
         # A callback and no generator: a forked child that ends would run a generator's "finally".
         stack.callback(remove, staging)
-        staging.mkdir()
+        # What replaces a directory gets its permissions in the end; until then only the owner reads it.
+        staging.mkdir(0o700 if target.exists() else 0o777)
     return staging
 
 
@@ -58,14 +60,18 @@ def publish(staging: Path, target: Path, *, overwrite: bool) -> None:
         if target.is_dir():
             # A conversion into the old directory must not lose it while it writes.
             stack.enter_context(exclusive(target / LOCK_NAME, f"replacing {target}"))
-        _check_target(target, overwrite=overwrite)
+        check_target(target, overwrite=overwrite)
         if sys.platform == "win32":
             stack.close()  # a directory that holds an open file cannot be renamed there; the lock beside it stays
         swap_directory(staging, target)
 
 
-def _check_target(target: Path, *, overwrite: bool) -> None:
-    """Refuse to replace what must not be lost."""
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Refuse to replace what must not be lost.
+
+    Raises:
+        ConversionError: the target is there and may not be replaced.
+    """
     if not target.exists():
         return
     if not target.is_dir():

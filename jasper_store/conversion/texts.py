@@ -102,7 +102,7 @@ def _joined(columns: list[Texts]) -> list[Texts]:
     for texts in columns:
         path = texts.files[0]
         one = numbered.get(path)
-        name = one.base if one is not None and texts.name == _stem(path) else texts.name
+        name = one.whole_name(_stem(path), texts.name) if one is not None else texts.name
         same.setdefault((one.files[0] if one is not None else path, name), []).append(texts)
     found = []
     for (first, name), parts in same.items():

@@ -18,7 +18,7 @@ from jasper_store.conversion.coerce import are_strings, as_block, as_json, flatt
 from jasper_store.conversion.plan import FileTask, make_tasks
 from jasper_store.conversion.staging import make_staging, publish
 from jasper_store.conversion.transfer import Options, require_reference, write_file
-from jasper_store.errors import ClosedError, ConversionError, IncompatibleOptionsError, IntegrityError
+from jasper_store.errors import ClosedError, ConversionError, IntegrityError
 from jasper_store.files.atomic import (
     map_os_errors,
     remove,
@@ -225,12 +225,6 @@ class DirectoryWriter:
         """
         self._check_open()
         self._check_kind(name, "append_ids()")
-        if self._is_part:
-            msg = (
-                f"{name!r}: expected no ids where a part of a dataset is written, since their hashes are sorted over all of "
-                "them; keep ids in a dataset of their own, which is written at once"
-            )
-            raise IncompatibleOptionsError(msg, tensor=name)
         values, lengths = encode(name, rows.tolist() if isinstance(rows, np.ndarray) else rows)
         self._append_rows(name, torch.from_numpy(values.copy()), torch.from_numpy(lengths), self._ids)
         self._ids[name].append(hash_block(values, lengths))
@@ -254,7 +248,7 @@ class DirectoryWriter:
         if name not in known:
             check_name(name)
             if self._appending is not None:
-                self._appending.require_ragged(name)
+                self._appending.require_ragged(name, values.dtype)
             known[name] = []
             self._append(f"{name}.values", torch.empty(0, dtype=values.dtype))
             # Offsets of an appended part begin where the old ones end, which is the end of the values there are.
@@ -268,8 +262,9 @@ class DirectoryWriter:
         for name, blocks in self._ids.items():
             hashes, order = sort_hashes(blocks)
             blocks.clear()
+            before = self._appending.n_rows(f"{name}.hashes") if self._appending is not None else 0
             self._append(f"{name}.hashes", torch.from_numpy(hashes))
-            self._append(f"{name}.order", torch.from_numpy(order))
+            self._append(f"{name}.order", torch.from_numpy(order) + before)
 
     def _append(self, name: str, block: torch.Tensor) -> None:
         block = block.detach().cpu()

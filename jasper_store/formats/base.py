@@ -125,6 +125,10 @@ class Parts:
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
+FileFacts: TypeAlias = tuple[int, int, int, int]
+"""What the system says of a file: bytes, modification time in nanoseconds, number in its file system, number of that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Streamed:
     """Values that can only be read from the first to the last: a deflated member of a ``.npz``, a Parquet column.
@@ -264,6 +268,7 @@ class Schema:
         hdf5_aliases: other HDF5 paths to the tensor name that they mean.
         reads_per_sample: rows of a tensor that one training sample reads; a name that is missing reads 1.0.
         stacks: tensors that a batch gathers together, each row from one of them; see ``store/concat_buffer.py``.
+        together: tensors that are preloaded all or not at all, since they are read together in runs.
     """
 
     required: frozenset[str] = frozenset()
@@ -272,6 +277,7 @@ class Schema:
     reads_per_sample: Mapping[str, float] = field(default_factory=dict)
     stacks: tuple[tuple[str, ...], ...] = ()
     optional: frozenset[str] = frozenset()
+    together: frozenset[str] = frozenset()
 
     def hdf5_path(self, name: str) -> str:
         """HDF5 path of a tensor; of ``X.values`` and ``X.offsets``, the ragged group's path and the part."""

@@ -6,24 +6,25 @@ counts while the directory holds just these files, as they were; else the header
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from jasper_store.formats.base import Extent, Parts
-from jasper_store.formats.generation import MANIFEST_NAME, Generation, PartedTensor, PartFiles
+from jasper_store.formats.files import read_file
+from jasper_store.formats.generation import MANIFEST_NAME, Generation, PartedTensor, PartFiles, parse_json
 from jasper_store.formats.numbered import INDEX_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from jasper_store.formats.base import FormatName, TensorSpec
+    from jasper_store.formats.base import FileFacts, FormatName, TensorSpec
 
-__all__ = ["FOUND", "MANY", "FoundParts", "read_found"]
+__all__ = ["FOUND", "MANY", "FoundParts", "parse_found", "read_found"]
 
 MANY: Final = 64
 """Files from which on it is worth remembering what they hold."""
@@ -83,25 +84,45 @@ class FoundParts:
         )
         return cls(Generation(1, chosen, files, tensors))
 
-    def is_current(self, root: Path, suffixes: tuple[str, ...]) -> bool:
-        """Whether a directory holds just these files, of all whose names end like this, unchanged."""
+    def current_facts(self, root: Path, suffixes: tuple[str, ...]) -> list[FileFacts] | None:
+        """What the system says of each file, if a directory holds just these, unchanged; else ``None``.
+
+        Args:
+            root: the directory.
+            suffixes: endings of the names that count.
+        """
         files = self.layout.files
-        expected = dict(zip(files.names, zip(files.sizes.tolist(), files.mtimes.tolist(), strict=True), strict=True))
+        names: list[str] = []
+        facts: list[FileFacts] = []
         with os.scandir(root) as entries:
             for entry in entries:
                 name = entry.name
                 if name[0] in "._" or not name.lower().endswith((*suffixes, INDEX_SUFFIX)):
                     continue
-                facts = entry.stat()
-                if expected.pop(name, None) != (facts.st_size, facts.st_mtime_ns):
-                    return False
-        return not expected
+                one = entry.stat()
+                names.append(name)
+                facts.append((one.st_size, one.st_mtime_ns, one.st_ino, one.st_dev))
+        if len(names) != len(files.names):
+            return None
+        places = dict(zip(names, range(len(names)), strict=True))
+        at = [places.get(name, -1) for name in files.names]
+        if -1 in at:
+            return None
+        ordered = [facts[i] for i in at]
+        # Columns are compared, and plain tuples are kept: objects by the ten thousand make the garbage collector run.
+        same = [one[0] for one in ordered] == files.sizes.tolist() and [
+            one[1] for one in ordered
+        ] == files.mtimes.tolist()
+        return ordered if same else None
 
-    def locate(self, root: Path) -> list[TensorSpec]:
-        """The tensors."""
-        return self.layout.specs_at(
-            root, {number: root / name for number, name in enumerate(self.layout.files.names)}, 1
-        )
+    def paths(self, root: Path) -> list[Path]:
+        """The files in a directory, in order."""
+        prefix = str(root / "_")[:-1]
+        return [Path(prefix + name) for name in self.layout.files.names]
+
+    def locate(self, root: Path, paths: Sequence[Path]) -> list[TensorSpec]:
+        """The tensors, given :meth:`paths`."""
+        return self.layout.specs_at(root, dict(enumerate(paths)), 1)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -120,8 +141,18 @@ def read_found(root: Path) -> FoundParts | None:
     """What the manifest of a directory remembers; ``None`` where it remembers nothing, or nothing that makes sense."""
     path = root / MANIFEST_NAME
     try:
-        text = path.read_bytes()
-        raw = json.loads(text) if f'"{FOUND}"'.encode() in text else {}
-        return FoundParts.from_json(raw[FOUND], path) if FOUND in raw else None
+        text = read_file(path)
+        return parse_found(text, path) if f'"{FOUND}"'.encode() in text else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError):
         return None  # a manifest that cannot be understood is refused where it is read as a whole
+
+
+@lru_cache(maxsize=1)
+def parse_found(text: bytes, path: Path) -> FoundParts | None:
+    """What a manifest remembers. An opening asks for it twice: where to look, and whether files are as they were.
+
+    Raises:
+        ValueError, TypeError, KeyError, CorruptFileError: it makes no sense.
+    """
+    raw = parse_json(text)
+    return FoundParts.from_json(raw[FOUND], path) if FOUND in raw else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -20,7 +21,7 @@ import xxhash
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Extent, FormatName, Parts, TensorSpec
-from jasper_store.formats.files import check_shape, dtype_name, shown
+from jasper_store.formats.files import check_shape, dtype_name, read_file, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,9 +30,20 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import ReadFormat, Schema
 
-__all__ = ["MANIFEST_NAME", "Generation", "PartFiles", "PartedTensor", "WholeTensor", "read_generation", "safe_name"]
+__all__ = [
+    "MANIFEST_NAME",
+    "SHARDS",
+    "Generation",
+    "PartFiles",
+    "PartedTensor",
+    "WholeTensor",
+    "read_generation",
+    "safe_name",
+]
 
 MANIFEST_NAME: Final = "jasper_store.json"
+SHARDS: Final = ".shards"
+"""Directory, inside a dataset's, that shards are written into until they are committed."""
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -247,6 +259,16 @@ class Generation:
         return cls(number, chosen, files, tensors, whole)
 
 
+@lru_cache(maxsize=1)
+def parse_json(text: bytes) -> Any:
+    """A manifest's JSON, to be looked at only: the last one is kept, since an opening needs it several times.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return json.loads(text)
+
+
 def read_generation(root: Path) -> Generation | None:
     """The generation that the manifest of a directory names; ``None`` where there is no manifest, or it names no parts.
 
@@ -255,13 +277,13 @@ def read_generation(root: Path) -> Generation | None:
     """
     path = root / MANIFEST_NAME
     try:
-        text = path.read_bytes()
-    except OSError:
+        text = read_file(path)
+    except DatasetNotFoundError:
         return None  # one that is there and cannot be read is refused where the rest of it is read
     if b'"generation"' not in text:
         return None
     try:
-        raw = json.loads(text)
+        raw = parse_json(text)
         return Generation.from_json(raw["generation"], path) if "generation" in raw else None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
         if isinstance(exc, CorruptFileError):
@@ -281,6 +303,8 @@ def safe_name(name: object) -> str:
     """
     if type(name) is not str or not name or name[0] == "/" or "\0" in name:
         raise ValueError(f"file name {name!r:.60} leaves the dataset's directory")
+    if not name.isascii():
+        os.fsencode(name)  # UnicodeEncodeError, a ValueError, of what no file can be called
     if not all(name.split("/")) or (".." in name and ".." in name.split("/")) or name in {".", ".."}:
         raise ValueError(f"file name {name!r:.60} leaves the dataset's directory")
     return name

@@ -7,25 +7,30 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 
-from jasper_store.errors import CorruptFileError, IncompatibleOptionsError, JasperStoreError
+from jasper_store.errors import CorruptFileError, IncompatibleOptionsError, IntegrityError, JasperStoreError
 from jasper_store.formats.base import Skipped, Streamed, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
+from jasper_store.formats.texts import Texts, check_utf8
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from jasper_store.formats.base import FormatName, Schema
+    from jasper_store.formats.texts import Block
 
 __all__ = ["ParquetFormat", "column_bytes"]
 
 _BLOCK_NBYTES = 1 << 20
 _MAX_ROWS = 1 << 16
+_TEXT_ROWS = 1 << 13
+_TEXTS = {"string", "large_string", "string_view"}
 _DTYPES = {
     "bool": torch.bool,
     "int8": torch.int8,
@@ -70,6 +75,13 @@ class ParquetFormat:
             reasons = {field.name: _no_number(field.type) for field in file.schema_arrow}
         return [Skipped(name, path, f"a column of {reason}") for name, reason in reasons.items() if reason]
 
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: columns of strings."""
+        with _opened(path) as file:
+            names = [field.name for field in file.schema_arrow if str(field.type) in _TEXTS]
+            rows = file.metadata.num_rows
+        return [Texts(name, (path,), rows, partial(_text_blocks, path, name, rows)) for name in names]
+
 
 def column_bytes(path: Path, spec: TensorSpec, column: str) -> Iterator[memoryview]:
     """The values of a column, a block of rows at a time.
@@ -92,6 +104,28 @@ def column_bytes(path: Path, spec: TensorSpec, column: str) -> Iterator[memoryvi
             done += len(batch)
             if len(values):
                 yield np.ascontiguousarray(values).data.cast("B")
+
+
+def _text_blocks(path: Path, column: str, rows: int) -> Iterator[Block]:
+    import pyarrow as pa
+
+    with _opened(path) as file:
+        done = 0
+        for batch in file.iter_batches(batch_size=_TEXT_ROWS, columns=[column], use_threads=False):
+            array = batch.column(0).cast(pa.large_string())
+            if array.null_count:
+                msg = (
+                    f"the column has {array.null_count} nulls in {len(array)} rows from row {done} on; fill them first"
+                )
+                raise IntegrityError(msg, path=path, tensor=column)
+            _, offsets, values = array.buffers()
+            ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+            encoded = np.frombuffer(values or b"", np.uint8)[int(ends[0]) : int(ends[-1])]
+            check_utf8(column, encoded, np.diff(ends), done)
+            done += len(array)
+            yield encoded, np.diff(ends)
+        if done != rows:
+            _corrupt(path, f"column {column!r} has {done} strings in a file of {rows} rows", "write it again")
 
 
 def _spec(path: Path, file: Any, name: str, kind: Any) -> TensorSpec:

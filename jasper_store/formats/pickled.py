@@ -20,7 +20,7 @@ from jasper_store.formats.files import check_shape, open_for_reading, read_at
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.pt.machine import Machine, PickleError
 from jasper_store.formats.pt.unpickle import describe
-from jasper_store.formats.texts import SkippedMemo
+from jasper_store.formats.texts import SkippedMemo, Texts, in_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -80,6 +80,15 @@ class PickleFormat:
         key = _MEMO.key(path)
         known = _MEMO.get(key)
         return _MEMO.put(key, _others(path, _named(path, self.suffixes))) if known is None else known
+
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: lists of ``str``, all in memory as UTF-8."""
+        found = []
+        for name, value in _named(path, self.suffixes, whole=True):
+            rows = _strings(value, path.stat().st_size)
+            if rows is not None:
+                found.append(in_memory(path, name, rows))
+        return found
 
 
 def _others(path: Path, found: Iterable[tuple[str, object]]) -> list[Skipped]:
@@ -162,9 +171,11 @@ class _ArrayMachine(Machine):
         **{(f"numpy.{core}.multiarray", "scalar"): _scalar for core in ("core", "_core")},
     }
 
-    def __init__(self, data: _FileBytes) -> None:
+    def __init__(self, data: _FileBytes, *, whole: bool = False) -> None:
+        """``whole`` follows the pickle to its end, ids included."""
         super().__init__(data)
         self.passed = self.followed = 0
+        self.whole = whole
 
     def find(self, module: str, name: str) -> object:
         if (module, name) == ("numpy", "ndarray"):
@@ -222,7 +233,11 @@ class _ArrayMachine(Machine):
 
         The pair is recognised by how the pickle ends; had it another meaning, the array would be there all the same.
         """
-        if len(self.stack) != len(alone) or any(a is not b for a, b in zip(self.stack, alone, strict=True)):
+        if (
+            self.whole
+            or len(self.stack) != len(alone)
+            or any(a is not b for a, b in zip(self.stack, alone, strict=True))
+        ):
             return
         ahead = self.data[self.at : min(self.at + 10, len(self.data))].removeprefix(b"\x94")  # MEMOIZE
         if ahead.startswith(b"\x95"):  # FRAME, and its length
@@ -292,22 +307,29 @@ def strings_of(file: BinaryIO, begin: int, size: int) -> list[str] | None:
         bytes do not explain the characters.
     """
     try:
-        found = _ArrayMachine(_FileBytes(file, size - begin, begin)).run()
+        found = _ArrayMachine(_FileBytes(file, size - begin, begin), whole=True).run()
     except (PickleError, ValueError, TypeError, RecursionError, OverflowError):
         return None  # what is refused stays what it was: objects, which are skipped
-    rows = found.data if isinstance(found, _Array) else None
-    if not isinstance(rows, list) or found.shape != (len(rows),) or not all(type(row) is str for row in rows):
+    return _strings(found, size)
+
+
+def _strings(value: object, size: int) -> list[str] | None:
+    """A list of strings, or an array of such objects, of one dimension; ``None`` for anything else."""
+    rows = value
+    if isinstance(value, _Array):
+        rows = value.data if isinstance(value.data, list) and value.shape == (len(value.data),) else None
+    if not isinstance(rows, list) or not all(type(row) is str for row in rows):
         return None
     return rows if sum(map(len, rows)) <= max(_CHARACTERS_PER_BYTE * size, _CHARACTERS_AT_LEAST) else None
 
 
-def _named(path: Path, suffixes: tuple[str, ...]) -> Iterator[tuple[str, object]]:
-    """What a pickle holds, by the names that it gets."""
+def _named(path: Path, suffixes: tuple[str, ...], *, whole: bool = False) -> Iterator[tuple[str, object]]:
+    """What a pickle holds, by the names that it gets; with ``whole``, also the ids that follow an array."""
     with open_for_reading(path) as (file, size):
         if read_at(file, 0, 1) != b"\x80":
             _refuse(path, f"it begins with {read_at(file, 0, 4)!r}, and no pickle of protocol 2 or later does", _RESAVE)
         try:
-            found = _ArrayMachine(_FileBytes(file, size)).run()
+            found = _ArrayMachine(_FileBytes(file, size), whole=whole).run()
         except _Found as exc:
             found = exc.value
         except (PickleError, ValueError, TypeError, RecursionError, OverflowError) as exc:

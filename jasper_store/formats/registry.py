@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
@@ -13,9 +13,10 @@ from jasper_store.errors import CorruptFileError, DatasetNotFoundError, Incompat
 from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
 from jasper_store.formats.base import Skipped, Streamed, SupportsSkipped
+from jasper_store.formats.files import system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.found import read_found
-from jasper_store.formats.generation import read_generation
+from jasper_store.formats.generation import SHARDS, read_generation
 from jasper_store.formats.hdf5.format import Hdf5Format
 from jasper_store.formats.npy import NpyFormat
 from jasper_store.formats.npz import NpzFormat
@@ -26,14 +27,14 @@ from jasper_store.formats.pickled import PickleFormat
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.scan import Scan, base_name, one_error, scan_files, with_stem
-from jasper_store.formats.texts import SupportsTexts, text_names
+from jasper_store.formats.texts import text_names
 from jasper_store.formats.vectors import BinFormat, FaissFormat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import Format, FormatName, ReadFormat, Schema, TensorSpec
+    from jasper_store.formats.base import FileFacts, Format, FormatName, ReadFormat, Schema, TensorSpec
 
 __all__ = [
     "AUTO_ORDER",
@@ -77,6 +78,7 @@ class Located:
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
         generation: number of the generation, where a manifest names the parts; 0 for files as they lie.
+        facts: what the system said of the files, where it was asked.
         skipped: what lies in the files or beside them and is no tensor, or none that is read.
     """
 
@@ -86,6 +88,7 @@ class Located:
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     generation: int = 0
+    facts: Mapping[Path, FileFacts] = field(default_factory=dict)
 
 
 def readable() -> Mapping[FormatName, ReadFormat]:
@@ -135,7 +138,13 @@ def locate(
         UnknownNameError: no such format, or a file whose suffix says nothing.
         DatasetNotFoundError: nothing there, or nothing of that format.
         CorruptFileError: a file that is needed cannot be read, or two files hold the same tensor.
+        InsufficientMemoryError: the system refused the memory that headers need.
     """
+    with system_refusals(path if isinstance(path, Path) else path[0]):
+        return _locate(path, format, schema, generation)
+
+
+def _locate(path: Path | tuple[Path, ...], format: str, schema: Schema, generation: int | None) -> Located:  # noqa: A002
     known = readable()
     asked = next((name for name in known if name == format), None)
     if asked is None and format != "auto":
@@ -179,8 +188,9 @@ def skipped_at(directory: Path, name: FormatName, schema: Schema) -> list[Skippe
 
 
 def files_of(directory: Path, name: FormatName) -> Mapping[Path, str]:
-    """The files of one format in a directory, sorted, each with its name without suffix."""
-    return _files(directory)[name]
+    """The files of one format in a directory that hold its dataset, in order, each with its name without suffix."""
+    files = _files(directory)[name]
+    return dataset_files(directory, files)[0] if name == "arrow" else files
 
 
 def _require_tensors(located: Located) -> Located:
@@ -259,7 +269,13 @@ def _locate_found(root: Path, asked: FormatName | None) -> Located | None:
     if found is None or asked not in (None, found.layout.format):
         return None
     suffixes = tuple(suffix for fmt in readable().values() for suffix in fmt.suffixes)
-    return Located(found.layout.format, root, tuple(found.locate(root))) if found.is_current(root, suffixes) else None
+    facts = found.current_facts(root, suffixes)
+    if facts is None:
+        return None
+    paths = found.paths(root)
+    return Located(
+        found.layout.format, root, tuple(found.locate(root, paths)), facts=dict(zip(paths, facts, strict=True))
+    )
 
 
 def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> Located:
@@ -351,20 +367,16 @@ def _path_of(error: JasperStoreError, files: Mapping[Path, str]) -> Path:
 def _skipped_in(
     scans: Mapping[FormatName, Scan], files: Mapping[FormatName, Mapping[Path, str]], schema: Schema
 ) -> list[Skipped]:
-    """What the files that were scanned hold besides tensors.
-
-    A column that every shard holds is named once, unless it holds strings that a conversion keeps: then each is needed.
-    """
-    skipped: dict[tuple[str, ...], Skipped] = {}
+    """What the files that were scanned hold besides tensors; a column that every shard holds is named once."""
+    skipped: dict[tuple[str, str], Skipped] = {}
     for name, scan in scans.items():
-        each = isinstance(readable()[name], SupportsTexts)
         for path in files[name]:
             if str(path) in scan.failed:
                 continue
             # What is wrong with a file that others make unreadable was reported where they were located.
             with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
                 for skip in skipped_in(readable()[name], path, schema):
-                    skipped.setdefault((skip.name, skip.reason, str(path) if each else ""), skip)
+                    skipped.setdefault((skip.name, skip.reason), skip)
     return list(skipped.values())
 
 
@@ -436,5 +448,7 @@ def _nothing(root: Path, asked: FormatName | None, skipped: Sequence[Skipped]) -
     splits = splits_of(root)
     if splits:
         there += f", and the splits of a datasets.DatasetDict; open one of them: {', '.join(str(root / s) for s in splits[:8])}"
+    if (root / SHARDS).is_dir():
+        there += ", and shards that were not committed; when all are written, run js.commit(path)"
     more = f" It holds what is no tensor: {_told(skipped)}." if skipped else ""
     return f"{root}: expected {wanted} ({known}), found {there}.{more}"

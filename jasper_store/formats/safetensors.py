@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import FileWriter, FormatName, Schema
 
-__all__ = ["SafetensorsFormat"]
+__all__ = ["SafetensorsFormat", "header_entry"]
 
 MAX_HEADER = 10_000_000
 """Longest header that is read, in bytes, which has room for 100 000 tensors. The reference's limit is ten times as much;
@@ -198,6 +198,18 @@ def _check_layout(path: Path, entries: list[tuple[str, torch.dtype, tuple[int, .
         end = stop
     if end != nbytes:
         _corrupt(path, f"its tensors take {end} bytes, the file holds {nbytes} (was it truncated or appended to?).")
+
+
+def header_entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, object]:
+    """What a header says of a tensor whose bytes are ``begin`` to ``end`` of the data.
+
+    Raises:
+        IncompatibleOptionsError: safetensors has no such dtype.
+    """
+    if dtype not in _NAMES:
+        msg = f"safetensors cannot hold {dtype_name(dtype)}; convert it to another dtype first."
+        raise IncompatibleOptionsError(msg)
+    return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
 
 
 def _make_header(path: Path, name: str, dtype: torch.dtype, shape: tuple[int, ...], nbytes: int) -> bytes:

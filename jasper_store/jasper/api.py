@@ -16,7 +16,8 @@ import torch
 from jasper_store.conversion import converter
 from jasper_store.conversion.report import ConversionReport
 from jasper_store.conversion.verify import Finding, VerifyReport, Visitor, verify_files
-from jasper_store.errors import DeclarationError, JasperStoreError, JasperStoreWarning
+from jasper_store.errors import DeclarationError, IncompatibleOptionsError, JasperStoreError, JasperStoreWarning
+from jasper_store.files.hub import is_hub_path, local_path, require_local
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.audit import relations, visitor
@@ -27,6 +28,7 @@ from jasper_store.jasper.schema import SPLITS, split_tensor
 from jasper_store.jasper.writing import DatasetWriter, commit, compact
 from jasper_store.samples.audit import FiniteVisitor, declared_findings
 from jasper_store.store import manifest_file
+from jasper_store.store.guard import check_options
 from jasper_store.store.opening import FileOrFiles, open_store, plan_store
 from jasper_store.store.placement import Plan
 from jasper_store.store.store import Progress, TensorStore
@@ -51,8 +53,9 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
     and the rest is mapped.
 
     Args:
-        path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, a file, or
-            several files.
+        path: a dataset directory, any directory of ``.safetensors``, ``.npy``, ``.h5`` or ``.pt`` files, a file,
+            several files, or a dataset of the Hugging Face Hub as ``"hf://owner/name"`` or ``"hf://owner/name@revision"``,
+            which is downloaded into huggingface_hub's cache and mapped there.
         format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them; or one that is only
             read: ``"arrow"``, ``"faiss"``, ``"bin"``, ``"npz"``, ``"pickle"``, ``"parquet"``.
         use_mmap: ``None`` plans; ``True`` maps everything; ``False`` preloads everything.
@@ -69,11 +72,14 @@ def open(  # noqa: A001 (the fixed name of the library's entry: jasper_store.ope
         DatasetNotFoundError: no such path, or no tensors there.
         CorruptFileError: a file is damaged, or not the one that the manifest records.
         InsufficientMemoryError: what must be preloaded does not fit; nothing was loaded.
+        HubError: a dataset of the Hub that cannot be reached.
 
     Example:
         >>> with js.open("data/wordnet") as store:                      # doctest: +SKIP
         ...     rows = store["source_embs"].take([5, 3, 5])
     """
+    check_options(use_mmap=use_mmap, device=device, dtype=dtype, memory_limit=memory_limit)
+    path = _here(path)
     known = _known(path)
     return open_store(
         path,
@@ -101,6 +107,7 @@ def plan(
 
     Args and errors are those of :func:`open`.
     """
+    path = _here(path)
     known = _known(path)
     return plan_store(
         path,
@@ -112,6 +119,11 @@ def plan(
         dtype=dtype,
         describe=known.describe,
     )
+
+
+def _here(path: FileOrFiles) -> FileOrFiles:
+    """Where a path lies on this machine; a dataset of the Hub is downloaded."""
+    return local_path(path) if isinstance(path, (str, PathLike)) else path
 
 
 def _known(path: FileOrFiles) -> Known:
@@ -141,7 +153,7 @@ def warm_up(
     """
     if isinstance(store_or_path, TensorStore):
         return warm(store_or_path, tensors=tensors, budget=budget, progress=progress)
-    with _quietly_opened(Path(store_or_path)) as store:
+    with _quietly_opened(local_path(store_or_path)) as store:
         return warm(store, tensors=tensors, budget=budget, progress=progress)
 
 
@@ -180,6 +192,13 @@ def convert(
         IntegrityError: ``dtype`` would make a finite value infinite.
         DatasetNotFoundError, CorruptFileError: the source.
     """
+    if is_hub_path(src) and dst is None:
+        raise IncompatibleOptionsError(
+            f"{src}: a dataset of the Hub is only read; pass dst=, the directory to convert it into"
+        )
+    if dst is not None:
+        require_local(dst)
+    src = local_path(src)
     return converter.convert(
         src,
         dst,
@@ -190,7 +209,7 @@ def convert(
         progress=progress,
         tensors=tensors,
         source_format=source_format,
-        schema=known_at(Path(src)).schema,
+        schema=known_at(src).schema,
     )
 
 
@@ -211,7 +230,7 @@ def verify(path: str | PathLike[str], *, progress: Callable[[str, int, int], Non
     Raises:
         DatasetNotFoundError: nothing there.
     """
-    path = Path(path)
+    path = local_path(path)
     known, unread = _known_or_why(path)
     look: Callable[[str], Visitor | None] | None = None
     if is_jasper(path):

@@ -12,14 +12,25 @@ from typing_extensions import Self
 
 from jasper_store.conversion.converter import convert
 from jasper_store.conversion.report import ConversionReport
-from jasper_store.errors import UnknownNameError
-from jasper_store.jasper.config import Config, read_config
+from jasper_store.errors import DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
+from jasper_store.files.hub import local_path
+from jasper_store.jasper.config import CONFIG_NAME, Config, read_config
 from jasper_store.jasper.integrity import check_structure, unread_bounds
-from jasper_store.jasper.schema import NOUNS, SCHEMA, SPLITS, TENSORS, Split, check_split, declaration_for, split_tensor
+from jasper_store.jasper.schema import (
+    NOUNS,
+    SCHEMA,
+    SPLITS,
+    TENSORS,
+    Split,
+    check_split,
+    declaration_for,
+    packed_declaration,
+)
 from jasper_store.jasper.steering import VARIANTS, variant_number
 from jasper_store.samples.dataset import Dataset
+from jasper_store.samples.declaration import Declaration
 from jasper_store.samples.integrity import Nouns
-from jasper_store.samples.opened import OpenedDataset, open_dataset
+from jasper_store.samples.opened import OpenedDataset, open_dataset, packed_at
 from jasper_store.samples.subset import ArraySubset
 from jasper_store.store.guard import check_int, check_options
 from jasper_store.store.placement import Plan
@@ -41,7 +52,7 @@ class JASPERSteeringDataset(Dataset):
     reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        dataset_dir: directory with ``config.json`` and the tensors.
+        dataset_dir: directory with ``config.json`` and the tensors, or a dataset of the Hub as ``"hf://owner/name"``.
         split: ``"train"``, ``"val"`` or ``"test"``.
         epoch: initial epoch, which decides the steering probabilities.
         device: ``None`` or ``"cpu"`` for host memory; a CUDA device preloads everything there; ``"auto"`` decides.
@@ -85,7 +96,7 @@ class JASPERSteeringDataset(Dataset):
     ) -> None:
         check_int("epoch", epoch, at_least=0)
         config, opened = _opened(
-            Path(dataset_dir),
+            dataset_dir,
             (check_split(split),),
             format=storage_format,
             use_mmap=use_mmap,
@@ -117,18 +128,33 @@ class JASPERSteeringDataset(Dataset):
         Returns:
             ``{"train": ..., "val": ..., "test": ...}``; the store closes with the last of them.
         """
-        check_int("epoch", epoch, at_least=0)
-        config, opened = _opened(
-            Path(dataset_dir),
+        return cls.open_splits(
+            dataset_dir,
             SPLITS,
+            epoch=epoch,
+            seed=seed,
             format=storage_format,
             use_mmap=use_mmap,
             device=device,
             memory_limit=memory_limit,
             dtype=dtype,
         )
+
+    @classmethod
+    def open_splits(
+        cls,
+        dataset_dir: str | PathLike[str],
+        splits: Sequence[Split],
+        *,
+        epoch: int = 0,
+        seed: int = 42,
+        **options: Any,
+    ) -> dict[str, Self]:
+        """Some splits over one store; the options are those of the constructor, with ``format`` for the format."""
+        check_int("epoch", epoch, at_least=0)
+        config, opened = _opened(dataset_dir, splits, **{"use_mmap": None, "device": None, **options})
         datasets: dict[str, Self] = {}
-        for split in SPLITS:
+        for split in splits:
             datasets[split] = made = cls.__new__(cls)
             # An alternative constructor.
             made._config = config  # noqa: SLF001
@@ -181,25 +207,43 @@ class JASPERSteeringDataset(Dataset):
             UnknownNameError: a cluster that does not exist.
         """
         wanted = torch.as_tensor(list(cluster_ids), dtype=torch.int64)
-        clusters = self._n_clusters()
+        clusters = self.n_clusters
         unknown = wanted[(wanted < 0) | (wanted >= clusters)].tolist()
         if unknown:
             raise UnknownNameError(f"unknown cluster {unknown[0]}; the dataset has clusters 0 to {clusters - 1}")
         found: list[torch.Tensor] = []
         start = 0
-        for pairs in self.store[split_tensor(self.split)].blocks(1 << 20):
-            ids = self.store["pair_cluster_id"].take(pairs.to(torch.int64)).to(torch.int64)
+        clusters_of = self.store[self._cluster_tensor()]
+        listed = self.split_indices
+        for first in range(0, len(listed), 1 << 20):
+            pairs = listed[first : first + (1 << 20)]
+            ids = clusters_of.take(pairs.to(torch.int64)).to(torch.int64)
             found.append(torch.isin(ids.cpu(), wanted).nonzero().view(-1) + start)
             start += len(pairs)
         return ArraySubset(self, torch.cat([*found, torch.empty(0, dtype=torch.int64)]).numpy())
 
-    def _n_clusters(self) -> int:
+    def _cluster_tensor(self) -> str:
+        """Name of the tensor that holds the cluster of each row.
+
+        Raises:
+            IncompatibleOptionsError: it was left out when the dataset was packed.
+        """
+        name = "pair_cluster_id" if self.packed is None else "cluster_id"
+        if name not in self.store:
+            raise IncompatibleOptionsError(
+                "expected the clusters of the samples, found that they were left out when the dataset was packed; pack it"
+                " with the field cluster_id"
+            )
+        return name
+
+    @property
+    def n_clusters(self) -> int:
         """How many clusters there are: rows of ``centroid_embs``, else what the configuration or the pairs say."""
         if "centroid_embs" in self.store:
             return self.store["centroid_embs"].n_rows
         if self._config.n_clusters is not None:
             return self._config.n_clusters
-        return max((int(ids.max()) + 1 for ids in self.store["pair_cluster_id"].blocks(1 << 20)), default=0)
+        return max((int(ids.max()) + 1 for ids in self.store[self._cluster_tensor()].blocks(1 << 20)), default=0)
 
     def reload_negatives(self) -> None:
         """Read ``hard_negatives`` and ``negative_tiers`` from disk again, as after mining new ones.
@@ -209,7 +253,13 @@ class JASPERSteeringDataset(Dataset):
 
         Raises:
             CorruptFileError, DatasetNotFoundError, IntegrityError: what is wrong with the new ones.
+            IncompatibleOptionsError: the dataset is packed: its negatives are written anew by packing them again.
         """
+        if self.packed is not None:
+            raise IncompatibleOptionsError(
+                "a packed dataset holds copies of its negatives: pack them again, js.pack(source, packed,"
+                " columns=['negative_embs', 'negative_tiers']), and open the dataset again"
+            )
         self.reload()
 
     # --- facts ------------------------------------------------------------------------------------------------
@@ -222,8 +272,8 @@ class JASPERSteeringDataset(Dataset):
 
     @property
     def split_indices(self) -> torch.Tensor:
-        """Pair rows [N] of the split's samples; a view, not to be written to."""
-        return self.store[split_tensor(self.split)].tensor()
+        """Pair rows [N] of the split's samples; of a packed dataset its own rows. A view, not to be written to."""
+        return self.store[self.graph.nodes[self.graph.row.node].tensor].tensor()
 
     @property
     def embedding_dim(self) -> int:
@@ -246,8 +296,11 @@ class JASPERSteeringDataset(Dataset):
             "centroid_distance": (0.0, 2.0),
             "steering_variant": (0, len(VARIANTS) - 1),
             "negative_tiers": (0, _HIGHEST_TIER),
-            "cluster_id": (0, self._n_clusters() - 1),
+            **({"cluster_id": (0, self.n_clusters - 1)} if self._has_clusters() else {}),
         }
+
+    def _has_clusters(self) -> bool:
+        return self.packed is None or "cluster_id" in self.store
 
     def __getattr__(self, name: str) -> torch.Tensor | RaggedTensor:
         """A tensor by its name, ``ds.question_embs``: a view, not to be written to. ``pair_keyword_ids`` is ragged."""
@@ -290,7 +343,7 @@ class JASPERSteeringDataset(Dataset):
 
 
 def _opened(
-    directory: Path,
+    dataset_dir: str | PathLike[str],
     splits: Sequence[Split],
     *,
     use_mmap: bool | None,
@@ -301,21 +354,35 @@ def _opened(
     """Configuration and checked store of a directory."""
     # What is wrong with the options alone is said first, even of a directory that is not there.
     check_options(use_mmap=use_mmap, device=device)
+    directory = local_path(dataset_dir)
     config = read_config(directory)
+    packed = packed_at(directory)
+    if packed is not None:
+        declaration = packed_declaration(config.curriculum, config.values, directory / CONFIG_NAME)
+        _require_packed_splits(declaration, splits, directory)
+        more: dict[str, Any] = {"packed": packed}
+    else:
+        declaration = declaration_for(config.curriculum)
+        more = {
+            "schema": SCHEMA,
+            "inspect": lambda specs: _inspect(specs, config, splits, directory),
+            "nouns": NOUNS,
+            "bounds": unread_bounds,
+        }
     opened = open_dataset(
-        directory,
-        declaration_for(config.curriculum),
-        list(splits),
-        schema=SCHEMA,
-        use_mmap=use_mmap,
-        device=device,
-        inspect=lambda specs: _inspect(specs, config, splits, directory),
-        admit=admit,
-        nouns=NOUNS,
-        bounds=unread_bounds,
-        **options,
+        directory, declaration, list(splits), use_mmap=use_mmap, device=device, admit=admit, **more, **options
     )
     return config, opened
+
+
+def _require_packed_splits(declaration: Declaration, splits: Sequence[Split], directory: Path) -> None:
+    for split in splits:
+        if split not in declaration.splits:
+            raise DatasetNotFoundError(
+                f"{directory}: expected a packed split {split!r}, found {', '.join(declaration.splits) or 'none'}; pack"
+                " that split too, or serve another one",
+                path=directory,
+            )
 
 
 def _inspect(specs: Mapping[str, Any], config: Config, splits: Sequence[Split], directory: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.files.hub import local_path
 from jasper_store.jasper.dataset import JASPERSteeringDataset
-from jasper_store.jasper.recognise import is_jasper
+from jasper_store.jasper.recognise import is_jasper, is_packed_jasper
 from jasper_store.jasper.schema import check_split
 from jasper_store.loading.loader import Loader, make_loader
 from jasper_store.loading.options import LoaderOptions, LoaderOrder, Padding
@@ -55,7 +56,7 @@ def create_loader(
 
     Args:
         dataset: a :class:`Dataset`, or a directory: of a JASPER dataset, of one that declares its samples in
-            ``config.json``, or of any tensors with one number of rows.
+            ``config.json``, or of any tensors with one number of rows; or a dataset of the Hub as ``"hf://owner/name"``.
         split: ``"train"``, ``"val"`` or ``"test"``, or what a dataset declares; ``None`` for one without splits.
         batch_size: samples per batch and rank.
         num_workers: worker processes; 0 gathers in this process, which is fastest for data in memory.
@@ -102,7 +103,7 @@ def create_loader(
         return make_loader(dataset, options)
     check_options(**opening, pin_memory=pin_memory, num_workers=num_workers)
     find_ranks(distributed=distributed, rank=rank, world_size=world_size)
-    opened = _open(Path(dataset), split, storage_format, options, opening)
+    opened = _open(local_path(dataset), split, storage_format, options, opening)
     try:
         return make_loader(opened, options)
     except BaseException:
@@ -115,7 +116,7 @@ def _open(
 ) -> Dataset:
     """The dataset in a directory: a JASPER dataset, or any other."""
     more = {**opening, "seed": 42 if options.seed is None else options.seed, "admit": options.admit}
-    if is_jasper(path) or not path.exists():
+    if is_jasper(path) or is_packed_jasper(path) or not path.exists():
         return JASPERSteeringDataset(path, check_split(split), storage_format=storage_format, **more)
     return Dataset(path, split=split, format=storage_format, **more)
 

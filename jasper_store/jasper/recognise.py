@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from jasper_store.errors import DeclarationError, JasperStoreError, UnknownNameError
 from jasper_store.formats.base import Schema, TensorSpec
@@ -14,9 +15,13 @@ from jasper_store.jasper.config import read_config
 from jasper_store.jasper.schema import SCHEMA, TENSORS, declaration_for
 from jasper_store.jasper.steering import default_curriculum
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
-from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config
+from jasper_store.samples.opened import CONFIG_NAME, declaration_at, describe, load_config, packed_at
+from jasper_store.samples.packed import Packed
 
-__all__ = ["Known", "is_jasper", "known_at"]
+__all__ = ["PACKED_KIND", "Known", "is_jasper", "is_packed_jasper", "known_at"]
+
+PACKED_KIND: Final = "jasper"
+"""What a packed JASPER dataset says that it is."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,12 @@ class Known:
     Attributes:
         schema: their names.
         declaration: what samples read, if it is known.
+        packed: how the samples were packed, if they were.
     """
 
     schema: Schema
     declaration: Declaration | None = None
+    packed: Packed | None = None
 
     @property
     def describe(self) -> Callable[[Sequence[TensorSpec]], Schema] | None:
@@ -43,7 +50,7 @@ class Known:
             served: list[str | None] = [split for split, name in declaration.splits.items() if name in by_name]
             served = served or [None]
             try:
-                return describe(declaration, by_name, served, base=self.schema)
+                return describe(declaration, by_name, served, base=self.schema, packed=self.packed)
             except (DeclarationError, UnknownNameError):
                 # An incomplete dataset may still be inspected; only JASPERSteeringDataset requires all tensors.
                 return replace(self.schema, reads_per_sample=dict.fromkeys(by_name, 1.0))
@@ -69,11 +76,24 @@ def known_at(path: Path) -> Known:
     declaration = declaration_at(path)
     if declaration is None:
         return Known(Schema())
-    return Known(Schema(required=frozenset(declaration.tensors)), declaration)
+    return Known(Schema(required=frozenset(declaration.tensors)), declaration, packed_at(path))
+
+
+def is_packed_jasper(path: Path) -> bool:
+    """Whether a directory holds the packed samples of a JASPER dataset.
+
+    Raises:
+        CorruptFileError: what ``config.json`` says of it makes no sense.
+    """
+    packed = packed_at(path)
+    return packed is not None and packed.kind == PACKED_KIND
 
 
 def is_jasper(path: Path) -> bool:
-    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files."""
+    """Whether a directory is meant to be a JASPER dataset: by its configuration, or by the names of its files.
+
+    Packed samples of one are not: they declare what they read.
+    """
     if not path.is_dir():
         return False
     config = path / CONFIG_NAME

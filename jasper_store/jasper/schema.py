@@ -7,16 +7,17 @@ This table and the modules beside it are the only places that know a JASPER name
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal, TypeAlias
 
 import torch
 
-from jasper_store.errors import UnknownNameError
+from jasper_store.errors import DeclarationError, UnknownNameError
 from jasper_store.formats.base import Schema
 from jasper_store.jasper.steering import Curriculum
-from jasper_store.samples.declaration import Choice, Declaration, Field, Variant
+from jasper_store.samples.declaration import CONFIG_KEY, Choice, Declaration, Field, Variant
 
 __all__ = [
     "NOUNS",
@@ -29,6 +30,7 @@ __all__ = [
     "TensorRule",
     "check_split",
     "declaration_for",
+    "packed_declaration",
     "split_tensor",
 ]
 
@@ -122,6 +124,31 @@ def declaration_for(curriculum: Curriculum) -> Declaration:
         },
         {split: split_tensor(split) for split in SPLITS},
     )
+
+
+def packed_declaration(curriculum: Curriculum, values: Mapping[str, object], path: Path) -> Declaration:
+    """What a sample of a packed JASPER dataset reads: what its configuration declares, drawn by the curriculum.
+
+    Args:
+        curriculum: of the configuration.
+        values: the configuration.
+        path: its file, for errors.
+
+    Raises:
+        DeclarationError: what it declares cannot be understood, or is missing.
+    """
+    found = Declaration.from_config(values, path)
+    if found is None:
+        raise DeclarationError(
+            f'{path}: expected "{CONFIG_KEY}" of a packed dataset, found none; pack again', path=path
+        )
+    fields = {
+        name: replace(value, probabilities=curriculum.probabilities, typical=curriculum.typical())
+        if isinstance(value, Choice)
+        else value
+        for name, value in found.fields.items()
+    }
+    return Declaration.parse(fields, found.splits)
 
 
 # Plain dictionaries: a schema travels to spawned workers, and a mapping proxy does not pickle.

@@ -10,7 +10,8 @@ from typing import Any
 
 from jasper_store.conversion import commit as committing, compact as compaction, writer
 from jasper_store.conversion.compact import CompactReport
-from jasper_store.errors import IntegrityError, JasperStoreError
+from jasper_store.errors import IncompatibleOptionsError, IntegrityError, JasperStoreError
+from jasper_store.files.hub import require_local
 from jasper_store.formats.base import TensorSpec
 from jasper_store.formats.registry import base_name
 from jasper_store.jasper.config import CONFIG_NAME, Config, parse_config, read_config
@@ -19,6 +20,7 @@ from jasper_store.jasper.recognise import Known, known_at
 from jasper_store.jasper.schema import SCHEMA, SPLITS, split_tensor
 from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import CONFIG_KEY, Declaration
+from jasper_store.samples.opened import packed_at
 
 __all__ = ["DatasetWriter", "commit", "compact"]
 
@@ -50,6 +52,7 @@ class DatasetWriter(writer.DirectoryWriter):
             written, or has no room.
         DatasetNotFoundError, IntegrityError: on closing: ``config`` is that of a JASPER dataset, and tensors of one are
             missing (the message names all of them) or contradict it.
+        IncompatibleOptionsError: the dataset that is appended to is packed.
         IntegrityError: rows of another dtype or shape than the dataset's; on closing, tensors that did not grow alike.
         DeclarationError: ``samples`` cannot be understood; on closing, that it does not fit the tensors.
 
@@ -72,12 +75,17 @@ class DatasetWriter(writer.DirectoryWriter):
         shard: int | None = None,
         shards: int | None = None,
     ) -> None:
+        require_local(path)
         declaration = None if samples is None else _declared(samples)
         if declaration is not None:
             config = {**(config or {}), CONFIG_KEY: declaration.to_config()}
         # The names of a declared dataset are its author's.
         schema = SCHEMA if declaration is None else None
         check = _whole(Path(path), declaration, config)
+        if mode == "append":
+            _refuse_packed(
+                Path(path), "rows of it are those of the dataset that it was packed from; append to that one"
+            )
         if mode == "append" and config is None:
             known = known_at(Path(path))
             schema, check = known.schema, _fits(known, Path(path))
@@ -118,6 +126,7 @@ def commit(path: str | PathLike[str]) -> Path:
         ...     writer.append("embeddings", embed(my_texts))
         >>> js.commit("out")  # once, when all are done  # doctest: +SKIP
     """
+    require_local(path)
     known = known_at(Path(path))
     first = committing.first_shard(Path(path)) if known.declaration is None else None
     if first is not None:
@@ -144,9 +153,22 @@ def compact(
 
     Raises:
         ConversionError: no dataset, no room, another writer, or values that read back differently.
+        IncompatibleOptionsError: the dataset is packed.
         CorruptFileError: a part is not the one that was written.
     """
+    require_local(path)
+    _refuse_packed(Path(path), "compacting would take the blocks apart")
     return compaction.compact(path, remove_old=remove_old, progress=progress, schema=known_at(Path(path)).schema)
+
+
+def _refuse_packed(path: Path, why: str) -> None:
+    """Refuse to change a packed dataset other than by packing.
+
+    Raises:
+        IncompatibleOptionsError: it is one.
+    """
+    if packed_at(path) is not None:
+        raise IncompatibleOptionsError(f"{path} is packed, and {why}; pack again (jasper-store pack)", path=path)
 
 
 def _fits(known: Known, where: Path) -> Callable[[Sequence[TensorSpec]], None] | None:

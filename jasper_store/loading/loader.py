@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
+from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
 from jasper_store.loading.epochs import warn_same_epoch
+from jasper_store.loading.estimate import DiskRates, estimates
 from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
 from jasper_store.loading.ranks import Ranks, find_ranks
 from jasper_store.loading.samplers import EpochSampler
@@ -46,7 +48,7 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
     plan = dataset.store.plan
     options.admit(plan)
     ranks = find_ranks(distributed=options.distributed, rank=options.rank, world_size=options.world_size)
-    kind, why = choose_order(dataset, options.order, ranks.world_size)
+    kind, why = choose_order(dataset, options.order, ranks.world_size, options.num_workers)
     shuffle = dataset.split in {None, "train"} if options.shuffle is None else options.shuffle
     drop_last = dataset.split in {None, "train"} if options.drop_last is None else options.drop_last
     sampler = EpochSampler(
@@ -59,6 +61,8 @@ def make_loader(dataset: Dataset, options: LoaderOptions) -> Loader:
         padding=options.padding,
         order_kind=kind,
         device=dataset.device,
+        block=None if dataset.packed is None else dataset.packed.block,
+        window=None if dataset.packed is None else dataset.packed.window,
     )
     _require_batches(sampler, options.batch_size, dataset.split)
     sampler.set_epoch(dataset.epoch if options.epoch is None else options.epoch)
@@ -155,6 +159,7 @@ class Loader(DataLoader[Any]):
         self._progress: _Progress | None = None
         self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
+        self._compared = self._ranks.world_size == 1
 
     @property
     def order(self) -> str:
@@ -176,14 +181,28 @@ class Loader(DataLoader[Any]):
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
             self._warned = True
             warn_same_epoch(sampler.epoch)
+        if previous is not None and self.persistent_workers:
+            previous.superseded = True  # PyTorch gives both the same iterator, which begins the epoch anew
         self.stopwatch = Stopwatch()
         if self._prefetcher is not None:
             self._prefetcher.stopwatch = self.stopwatch
         gathers_before = Meter() if self._clock is None else self._clock.read()
+        if not self._compared:
+            self._compare_ranks()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
         batches = sampler.batches(self.batch_size or 1, sampler.start)
         self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
         return self._serve(), self._progress, self.stopwatch
+
+    def _compare_ranks(self) -> None:
+        """Compare with the other ranks, before the first batch of all; where they share no store, nothing is compared."""
+        store = shared_store(self._ranks)
+        if store is not None:
+            facts = self.sampler_obj.state(self.sampler_obj.start).to_dict()
+            contents = getattr(self.dataset_obj, "contents", None)
+            known = str(contents()) if callable(contents) else ""
+            compare_ranks(store, self._ranks, {**facts, "contents": known, "batch_size": self.batch_size})
+        self._compared = True
 
     def _serve(self) -> Iterator[Any]:
         """PyTorch's iterator; where nothing is overridden, one of batches that are gathered several at once."""
@@ -240,8 +259,7 @@ class Loader(DataLoader[Any]):
             return sampler.state(sampler.start).to_dict()
         # Full batches are counted even where the last is shorter here than on another rank: all states agree.
         step = (self.batch_size or 1) * sampler.num_replicas
-        finished = now.finished or now.delivered >= now.batches
-        return sampler.state(sampler.samples if finished else now.start + now.delivered * step).to_dict()
+        return sampler.state(sampler.samples if now.ended else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration serve the rest of an epoch that another run has begun.
@@ -280,10 +298,22 @@ class Loader(DataLoader[Any]):
                 if ahead and ahead.stage and block
                 else []
             ),
+            *self._estimates(),
             f"workers: {self.num_workers or 'none, batches are gathered in this process'}",
             f"pinned batches: {'yes' if self.pin_memory else 'no'}",
         ]
         return "\n".join(lines)
+
+    def _estimates(self) -> list[str]:
+        """What the disk allows in each order, where a pass reads from it."""
+        dataset = self.dataset_obj
+        if self._prefetcher is None or not self._prefetcher.drop_behind or dataset.packed is not None:
+            return []
+        disk = DiskRates()
+        shown = ", ".join(str(each) for each in estimates(dataset.graph, dataset.store.plan, disk))
+        return [
+            f"expected of a disk of {disk.bytes_per_s / 1e9:.1f} GB/s and {disk.reads_per_s / 1000:.0f} k reads/s: {shown}"
+        ]
 
     def _staged_fields(self, prefetcher: Prefetcher) -> str:
         nodes = set(prefetcher.stageable())
@@ -334,6 +364,7 @@ class _Progress:
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
         finished: whether the trainer asked for a batch after the last; trainers that count batches do not.
+        superseded: whether its workers serve a later pass.
     """
 
     epoch: int
@@ -342,6 +373,12 @@ class _Progress:
     gathers_before: Meter
     delivered: int = 0
     finished: bool = False
+    superseded: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether every batch was delivered."""
+        return self.finished or self.delivered >= self.batches
 
 
 class _EpochIterator:
@@ -368,6 +405,13 @@ class _EpochIterator:
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
             self._next_ready = getattr(self._batches, "next_ready", None)
+        elif self._progress.superseded:
+            if self._progress.ended:
+                raise StopIteration
+            raise IncompatibleOptionsError(
+                "another iteration over this loader has begun, and persistent workers serve one at a time: this iterator "
+                "has ended; finish it before, make a second loader, or pass persistent_workers=False"
+            )
         watch = self._watch
         if not watch.began:
             watch.began = perf_counter()
@@ -389,10 +433,11 @@ class _EpochIterator:
             watch.ended = perf_counter()
             raise
         except DEATH_SIGNS as exc:
+            loader = self._loader()
             try:
-                raise_if_worker_died(exc, _pytorchs(self._batches))
+                dataset = None if loader is None else loader.dataset
+                raise_if_worker_died(exc, _pytorchs(self._batches), dataset)
             except WorkerDiedError:
-                loader = self._loader()
                 if loader is not None:
                     loader.discard_workers()
                 raise

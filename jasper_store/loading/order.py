@@ -26,7 +26,7 @@ from jasper_store.errors import IncompatibleOptionsError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["BlockOrder", "GlobalOrder", "Order", "SequentialOrder", "block_order", "order"]
+__all__ = ["BlockOrder", "GlobalOrder", "Order", "SequentialOrder", "bijection", "block_order", "like", "order"]
 
 #: Rows per block and blocks per window of the block order. Runs of 64 rows of 384 floats are read at 1.24 GB/s where
 #: runs of 256 are read at 1.22; what a smaller window saves is memory: two windows, of all steering variants, must
@@ -119,7 +119,7 @@ class _Table:
 
     def apply(self, x: _Numbers) -> _Numbers:
         """Images of int64 values in [0, n)."""
-        return _like(self.table, x)[x]
+        return like(self.table, x)[x]
 
 
 def _where(mask: _Numbers) -> _Numbers:
@@ -127,12 +127,13 @@ def _where(mask: _Numbers) -> _Numbers:
     return mask.nonzero().squeeze(1) if isinstance(mask, torch.Tensor) else np.flatnonzero(mask)
 
 
-def _like(table: np.ndarray[Any, Any], numbers: _Numbers) -> _Numbers:
+def like(table: np.ndarray[Any, Any], numbers: _Numbers) -> _Numbers:
     """A table in the form of the numbers that index it: an array, or a tensor on their device."""
     return torch.from_numpy(table).to(numbers.device) if isinstance(numbers, torch.Tensor) else table
 
 
-def _bijection(n: int, *parts: int | str) -> _Feistel | _Table:
+def bijection(n: int, *parts: int | str) -> _Feistel | _Table:
+    """A bijection of [0, n) that depends on every part."""
     keys = _keys(ROUNDS, n, *parts)
     return _Table(n, keys) if n <= TABLE_LIMIT else _Feistel(n, keys)
 
@@ -157,6 +158,11 @@ class Order:
 
     #: What ``create_loader(order=...)`` calls it, and what a saved state remembers.
     kind = "sequential"
+
+    @property
+    def words(self) -> str:
+        """What a saved state remembers of it."""
+        return self.kind
 
     def __post_init__(self) -> None:
         if not 0 <= self.n <= MAX_LENGTH:
@@ -230,7 +236,7 @@ class GlobalOrder(Order):
 
     @cached_property
     def _shuffle(self) -> _Feistel | _Table:
-        return _bijection(self.n, "rows", self.seed, self.epoch)
+        return bijection(self.n, "rows", self.seed, self.epoch)
 
     def _at(self, positions: _Numbers) -> _Numbers:
         return self._shuffle.apply(positions) if self.n else positions
@@ -257,6 +263,11 @@ class BlockOrder(Order):
             raise IncompatibleOptionsError(msg)
 
     @property
+    def words(self) -> str:
+        """What a saved state remembers of it."""
+        return f"{self.kind} {self.block} x {self.window}"
+
+    @property
     def span(self) -> int:
         """Rows of a full window."""
         return self.block * self.window
@@ -278,7 +289,7 @@ class BlockOrder(Order):
     @cached_property
     def _shuffle(self) -> _Feistel | _Table:
         # The full blocks share the remaining slots, so that no search is needed for the partial block's slot.
-        return _bijection(self._slots - 1, "blocks", self.block, self.seed, self.epoch)
+        return bijection(self._slots - 1, "blocks", self.block, self.seed, self.epoch)
 
     @property
     def n_windows(self) -> int:
@@ -326,7 +337,7 @@ class BlockOrder(Order):
 
     def _in_window(self, number: int, positions: _Numbers) -> _Numbers:
         start, stop = self.window_bounds(number)
-        mix = _bijection(stop - start, "window", number, self.n, self.block, self.seed, self.epoch)
+        mix = bijection(stop - start, "window", number, self.n, self.block, self.seed, self.epoch)
         inner = mix.apply(positions - start)
         slot = self._partial_block_slot - number * self.window
         if self._missing and 0 <= slot < self.window:
@@ -334,7 +345,7 @@ class BlockOrder(Order):
             inner += (inner >= slot * self.block + self.block - self._missing) * self._missing
         within = inner // self.block
         inner -= within * self.block
-        inner += _like(self._blocks_of(number) * self.block, positions)[within]
+        inner += like(self._blocks_of(number) * self.block, positions)[within]
         return inner
 
 

@@ -12,6 +12,7 @@ It ends with the pass, and with an iterator that is abandoned.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
+from jasper_store.formats.files import system_refusals
 from jasper_store.loading.order import BlockOrder, Order
-from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, StagedNode, WindowPrefetcher
+from jasper_store.loading.whole_blocks import whole_blocks
+from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, ReadAhead, SingleRows, WindowPrefetcher
 from jasper_store.loading.windows import Windows
 from jasper_store.samples.context import GatherContext
 from jasper_store.samples.graph import BY_POSITION
@@ -102,6 +105,8 @@ class Prefetcher:
         drop_behind: drop the pages of each window of a block order that was served, for data that the page cache
             cannot hold.
         stage: there is memory to read the rows of a block order past the page cache instead of prefetching them.
+        blocks_ahead: the samples were packed, what is staged lies side by side in the blocks of the order, and so many
+            windows are read ahead of the one that is served; 0 for samples that were not packed.
         stopwatch: records the time that batches wait for prefetching.
     """
 
@@ -114,6 +119,7 @@ class Prefetcher:
         rely_on_faults: bool = True,
         drop_behind: bool = False,
         stage: bool = False,
+        blocks_ahead: int = 0,
         stopwatch: Stopwatch | None = None,
     ) -> None:
         self.dataset = dataset
@@ -121,6 +127,7 @@ class Prefetcher:
         self.rely_on_faults = rely_on_faults
         self.drop_behind = drop_behind
         self.stage = stage
+        self.blocks_ahead = blocks_ahead
         self.stopwatch = stopwatch
         self._idle_calls: dict[str, int] = {}
         self._group = max(1, min(GROUP_SAMPLES // batch_size, depth))
@@ -150,21 +157,22 @@ class Prefetcher:
         mapped = {name for name, tensor in dataset.store.items() if tensor.placement == "mmap"}
         in_order = mapped & graph.in_row_order
         stages: list[_Stage] = []
-        ahead, nodes = 0, []
+        ahead, reads = 0, None
         windows: Windows | None = None
         if isinstance(order, BlockOrder) and step and in_order:
             windows = Windows(order, first, ranks)
             # What is gathered at once, and the batches around it, must lie within the windows that are held.
             ahead = GROUP_SAMPLES * ranks + 2 * step
-            if self.stage and staged and not _list_is_mapped(graph, mapped) and ahead + step <= order.span:
-                nodes = self._staged_nodes(mapped)
+            if self.stage and staged and (self.blocks_ahead or not _list_is_mapped(graph, mapped)):
+                reads = self._read_ahead(mapped, order, ahead, step)
+            nodes = [] if reads is None else reads.nodes
             rest = in_order - {name for node in nodes for name in graph.nodes[node.number].tensors}
             stages += [self._by_window(windows, step, rest)] if rest else []
             mapped -= in_order
         stages += self._by_level(mapped)
         window_prefetcher = None
-        if nodes and windows is not None:
-            window_prefetcher = WindowPrefetcher(dataset, nodes, windows, ahead)
+        if reads is not None and windows is not None:
+            window_prefetcher = WindowPrefetcher(dataset, reads, windows, ahead)
         found: Iterator[Any] = iter(batches)
         if stages or window_prefetcher is not None:
             found = self._through(found, stages, window_prefetcher)
@@ -175,20 +183,28 @@ class Prefetcher:
         store = self.dataset.store
         return stageable_nodes(self.dataset.graph, {name for name, each in store.items() if each.placement == "mmap"})
 
-    def _staged_nodes(self, mapped: AbstractSet[str]) -> list[StagedNode]:
+    def _read_ahead(self, mapped: AbstractSet[str], order: BlockOrder, ahead: int, step: int) -> ReadAhead | None:
+        """What reads the rows of a window ahead; ``None`` where nothing can be read so."""
         graph, store = self.dataset.graph, self.dataset.store
+        numbers = stageable_nodes(graph, mapped)
+        if self.blocks_ahead and numbers:
+            blocks = whole_blocks(self.dataset, numbers, order, ahead + step, self.blocks_ahead)
+            if blocks is not None:
+                return blocks
+        if ahead + step > order.span:
+            return None
         found = []
-        for number in stageable_nodes(graph, mapped):
+        for number in numbers:
             readers = direct_readers_for([store[name] for name in graph.nodes[number].tensors], READERS)
             if readers:
-                found.append(StagedNode(number, readers))
-        return found
+                found.append((number, readers))
+        return SingleRows(graph, found) if found else None
 
     def _through(self, batches: Iterator[Any], stages: list[_Stage], windows: WindowPrefetcher | None) -> Iterator[Any]:
         """The batches, through one stage of prefetching after the other; the stages share a thread."""
         with ExitStack() as last:
-            thread = ThreadPoolExecutor(1, "jasper-prefetch")
-            last.callback(_end, thread)
+            thread = _PrefetchThread()
+            last.callback(thread.close)
             for prefetch in stages:
                 batches = self._stage(batches, prefetch, thread)
             yield from windows.wrap(batches) if windows is not None else batches
@@ -197,21 +213,22 @@ class Prefetcher:
         """Positions from a batch that leaves a stage to the one that the trainer works on, that one included."""
         return (2 * (self.depth + self._group) + 2) * step
 
-    def _stage(self, batches: Iterator[Any], prefetch: _Stage, thread: ThreadPoolExecutor) -> Iterator[Any]:
+    def _stage(self, batches: Iterator[Any], prefetch: _Stage, thread: _PrefetchThread) -> Iterator[Any]:
         """Hold batches back until ``depth`` later ones are prefetched; small ones are prefetched together."""
         waiting: deque[tuple[Any, Future[None] | None]] = deque()
         while group := list(islice(batches, self._group)):
             whole = group[0] if len(group) == 1 else torch.cat([torch.as_tensor(batch) for batch in group])
             job = prefetch(torch.as_tensor(whole, dtype=torch.int64))
-            done = None if job is None else thread.submit(job)
+            with system_refusals("prefetching rows"):
+                done = None if job is None else thread.submit(job)
             waiting.extend((batch, done) for batch in group)
             while len(waiting) > self.depth:
-                yield self._prefetched(*waiting.popleft())
+                yield self._prefetched(thread, *waiting.popleft())
         while waiting:
-            yield self._prefetched(*waiting.popleft())
+            yield self._prefetched(thread, *waiting.popleft())
 
-    def _prefetched(self, batch: Any, done: Future[None] | None) -> Any:
-        if done is not None:
+    def _prefetched(self, thread: _PrefetchThread, batch: Any, done: Future[None] | None) -> Any:
+        if done is not None and thread.is_here:
             with self._timed():
                 done.result()
         return batch
@@ -360,7 +377,22 @@ def _rows_at(dataset: PrefetchSource, indices: torch.Tensor, *, prefetch: bool =
     return rows
 
 
-def _end(threads: ThreadPoolExecutor, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-    """Stop threads and drop their pending work. When the interpreter ends, they and this module's names are gone."""
-    if not _ending():
-        threads.shutdown(cancel_futures=True)
+class _PrefetchThread:
+    """Runs jobs one after another. In a forked child it does not exist, and rows are read when they are needed."""
+
+    def __init__(self) -> None:
+        self._pool, self._process = ThreadPoolExecutor(1, "jasper-prefetch"), os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a thread of this process."""
+        return self._process == os.getpid()
+
+    def submit(self, job: Callable[[], None]) -> Future[None] | None:
+        """Run a job later; ``None`` if it will not be run."""
+        return self._pool.submit(job) if self.is_here else None
+
+    def close(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Stop, and drop pending jobs. When the interpreter ends, the thread and this module's names are gone."""
+        if not _ending() and self.is_here:
+            self._pool.shutdown(cancel_futures=True)

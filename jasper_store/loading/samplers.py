@@ -19,9 +19,10 @@ from jasper_store.loading.options import Padding
 from jasper_store.loading.order import BlockOrder, GlobalOrder, Order, SequentialOrder
 from jasper_store.loading.ranks import find_ranks
 from jasper_store.loading.state import LoaderState
+from jasper_store.loading.turn_order import TurnOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sized
+    from collections.abc import Callable, Iterator, Mapping, Sized
 
     from typing_extensions import Self
 
@@ -35,7 +36,7 @@ DEVICE_DRAW: Final = 1 << 20
 #: A draw of no more than this is made on the host and sent: 16 ns each, where a device's 130 kernels take 2.8 ms to
 #: start, however few the indices (an H100's; docs/notes-paging.md), and nothing is waited for.
 SENT_DRAW: Final = 1 << 16
-_ORDERS: Final[Mapping[str, type[Order]]] = {"global": GlobalOrder, "block": BlockOrder}
+_ORDERS: Final[Mapping[str, Callable[..., Order]]] = {"global": GlobalOrder, "block": BlockOrder}
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -56,6 +57,8 @@ class EpochSampler(DistributedSampler[int]):
             start of the order, ``"none"`` gives each sample to exactly one rank, so that counts may differ by one.
         order_kind: ``"global"`` or ``"block"``, see :mod:`jasper_store.loading.order`.
         device: where index tensors are made.
+        block: samples per block of packed samples, whose block order takes the blocks of a window in turn.
+        window: blocks that are mixed with each other; goes with ``block``.
 
     Raises:
         UnknownNameError: no such order or padding.
@@ -74,6 +77,8 @@ class EpochSampler(DistributedSampler[int]):
         padding: Padding = "wrap",
         order_kind: str = "global",
         device: torch.device | str = "cpu",
+        block: int | None = None,
+        window: int | None = None,
     ) -> None:
         if padding not in {"wrap", "none"}:
             raise UnknownNameError(f"unknown padding {padding!r}; expected 'wrap' or 'none'")
@@ -89,6 +94,7 @@ class EpochSampler(DistributedSampler[int]):
         self.samples = len(dataset)
         self.padding: Padding = padding
         self._order: Order | None = None
+        self._blocks = None if block is None or window is None else (block, window)
         self.use_order(order_kind)
         self.device = torch.device(device)
         self.start = 0
@@ -101,9 +107,15 @@ class EpochSampler(DistributedSampler[int]):
         """The order of the current epoch; computed by indexing, never held."""
         found = self._order
         if found is None or found.epoch != self.epoch:
-            kind = _ORDERS[self.order_kind] if self.shuffle else SequentialOrder
-            self._order = found = kind(self.samples, self.seed, self.epoch)
+            self._order = found = self._make_order()
         return found
+
+    def _make_order(self) -> Order:
+        if not self.shuffle:
+            return SequentialOrder(self.samples, self.seed, self.epoch)
+        if self.order_kind == "block" and self._blocks is not None:
+            return TurnOrder(self.samples, self.seed, self.epoch, *self._blocks)
+        return _ORDERS[self.order_kind](self.samples, self.seed, self.epoch)
 
     def use_order(self, kind: str) -> None:
         """Order by ``"global"`` or ``"block"`` from the next iteration on.
@@ -184,7 +196,7 @@ class EpochSampler(DistributedSampler[int]):
             epoch=self.epoch,
             consumed=min(consumed, self.samples),
             samples=self.samples,
-            order=self._order_in_words(),
+            order=self.order.words,
             fingerprint=self._fingerprint,
         )
 
@@ -202,10 +214,6 @@ class EpochSampler(DistributedSampler[int]):
         """The resume point for an iteration that begins now; the one after it begins at 0 again."""
         start, self.start = self.start, 0
         return start
-
-    def _order_in_words(self) -> str:
-        found = self.order
-        return f"block {found.block} x {found.window}" if isinstance(found, BlockOrder) else found.kind
 
 
 def _knows_ranks() -> bool:

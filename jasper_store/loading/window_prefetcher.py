@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 import torch
 
-from jasper_store.native.gather import source_of
+from jasper_store.native.gather import Source, source_of
 from jasper_store.samples.graph import BY_POSITION
 from jasper_store.samples.reader import StagedRows
 from jasper_store.store.compiled_gather import SECOND_INPUT, CompiledGather, IndexRef, Step
@@ -20,11 +20,20 @@ if TYPE_CHECKING:
 
     from jasper_store.loading.windows import Windows
     from jasper_store.samples.draw import VariantSampler
-    from jasper_store.samples.graph import SampleGraph
+    from jasper_store.samples.graph import Node, SampleGraph
     from jasper_store.samples.reader import SampleReader
     from jasper_store.store.direct_rows import DirectRowReader
 
-__all__ = ["READERS", "WINDOWS", "PrefetchSource", "StagedNode", "WindowPrefetcher"]
+__all__ = [
+    "READERS",
+    "WINDOWS",
+    "PrefetchSource",
+    "ReadAhead",
+    "SingleRows",
+    "StagedNode",
+    "Wanted",
+    "WindowPrefetcher",
+]
 
 WINDOWS: Final = 4
 """Windows that are held: the one that is served, the one before, which batches on their way may need, and two ahead."""
@@ -57,15 +66,114 @@ class StagedNode:
 
     Attributes:
         number: number of the node.
-        readers: readers of its tensors, :data:`READERS` of them; closed with the :class:`WindowPrefetcher`.
+        anywhere: memory as a source: its rows are named by their address.
+        dtype: dtype of the rows.
         addresses: where the row of each position of a held window lies; -1 where none is held.
-        idle: readers that read nothing at present.
     """
 
     number: int
-    readers: Sequence[DirectRowReader]
+    anywhere: Source
+    dtype: torch.dtype
     addresses: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    idle: list[DirectRowReader] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Samples of a window that are to be read.
+
+    Attributes:
+        indices: their indices in the dataset, int64 [n], ascending.
+        rows: their rows, int64 [n].
+        draw: the draw that decides their variants.
+    """
+
+    indices: torch.Tensor
+    rows: torch.Tensor
+    draw: VariantSampler | None
+
+    def rows_of(self, node: Node) -> torch.Tensor:
+        """The rows of a node that they name."""
+        return self.indices if node.rows == BY_POSITION else self.rows
+
+    def variants_of(self, node: Node) -> np.ndarray:
+        """Number of the tensor that each takes its row from, from 0; -1 is a row of zeros."""
+        if not node.choice:
+            return np.zeros(len(self.indices), np.int64)
+        assert self.draw is not None
+        found: np.ndarray = self.draw.variants(self.rows_of(node)).numpy() - 1
+        return found
+
+
+class ReadAhead(Protocol):
+    """How the rows of a window are read. For the trainer's thread alone."""
+
+    @property
+    def nodes(self) -> Sequence[StagedNode]:
+        """The nodes whose rows are read."""
+
+    @property
+    def windows(self) -> int:
+        """Windows that are held at a time."""
+
+    def begin(self, wanted: Wanted) -> Any:
+        """Begin to read; at most :data:`READERS` windows at a time."""
+
+    def finish(self, job: Any) -> tuple[list[np.ndarray], object]:
+        """Wait for what :meth:`begin` began.
+
+        Returns:
+            For each node the address of each sample's row, int64 [n]; and what keeps the addresses valid.
+        """
+
+    def release(self, memory: object) -> None:
+        """Nothing refers to the addresses any more."""
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+
+
+class SingleRows:
+    """Reads the rows of each node by themselves; those that lie near each other in one read.
+
+    Args:
+        graph: what a sample reads.
+        readers: of each node that is read, its number and :data:`READERS` readers of its tensors.
+    """
+
+    windows = WINDOWS
+
+    def __init__(self, graph: SampleGraph, readers: Sequence[tuple[int, Sequence[DirectRowReader]]]) -> None:
+        self._graph, self._readers = graph, readers
+        self.nodes = [StagedNode(number, each[0].anywhere, each[0].dtype) for number, each in readers]
+        self._idle = [list(each) for _, each in readers]
+
+    def begin(self, wanted: Wanted) -> Any:
+        """See :class:`ReadAhead`."""
+        begun = []
+        for staged, idle in zip(self.nodes, self._idle, strict=True):
+            node, reader = self._graph.nodes[staged.number], idle.pop()
+            reader.begin(wanted.variants_of(node), wanted.rows_of(node).numpy())
+            begun.append(reader)
+        return begun
+
+    def finish(self, job: Any) -> tuple[list[np.ndarray], object]:
+        """See :class:`ReadAhead`."""
+        found, memories = [], []
+        for reader, idle in zip(job, self._idle, strict=True):
+            addresses, memory = reader.finish()
+            idle.append(reader)
+            found.append(addresses)
+            memories.append(memory)
+        return found, memories
+
+    def release(self, memory: object) -> None:
+        """See :class:`ReadAhead`; tensors go by themselves."""
+
+    def close(self) -> None:
+        """See :class:`ReadAhead`."""
+        for _, readers in self._readers:
+            for reader in readers:
+                reader.close()
 
 
 @dataclass(frozen=True)
@@ -76,13 +184,13 @@ class _Window:
         number: number of the window in the order.
         blocks: blocks of indices in it.
         slots: slots of its indices in the table of addresses.
-        readers: the readers that read it, one for each staged node.
+        job: what reads it.
     """
 
     number: int
     blocks: np.ndarray
     slots: np.ndarray
-    readers: list[DirectRowReader]
+    job: Any
 
 
 class WindowPrefetcher:
@@ -90,24 +198,24 @@ class WindowPrefetcher:
 
     Args:
         dataset: whose rows.
-        nodes: which of them.
+        ahead: what reads them.
         windows: of the pass.
         in_flight: positions between a batch that leaves :meth:`wrap` and the one that is being gathered.
     """
 
-    def __init__(self, dataset: PrefetchSource, nodes: Sequence[StagedNode], windows: Windows, in_flight: int) -> None:
-        self._dataset, self._nodes, self._windows, self._in_flight = dataset, tuple(nodes), windows, in_flight
+    def __init__(self, dataset: PrefetchSource, ahead: ReadAhead, windows: Windows, in_flight: int) -> None:
+        self._dataset, self._ahead, self._windows, self._in_flight = dataset, ahead, windows, in_flight
+        self._nodes = tuple(ahead.nodes)
         order = windows.order
         self._order, self._position = order, windows.first
         self._first = self._next = order.window_of(self._position) if self._position < order.n else order.n_windows
         self._draw = dataset.draw_now()
-        self._graph, self._listed = dataset.graph, _listed(dataset)
+        self._listed = _listed(dataset)
         for node in self._nodes:
-            node.addresses = torch.full((WINDOWS * order.span,), -1, dtype=torch.int64)
-            node.idle = list(node.readers)
+            node.addresses = torch.full((ahead.windows * order.span,), -1, dtype=torch.int64)
         # Blocks of indices have slots.
         self._slots = np.full(-(-order.n // order.block), -1, np.int32)
-        self._held: deque[tuple[_Window, list[torch.Tensor]]] = deque()
+        self._held: deque[tuple[_Window, object]] = deque()
         self._reads: deque[_Window] = deque()
         staged = {node.number: self._staged_rows(node) for node in self._nodes}
         self._staged_gather = _gather_of(staged)
@@ -117,8 +225,7 @@ class WindowPrefetcher:
 
     @staticmethod
     def _staged_rows(node: StagedNode) -> StagedRows:
-        reader = node.readers[0]
-        return StagedRows(source_of(node.addresses), reader.anywhere, reader.dtype)
+        return StagedRows(source_of(node.addresses), node.anywhere, node.dtype)
 
     def wrap(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield the same batches, each as soon as its rows are in memory, while the next windows are read.
@@ -151,13 +258,16 @@ class WindowPrefetcher:
         oldest = max(order.window_of(max(self._position - self._in_flight, 0)), self._first)
         self._evict(oldest)
         self._complete(now - 1)
-        self._submit_until(min(now + 2, oldest + WINDOWS - 1))
+        self._submit_until(min(now + READERS - 1, oldest + self._ahead.windows - 1))
         self._complete(now)
         return min(order.window_bounds(now)[1], order.window_bounds(oldest)[1] + self._in_flight - 1)
 
     def _submit_until(self, last: int) -> None:
         """Begin to read windows, up to a number."""
         while self._next <= last and self._next < self._order.n_windows:
+            if len(self._reads) == READERS:
+                # A batch that is larger than a window.
+                self._complete(self._reads[0].number)
             self._reads.append(self._submit(self._next))
             self._next += 1
 
@@ -165,40 +275,28 @@ class WindowPrefetcher:
         """Find out what a window needs, and begin to read it."""
         blocks, indices, within = self._windows.members(number)
         rows = indices if self._listed is None else self._listed.take(indices).long()
-        readers = []
-        for staged in self._nodes:
-            node = self._graph.nodes[staged.number]
-            wanted = indices if node.rows == BY_POSITION else rows
-            if node.choice:
-                assert self._draw is not None
-                which = self._draw.variants(wanted).numpy() - 1
-            else:
-                which = np.zeros(len(wanted), np.int64)
-            reader = staged.idle.pop()
-            reader.begin(which, wanted.numpy())
-            readers.append(reader)
-        first = number % WINDOWS * self._order.span
-        return _Window(number, blocks.numpy(), within.numpy() + first, readers)
+        first = number % self._ahead.windows * self._order.span
+        job = self._ahead.begin(Wanted(indices, rows, self._draw))
+        return _Window(number, blocks.numpy(), within.numpy() + first, job)
 
     def _complete(self, last: int) -> None:
         """Wait for windows up to a number, and enter the addresses of their rows."""
         while self._reads and self._reads[0].number <= last:
             window = self._reads.popleft()
-            order, slot = self._order, window.number % WINDOWS
-            memories = []
-            for staged, reader in zip(self._nodes, window.readers, strict=True):
-                addresses, memory = reader.finish()
-                staged.idle.append(reader)
+            order, slot = self._order, window.number % self._ahead.windows
+            found, memory = self._ahead.finish(window.job)
+            for staged, addresses in zip(self._nodes, found, strict=True):
                 staged.addresses.numpy()[slot * order.span :][: order.span] = -1
                 staged.addresses.numpy()[window.slots] = addresses
-                memories.append(memory)
             self._slots[window.blocks] = slot * order.window + np.arange(len(window.blocks))
-            self._held.append((window, memories))
+            self._held.append((window, memory))
 
     def _evict(self, before: int) -> None:
         """Evict the windows below a number."""
         while self._held and self._held[0][0].number < before:
-            self._slots[self._held.popleft()[0].blocks] = -1
+            window, memory = self._held.popleft()
+            self._slots[window.blocks] = -1
+            self._ahead.release(memory)
 
     def batch(self, positions: torch.Tensor, draw: VariantSampler | None) -> list[torch.Tensor] | None:
         """A whole batch in the order of the graph's keys; ``None`` if it has to be gathered step by step."""
@@ -232,9 +330,7 @@ class WindowPrefetcher:
         """The pass has ended or was abandoned. May be called twice."""
         if self._ending():
             return  # the end of the process closes the files
-        for node in self._nodes:
-            for reader in node.readers:
-                reader.close()
+        self._ahead.close()
 
 
 def _listed(dataset: PrefetchSource) -> Any:

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from jasper_store.loading.loader import Loader
 
-__all__ = ["JasperPredictor", "dataset_of", "evaluate", "info_nce", "question_alone", "recall_at_1"]
+__all__ = ["SAME_SOURCE", "JasperPredictor", "dataset_of", "evaluate", "info_nce", "question_alone", "recall_at_1"]
 
-# Two sources in a batch closer than this are one source: the positive of one sample is no negative of the other.
-_SAME_SOURCE = 1.0 - 1e-4
+SAME_SOURCE = 1.0 - 1e-4
+"""Two sources of a cosine above this are one source: the positive of one sample is no negative of the other."""
 
 
 class JasperPredictor(nn.Module):
@@ -102,7 +102,7 @@ def info_nce(predicted: torch.Tensor, batch: dict[str, torch.Tensor], temperatur
     hard = torch.einsum("bd,bnd->bn", predicted, negatives) / temperature + weights.log()
     others = predicted @ positives.T / temperature
     own = others.diagonal()[:, None]
-    same = (positives @ positives.T > _SAME_SOURCE).fill_diagonal_(True)
+    same = (positives @ positives.T > SAME_SOURCE).fill_diagonal_(True)
     logits = torch.cat((own, hard, others.masked_fill(same, float("-inf"))), dim=1)
     return functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 

@@ -15,11 +15,23 @@ import torch
 
 from jasper_store.native.library import library
 
-__all__ = ["NUMBERS", "Jobs", "Source", "SourceGather", "kernel", "run_packed", "source_of", "widening"]
+__all__ = [
+    "NUMBERS",
+    "Jobs",
+    "MapFaultError",
+    "Source",
+    "SourceGather",
+    "kernel",
+    "run_packed",
+    "source_of",
+    "widening",
+]
 
 NUMBERS: Final = 10
 """64-bit numbers of a packed gather: the fields of ``struct gather`` in ``rows.c``."""
 _ROWS, _ROWS_STEP, _N, _OUT = range(4, 8)
+_UNREADABLE: Final = -1
+"""As in ``rows.c``."""
 _WIDENS: Final = {torch.uint8: -1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
 
 
@@ -27,6 +39,18 @@ def kernel() -> Any:
     """The kernel's entry point; ``None`` if it was not built for this system."""
     found = library()
     return None if found is None else found.jasper_gather
+
+
+class MapFaultError(OSError):
+    """A page of a mapped file could not be read: the file was truncated, or its disk failed.
+
+    Attributes:
+        address: where the page is mapped.
+    """
+
+    def __init__(self, address: int) -> None:
+        super().__init__(f"the page that is mapped at {address:#x} could not be read")
+        self.address = address
 
 
 class Source(NamedTuple):
@@ -86,13 +110,26 @@ class Jobs:
         self._numbers += source.numbers
         self._numbers += (rows.data_ptr(), rows.stride(0), rows.shape[0], out.data_ptr(), widen, 0)
 
-    def run(self) -> int | None:
+    def run(self, *, mapped: bool = False) -> int | None:
         """Run all gathers, with torch's number of threads.
+
+        Args:
+            mapped: sources are maps of files. A page that cannot be read is an error then, and ends the process
+                otherwise.
 
         Returns:
             ``None``, or the number of the first gather with a row out of range; then nothing was written.
+
+        Raises:
+            MapFaultError: a page of a map could not be read.
         """
-        return run_packed(array.array("q", self._numbers))
+        jobs = array.array("q", self._numbers)
+        if not mapped:
+            return run_packed(jobs)
+        bad = library().jasper_gather_mapped(jobs.buffer_info()[0], len(jobs) // NUMBERS, torch.get_num_threads())
+        if bad == _UNREADABLE:
+            raise MapFaultError(library().jasper_fault_address())
+        return bad - 1 if bad else None
 
 
 class SourceGather:
@@ -100,13 +137,14 @@ class SourceGather:
 
     Args:
         source: its ``numbers`` must not be empty.
+        mapped: the source is a map of a file; see :meth:`Jobs.run`.
     """
 
     __slots__ = ("_kernel", "_like", "_numbers", "_spare", "source")
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, mapped: bool = False) -> None:
         self.source = source
-        self._kernel = kernel()
+        self._kernel = library().jasper_gather_mapped if mapped else kernel()
         self._numbers = array.array("q", (*source.numbers, 0, 1, 0, 0, 0, 0))
         self._spare: list[tuple[array.array[int], int]] = []  # packed gathers that no thread uses, and their addresses
         self._like = (-1, source.tensor)
@@ -129,6 +167,9 @@ class SourceGather:
 
         Returns:
             False if a row is out of range; then nothing was written.
+
+        Raises:
+            MapFaultError: a page of a map could not be read.
         """
         try:
             jobs, address = self._spare.pop()
@@ -141,6 +182,8 @@ class SourceGather:
         jobs[_OUT] = out.data_ptr()
         bad = self._kernel(address, 1, torch.get_num_threads())
         self._spare.append((jobs, address))
+        if bad == _UNREADABLE:
+            raise MapFaultError(library().jasper_fault_address())
         return not bad
 
 

@@ -53,6 +53,8 @@ static void cpu_relax(void)
 {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
 #endif
 }
 
@@ -180,9 +182,13 @@ __attribute__((constructor)) static void register_fork_handler(void) { pthread_a
 /* Start helpers until there are `count`; fewer if the system refuses a thread. The caller holds caller_lock. */
 static void start_helpers(unsigned count)
 {
+    static const int faults[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL};
     sigset_t all, before;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the program's own threads */
+    /* Signals are for the program's own threads, but a fault is for the thread that has it: blocked it ends the process. */
+    for (unsigned i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&all, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     while (atomic_load(&pool.started) < count) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, helper_main, (void *)(uintptr_t)atomic_load(&pool.started)))
@@ -237,7 +243,6 @@ int jasper_submit_background(struct background_task *task)
     }
     if (!atomic_load(&pool.started))
         return 0;
-    task->fork_generation = atomic_load(&pool.fork_generation);
     pthread_mutex_lock(&pool.submit_lock);
     const unsigned tail = atomic_load(&pool.tail);
     const int has_room = tail - atomic_load(&pool.head) < MAX_BACKGROUND;
@@ -252,11 +257,10 @@ int jasper_submit_background(struct background_task *task)
     return has_room;
 }
 
-int jasper_wait_background(struct background_task *task)
+void jasper_wait_background(struct background_task *task)
 {
-    if (task->fork_generation != atomic_load(&pool.fork_generation))
-        return atomic_load(&task->done);
     for (unsigned seen; seen = atomic_load(&pool.done_count), !atomic_load(&task->done);)
         futex_wait(&pool.done_count, seen);
-    return 1;
 }
+
+unsigned jasper_fork_generation(void) { return atomic_load(&pool.fork_generation); }

@@ -23,7 +23,6 @@ enum { BUSY, DRAINING, DONE };
 struct background_task {
     int (*step)(struct background_task *);
     atomic_int done;
-    unsigned fork_generation; /* of the process that submitted it */
 };
 
 /* Queue a task for the first helper, which advances it between the parts it runs, in the order of submission. The
@@ -31,7 +30,10 @@ struct background_task {
  * started, or the queue is full. */
 int jasper_submit_background(struct background_task *task);
 
-/* Wait until a queued task is done. Returns 0 if it never will be: it was submitted before this process was forked. */
-int jasper_wait_background(struct background_task *task);
+/* Wait until a queued task is done. It never will be if it was queued before this process was forked. */
+void jasper_wait_background(struct background_task *task);
+
+/* A number that is another one in each process of a chain of forks. */
+unsigned jasper_fork_generation(void);
 
 #endif

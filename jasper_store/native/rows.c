@@ -8,26 +8,31 @@
  * interpreter lock.
  */
 #include "helpers.h"
+#include "map_faults.h"
 #include "parts.h"
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
-#define HAS_STREAM_STORES 1
+#define HAS_AVX 1
 #endif
 
 enum {
-    ABI = 10,
+    ABI = 12,
     PREFETCH_DISTANCE = 4,          /* rows from the one that is copied to the one that is prefetched */
     CACHE_LINE = 64,                /* bytes */
     MAX_PART_NBYTES = 512 << 10,    /* bytes that a thread copies per part, at most */
     MIN_PARALLEL_NBYTES = 64 << 10, /* below this, waking a thread costs more than it saves */
     MIN_STREAM_NBYTES = 2 << 20,    /* from this on the result leaves the core's cache before it is read */
+    MAX_THREADS = 1024,             /* more are never there; twice as many must fit an unsigned */
     LOCATED_ROWS = 256,             /* rows whose addresses are found before they are copied */
 };
+
+/* Result of jasper_gather_mapped; gather.py knows it. */
+enum { UNREADABLE = -1 };
 
 /* Given instead of a stride: `source` is a struct parts, all of whose parts are mapped. */
 #define IN_PARTS UINT64_MAX
@@ -54,14 +59,47 @@ struct gather_task {
     uint64_t part_nbytes;
     uint64_t n_parts;
     int stream; /* whether stores bypass the cache */
+    int mapped; /* whether sources are maps of files, whose pages may be gone */
+    atomic_int unreadable; /* whether a page was */
     atomic_ullong next_part;
 };
 
-#if defined(HAS_STREAM_STORES) && !defined(__clang__)
-#define SIMD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SIMD_CLONES
+/* Rows of a gather: a part of a task. */
+struct row_range {
+    const struct gather *gather;
+    uint64_t first, last;
+    int stream;
+};
+
+/* Instruction sets that the copying loop is compiled for. The library runs on any processor of its platform and asks this
+ * one what it has: no flag of the compiler, and no resolver of the dynamic linker, which musl and sanitizers lack. */
+enum { BASELINE, AVX2, AVX512 };
+
+static atomic_int instructions; /* the best that this processor has, or fewer */
+
+/* Use these instructions at most. Returns which are used: fewer where the processor lacks them. Tests compare them. */
+int jasper_use_instructions(int most)
+{
+    int best = BASELINE;
+#ifdef HAS_AVX
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2"))
+        best = AVX2;
+    if (best == AVX2 && __builtin_cpu_supports("avx512f"))
+        best = AVX512;
 #endif
+    best = best < most ? best : most;
+    atomic_store(&instructions, best);
+    return best;
+}
+
+__attribute__((constructor)) static void find_instructions(void) { jasper_use_instructions(AVX512); }
+
+/* Where a row lies. In integers: the source is NULL where rows are addresses, and adding to that is undefined. */
+static inline const char *row_at(uintptr_t source, int64_t row, uint64_t stride)
+{
+    return (const char *)(source + (uint64_t)row * stride);
+}
 
 /* Prefetch a row into the second-level cache, which allows more outstanding misses than the first. */
 static void prefetch_row(const char *row, uint64_t nbytes)
@@ -70,15 +108,16 @@ static void prefetch_row(const char *row, uint64_t nbytes)
         __builtin_prefetch(row + k, 0, 1);
 }
 
-SIMD_CLONES
-static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last)
+__attribute__((always_inline)) static inline void copy_rows_inline(const struct gather *gather, uint64_t first,
+                                                                   uint64_t last)
 {
+    const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
         if (i + PREFETCH_DISTANCE < gather->n)
-            prefetch_row(gather->source + (uint64_t)rows[(i + PREFETCH_DISTANCE) * step] * stride, nbytes);
-        const char *from = gather->source + (uint64_t)rows[i * step] * stride;
+            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes);
+        const char *from = row_at(source, rows[i * step], stride);
         char *to = gather->target + i * nbytes;
         uint64_t k = 0;
         for (; k + CACHE_LINE <= nbytes; k += CACHE_LINE)
@@ -87,21 +126,56 @@ static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last
     }
 }
 
+static void copy_rows_baseline(const struct gather *gather, uint64_t first, uint64_t last)
+{
+    copy_rows_inline(gather, first, last);
+}
+
+#ifdef HAS_AVX
+__attribute__((target("avx2"))) static void copy_rows_avx2(const struct gather *gather, uint64_t first, uint64_t last)
+{
+    copy_rows_inline(gather, first, last);
+}
+
+__attribute__((target("avx512f"))) static void copy_rows_avx512(const struct gather *gather, uint64_t first,
+                                                                uint64_t last)
+{
+    copy_rows_inline(gather, first, last);
+}
+#endif
+
+static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last)
+{
+#ifdef HAS_AVX
+    const int best = atomic_load_explicit(&instructions, memory_order_relaxed);
+    if (best == AVX512) {
+        copy_rows_avx512(gather, first, last);
+        return;
+    }
+    if (best == AVX2) {
+        copy_rows_avx2(gather, first, last);
+        return;
+    }
+#endif
+    copy_rows_baseline(gather, first, last);
+}
+
 /* The same with stores that bypass the cache: a cache line that is written as a whole need not be read first. (Two or
  * four stores per line are no faster than the cache.)
  *
  * The loop stands here twice because one inline body for both, with the store as a constant argument, made this
  * function 4 to 8 % slower (GCC 12, rows of 768 and 1536 bytes, 3 to 12 MB per call). */
-#ifdef HAS_STREAM_STORES
+#ifdef HAS_AVX
 __attribute__((target("avx512f")))
 static void stream_rows(const struct gather *gather, uint64_t first, uint64_t last)
 {
+    const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
         if (i + PREFETCH_DISTANCE < gather->n)
-            prefetch_row(gather->source + (uint64_t)rows[(i + PREFETCH_DISTANCE) * step] * stride, nbytes);
-        const char *from = gather->source + (uint64_t)rows[i * step] * stride;
+            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes);
+        const char *from = row_at(source, rows[i * step], stride);
         char *to = gather->target + i * nbytes;
         for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
             _mm512_stream_si512((__m512i *)(to + k), _mm512_loadu_si512(from + k));
@@ -111,7 +185,8 @@ static void stream_rows(const struct gather *gather, uint64_t first, uint64_t la
 
 static int can_stream(const struct gather *gather)
 {
-    return ((uintptr_t)gather->target | gather->row_nbytes) % CACHE_LINE == 0 && __builtin_cpu_supports("avx512f");
+    return ((uintptr_t)gather->target | gather->row_nbytes) % CACHE_LINE == 0 &&
+           atomic_load_explicit(&instructions, memory_order_relaxed) == AVX512;
 }
 #else
 static int can_stream(const struct gather *gather) { return (void)gather, 0; }
@@ -122,13 +197,13 @@ static int can_stream(const struct gather *gather) { return (void)gather, 0; }
 #define COPY_NUMBERS(type)                                                          \
     for (uint64_t i = first; i < last; i++) {                                       \
         type value;                                                                 \
-        memcpy(&value, gather->source + (uint64_t)rows[i * step] * stride, sizeof value); \
+        memcpy(&value, row_at(source, rows[i * step], stride), sizeof value);       \
         memcpy(gather->target + i * sizeof value, &value, sizeof value);            \
     }
 
 #define WIDEN_NUMBERS(type)                                                         \
     for (uint64_t i = first; i < last; i++) {                                       \
-        const char *from = gather->source + (uint64_t)rows[i * step] * stride;      \
+        const char *from = row_at(source, rows[i * step], stride);                  \
         for (uint64_t k = 0; k < width; k++) {                                      \
             type value;                                                             \
             memcpy(&value, from + k * sizeof value, sizeof value);                  \
@@ -140,6 +215,7 @@ static int can_stream(const struct gather *gather) { return (void)gather, 0; }
 /* Rows first to last - 1 of a gather from one place. */
 static void gather_from_one(const struct gather *gather, uint64_t first, uint64_t last, int stream)
 {
+    const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
     const uint64_t item = gather->widen < 0 ? 1 : (uint64_t)gather->widen;
@@ -195,6 +271,12 @@ static void gather_rows(const struct gather *gather, uint64_t first, uint64_t la
     }
 }
 
+static void gather_range(const void *data)
+{
+    const struct row_range *range = data;
+    gather_rows(range->gather, range->first, range->last, range->stream);
+}
+
 static uint64_t rows_per_part(const struct gather_task *task, const struct gather *gather)
 {
     const uint64_t rows = task->part_nbytes / (gather->row_nbytes ? gather->row_nbytes : 1);
@@ -217,7 +299,11 @@ static int run_next_part(struct parallel_task *parallel)
     for (uint64_t count; part >= (count = count_parts(task, gather)); part -= count)
         gather++;
     const uint64_t rows = rows_per_part(task, gather), first = part * rows;
-    gather_rows(gather, first, gather->n - first < rows ? gather->n : first + rows, task->stream);
+    const struct row_range range = {gather, first, gather->n - first < rows ? gather->n : first + rows, task->stream};
+    if (!task->mapped)
+        gather_range(&range);
+    else if (!atomic_load(&task->unreadable) && !jasper_run_guarded(gather_range, &range))
+        atomic_store(&task->unreadable, 1);
     return 1;
 }
 
@@ -229,9 +315,9 @@ static int rows_in_range(const struct gather *gather)
     return !bad;
 }
 
-/* Run gathers that do not depend on each other. Returns 0, or the number (from 1) of the first gather with a row out of
- * range: then nothing was written. */
-static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
+/* Run gathers that do not depend on each other. Returns 0; the number (from 1) of the first gather with a row out of
+ * range: then nothing was written; or UNREADABLE. */
+static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsigned threads, int mapped)
 {
     uint64_t nbytes = 0;
     for (uint64_t k = 0; k < n_gathers; k++) {
@@ -242,6 +328,8 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
     struct gather_task task = {
         .task = {run_next_part}, .gathers = gathers, .n_gathers = n_gathers, .part_nbytes = MAX_PART_NBYTES};
     task.stream = nbytes >= MIN_STREAM_NBYTES;
+    task.mapped = mapped;
+    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     const int parallel = threads > 1 && nbytes >= MIN_PARALLEL_NBYTES;
     /* Parts are as large as possible, because the first rows of each are not prefetched; but each thread gets at least
      * two, so that the others can take over the second part of one that starts late. */
@@ -254,7 +342,7 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
     else
         while (run_next_part(&task.task))
             continue;
-    return 0;
+    return atomic_load(&task.unreadable) ? UNREADABLE : 0;
 }
 
 /* Run all gathers, stage by stage. Returns 0, or the number (from 1) of the first gather with a row out of range: then
@@ -264,11 +352,19 @@ int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned
     for (uint64_t first = 0, last = 0; first < n_gathers; first = last) {
         while (last < n_gathers && gathers[last].stage == gathers[first].stage)
             last++;
-        const int64_t bad = run_stage(gathers + first, last - first, threads);
+        const int64_t bad = run_stage(gathers + first, last - first, threads, 0);
         if (bad)
             return (int64_t)first + bad;
     }
     return 0;
+}
+
+/* The same for one stage of gathers from maps. Returns UNREADABLE, besides, if a page of a map could not be read:
+ * jasper_fault_address names it, and what was written is undefined. */
+int64_t jasper_gather_mapped(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
+{
+    jasper_catch_faults();
+    return run_stage(gathers, n_gathers, threads, 1);
 }
 
 /* Version of this library's interface; library.py expects the same number. */

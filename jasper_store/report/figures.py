@@ -10,18 +10,18 @@ from collections.abc import Mapping
 
 import torch
 
-from jasper_store.report.model import Figures, Histogram, Point, Projection, Tier
+from jasper_store.report.histogram import Histogram, Tier, by_tier, histogram
+from jasper_store.report.model import Figures, Point, Projection
+from jasper_store.report.ranking import look_at_ranking
+from jasper_store.report.rows import distinct, random_rows, spread, unit
 from jasper_store.store.store import TensorStore
 from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["figures", "histogram", "project", "spread"]
+__all__ = ["figures", "project"]
 
-_SCALARS = 1 << 22
-_RUNS = 256
 _PAIRS = 2048
 _POINTS = 1500
 _PAIRS_AT_A_TIME = 128
-_BINS = 40
 
 
 def figures(store: TensorStore, sizes: Mapping[str, int]) -> Figures:
@@ -32,8 +32,8 @@ def figures(store: TensorStore, sizes: Mapping[str, int]) -> Figures:
         sizes: as ``integrity.check_structure`` returned them.
     """
     ids = spread(store["pair_cluster_id"])
-    counts = torch.bincount(ids.long(), minlength=sizes["clusters"])
-    rows = _random_rows(sizes["pairs"], _PAIRS)
+    counts = torch.bincount(ids.long(), minlength=sizes.get("clusters", 0))
+    rows = random_rows(sizes["pairs"], _PAIRS)
     tiers, positive = _negatives(store, rows, sizes["pairs"])
     return Figures(
         sizes={name: sizes[name] for name in sorted(sizes) if name not in {"D", "n_neg"}},
@@ -41,52 +41,15 @@ def figures(store: TensorStore, sizes: Mapping[str, int]) -> Figures:
         clusters_rows=len(ids),
         tiers=tiers,
         positive=positive,
+        ranking=look_at_ranking(store, sizes["pairs"]),
         relevance=_of_scalars(store["pair_relevance"]),
         distance=_of_scalars(store["centroid_distances"]),
         projection=_projection(store, sizes["pairs"]),
     )
 
 
-def spread(tensor: StoredTensor, at_most: int = _SCALARS, runs: int = _RUNS) -> torch.Tensor:
-    """All rows of a tensor, or ``at_most`` of them in runs of neighbours, spread evenly; an owned copy."""
-    if tensor.n_rows <= at_most:
-        return tensor[:].clone()
-    length = at_most // runs
-    starts = torch.linspace(0, tensor.n_rows - length, runs, dtype=torch.float64).long().tolist()
-    return torch.cat([tensor[start : start + length] for start in starts])
-
-
-def histogram(values: torch.Tensor, of: int, low: float | None = None, high: float | None = None) -> Histogram:
-    """Count the finite values; the edges are the smallest and the largest unless given."""
-    values = values.flatten().double()
-    values = values[values.isfinite()]
-    if not len(values):
-        return Histogram(low or 0.0, high if high is not None else 1.0, (0,) * _BINS, 0.0, 0, of)
-    smallest, largest = float(values.min()), float(values.max())
-    low = smallest if low is None else low
-    high = largest if high is None else high
-    if high <= low:  # all alike: one bar needs a width
-        low, high = low - 0.5, high + 0.5
-    counts = torch.histc(values.clamp(low, high), _BINS, low, high).long()
-    return Histogram(low, high, tuple(counts.tolist()), float(values.median()), len(values), of, smallest, largest)
-
-
 def _of_scalars(tensor: StoredTensor) -> Histogram:
     return histogram(spread(tensor), tensor.n_rows)
-
-
-def _random_rows(n: int, at_most: int) -> torch.Tensor:
-    """Rows in ascending order, the same ones each time."""
-    generator = torch.Generator().manual_seed(0)
-    if n <= 4 * at_most:
-        return torch.randperm(n, generator=generator)[:at_most].sort().values
-    return _distinct(torch.randint(n, (at_most,), generator=generator))
-
-
-def _distinct(values: torch.Tensor) -> torch.Tensor:
-    """Each value once, in ascending order."""
-    distinct: torch.Tensor = torch.unique(values)
-    return distinct
 
 
 def _negatives(store: TensorStore, rows: torch.Tensor, pairs: int) -> tuple[tuple[Tier, ...], Histogram]:
@@ -95,39 +58,29 @@ def _negatives(store: TensorStore, rows: torch.Tensor, pairs: int) -> tuple[tupl
     for start in range(0, len(rows), _PAIRS_AT_A_TIME):
         part = rows[start : start + _PAIRS_AT_A_TIME]
         index = store["pair_index"].take(part).long()
-        positive = _unit(store["source_embs"].take(index[:, 1]))
-        question = _unit(store["question_embs"].take(index[:, 0]))
+        positive = unit(store["source_embs"].take(index[:, 1]))
+        question = unit(store["question_embs"].take(index[:, 0]))
         chosen = store["hard_negatives"].take(part).long()
-        negative = _unit(store["source_embs"].take(chosen.flatten())).reshape(*chosen.shape, -1)
+        negative = unit(store["source_embs"].take(chosen.flatten())).reshape(*chosen.shape, -1)
         similarities.append(torch.einsum("nd,nkd->nk", positive, negative).flatten())
         tiers.append(store["negative_tiers"].take(part).long().flatten())
         positives.append((question * positive).sum(dim=1))
     similarity, tier = torch.cat(similarities), torch.cat(tiers)
     finite = similarity[similarity.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (-1.0, 1.0)
-    found = tuple(
-        Tier(
-            int(number),
-            float((tier == number).double().mean()),
-            histogram(similarity[tier == number], pairs * chosen.shape[1], low, high),
-        )
-        for number in _distinct(tier).tolist()
-    )
+    found = by_tier(similarity, tier, pairs * chosen.shape[1], low, high)
     return found, histogram(torch.cat(positives), pairs)
 
 
-def _unit(values: torch.Tensor) -> torch.Tensor:
-    unit: torch.Tensor = torch.nn.functional.normalize(values.float(), dim=-1)
-    return unit
-
-
 def _projection(store: TensorStore, pairs: int) -> Projection | None:
-    rows = _random_rows(pairs, _POINTS)
+    rows = random_rows(pairs, _POINTS)
     sources = store["pair_index"].take(rows)[:, 1].long()
     clusters = store["pair_cluster_id"].take(rows).long()
-    present = _distinct(clusters)
     values = store["source_embs"].take(sources).float()
-    return project(values, clusters, store["centroid_embs"].take(present).float(), present, pairs)
+    # A dataset may lack the centroids, since no sample reads them.
+    present = distinct(clusters) if "centroid_embs" in store else clusters[:0]
+    centroids = store["centroid_embs"].take(present).float() if len(present) else values[:0]
+    return project(values, clusters, centroids, present, pairs)
 
 
 def project(

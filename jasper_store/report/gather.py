@@ -16,11 +16,13 @@ from typing import Any
 from jasper_store.bench.serving import LoaderRate, loader_rate, quietly
 from jasper_store.conversion.verify import VerifyReport
 from jasper_store.errors import DeclarationError, JasperStoreError
+from jasper_store.files.hub import local_path
 from jasper_store.formats.base import Schema, TensorSpec
 from jasper_store.formats.registry import Located, locate
 from jasper_store.jasper.api import verify as verify_dataset
 from jasper_store.jasper.recognise import Known, is_jasper, known_at
 from jasper_store.memory.budget import format_bytes, measure
+from jasper_store.memory.sizes import nbytes_of
 from jasper_store.report.jasper import look_at_jasper
 from jasper_store.report.model import DatasetReport, TensorRow
 from jasper_store.report.parts import look_at_parts
@@ -61,7 +63,7 @@ def make_report(
         storage_format: format to read.
         verify: read all data once for its checksums.
         memory_limit: upper bound on what may be preloaded: bytes, or a text such as ``"8GiB"``.
-        speed_seconds: how long to measure each loader.
+        speed_seconds: how long to measure each loader; 0 measures none.
         step: told what is being done.
 
     Raises:
@@ -70,7 +72,9 @@ def make_report(
         IntegrityError: a JASPER configuration without its dimensions.
     """
     with unrecorded():
-        return _look(Path(path), storage_format, memory_limit, speed_seconds, step or (lambda *_: None), verify=verify)
+        return _look(
+            local_path(path), storage_format, memory_limit, speed_seconds, step or (lambda *_: None), verify=verify
+        )
 
 
 def _look(
@@ -92,6 +96,7 @@ def _look(
     speed, why_no_speed = _speed(path, located, made, speed_seconds, samples, damaged, memory_limit)
     return DatasetReport(
         **facts,
+        memory_limit=None if memory_limit is None else nbytes_of(memory_limit, "memory_limit"),
         samples=samples,
         why_no_samples=problem,
         declares=declares,
@@ -185,6 +190,8 @@ def _speed(
         return (), damaged
     if not samples.length:
         return (), "there is no sample to serve"
+    if not seconds > 0:
+        return (), "it was not asked for"
     ways = (True, None) if made.preloaded_nbytes < min(measure().nbytes, _MOST_PRELOADED) else (True,)
     try:
         rates = [

@@ -58,9 +58,11 @@ def _look(path: Path, storage_format: str, config: Config) -> tuple[Figures | No
         ):
             there = [split for split in SPLITS if split_tensor(split) in store]
             sizes = check_structure(store, config, there, path)
+            if not sizes["pairs"]:
+                return None, "there is no pair"
             declaration = declaration_for(config.curriculum)
             bounds = [bound for split in there for bound in build_graph(declaration, store, split).bounds]
             check_bounds_once(store, [*bounds, *unread_bounds(store)], NOUNS)
             return figures(store, sizes), ""
     except JasperStoreError as exc:
-        return None, str(exc)
+        return None, f"the tensors contradict each other: {exc}"

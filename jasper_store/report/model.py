@@ -8,10 +8,12 @@ from typing import Any
 
 from jasper_store.bench.serving import LoaderRate
 from jasper_store.conversion.verify import VerifyReport
+from jasper_store.report.histogram import Histogram, Tier
 from jasper_store.report.parts import TensorParts
+from jasper_store.report.ranking import Ranking
 from jasper_store.report.sample import SampleView
 
-__all__ = ["DatasetReport", "Figures", "Histogram", "JasperPart", "Point", "Projection", "TensorRow", "Tier"]
+__all__ = ["DatasetReport", "Figures", "JasperPart", "PlaceRow", "Point", "Projection", "TensorRow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,43 +42,20 @@ class TensorRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Histogram:
-    """Counts in bins of equal width.
+class PlaceRow:
+    """What the plan puts into one place.
 
     Attributes:
-        low: left edge of the first bin.
-        high: right edge of the last one.
-        counts: values per bin.
-        median: of the values; 0 where there are none.
-        rows: values that were counted.
-        of: values that there are; more where a sample was looked at.
-        smallest: of the values; the edges differ where all values are alike, since a bar needs a width.
-        largest: of the values.
+        placement: the place.
+        tensors: how many.
+        nbytes: bytes of their values.
+        sample_nbytes: bytes that a sample of the report's split reads there, on average.
     """
 
-    low: float
-    high: float
-    counts: tuple[int, ...]
-    median: float
-    rows: int
-    of: int
-    smallest: float = 0.0
-    largest: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Tier:
-    """Negatives of one tier.
-
-    Attributes:
-        tier: its number as stored.
-        share: of all negatives in the sample.
-        similarity: cosine of a negative with the positive of its pair.
-    """
-
-    tier: int
-    share: float
-    similarity: Histogram
+    placement: str
+    tensors: int
+    nbytes: int
+    sample_nbytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +94,7 @@ class Figures:
         clusters_rows: pairs that were counted.
         tiers: negatives by tier.
         positive: cosine of a question with its positive, for comparison.
+        ranking: how well questions find their positives.
         relevance: of pairs.
         distance: of questions to their centroid.
         projection: a picture of the embeddings; ``None`` where there is no plane (one dimension, one pair).
@@ -125,6 +105,7 @@ class Figures:
     clusters_rows: int
     tiers: tuple[Tier, ...]
     positive: Histogram
+    ranking: Ranking
     relevance: Histogram
     distance: Histogram
     projection: Projection | None
@@ -171,6 +152,7 @@ class DatasetReport:
         files: number of files that hold the tensors.
         tensors: one row each, as they lie.
         budget: what bounds preloading, in words.
+        memory_limit: the bound on preloading that was asked for, in bytes; ``None`` without one.
         samples: what a sample reads; ``None`` where that is not known.
         why_no_samples: in that case, why.
         declares: whether ``config.json`` declares what a sample reads.
@@ -200,11 +182,30 @@ class DatasetReport:
     made_at: str
     machine: str
     parts: tuple[TensorParts, ...] = ()
+    memory_limit: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(row.nbytes for row in self.tensors)
+
+    @property
+    def places(self) -> tuple[PlaceRow, ...]:
+        """What lies where, in the order in which the places come up among the tensors."""
+        by_place: dict[str, list[TensorRow]] = {}
+        for row in self.tensors:
+            by_place.setdefault(row.placement, []).append(row)
+        return tuple(
+            PlaceRow(
+                place, len(rows), sum(row.nbytes for row in rows), sum(self.reads.get(row.name, 0.0) for row in rows)
+            )
+            for place, rows in by_place.items()
+        )
+
+    @property
+    def reads(self) -> dict[str, float]:
+        """Bytes that a sample reads of each tensor, on average; empty where that is not known."""
+        return {} if self.samples is None else {row.tensor: row.nbytes for row in self.samples.reads}
 
     @property
     def misdeclared(self) -> bool:
@@ -218,12 +219,13 @@ class DatasetReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; those of :class:`JasperPart` only for a JASPER dataset."""
-        found = {key: getattr(self, key) for key in ("name", "created", "format", "files", "budget")}
+        found = {key: getattr(self, key) for key in ("name", "created", "format", "files", "budget", "memory_limit")}
         return {
             "path": str(self.path),
             **found,
             "nbytes": self.nbytes,
             "tensors": [asdict(row) for row in self.tensors],
+            "places": [asdict(row) for row in self.places],
             "parts": [asdict(row) for row in self.parts],
             "samples": None if self.samples is None else self.samples.to_dict(),
             "why_no_samples": self.why_no_samples,

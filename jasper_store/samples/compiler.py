@@ -192,8 +192,17 @@ class _Builder:
         ((shape, dtype),) = kinds
         if not shape:
             raise self._error(f"{choice.tensors[0]} is a scalar and has no rows")
+        if choice.key is not None:
+            self._check_key(choice.key, shape[0])
         node = Node(choice.tensors, rows, None, (), shape[1:], dtype, shape[0], depth, choice=True)
         return self._add(node, choice.tensors[0])
+
+    def _check_key(self, name: str, n_rows: int) -> None:
+        """The numbers that rows are drawn by: one integer for each row of the choice's tensors."""
+        spec = self._tensors.get(name)
+        if spec is None or spec.dtype not in _INTEGERS or tuple(spec.shape) != (n_rows,):
+            shown = "a ragged tensor" if spec is None else f"{_word(spec.dtype)} {list(spec.shape)}"
+            raise self._error(f"{name} should hold one integer for each of {n_rows} rows to draw by, found {shown}")
 
     def _rows(self, rows: Rows) -> _Named:
         """What names rows."""
@@ -278,6 +287,7 @@ class _Builder:
         for number, node in enumerate(self._nodes):
             if node.choice:
                 reads |= {name: max(share, _RARELY) for name, share in self._shares(node.tensors)}
+                reads |= {name: reads[name] + 1.0 for name in self._keys(node.tensors)}
                 continue
             count = float(math.prod(node.lead))
             if node.span:
@@ -293,6 +303,11 @@ class _Builder:
         for value in self._declaration.fields.values():
             if isinstance(value, Choice) and value.tensors == tensors:
                 yield from zip(tensors, value.planned[1:], strict=True)
+
+    def _keys(self, tensors: tuple[str, ...]) -> Iterator[str]:
+        for value in self._declaration.fields.values():
+            if isinstance(value, Choice) and value.tensors == tensors and value.key is not None:
+                yield value.key
 
     # --- errors -----------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import Dataset as TorchDataset
 from typing_extensions import Self
 
@@ -26,6 +27,7 @@ from jasper_store.samples.draw import VariantSampler
 from jasper_store.samples.graph import SampleGraph
 from jasper_store.samples.integrity import Nouns
 from jasper_store.samples.opened import OpenedDataset, open_dataset
+from jasper_store.samples.packed import Packed
 from jasper_store.samples.reader import BatchIndices, SampleReader
 from jasper_store.samples.reload import reopened_tensors
 from jasper_store.samples.shared_batch import BatchSpace, in_worker
@@ -60,7 +62,8 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
     too. Pickles to a few kilobytes at any size and reopens its files where it arrives, preloaded tensors as maps.
 
     Args:
-        path: a directory of tensor files in any format, one file, or several files.
+        path: a directory of tensor files in any format, one file, several files, or a dataset of the Hub as
+            ``"hf://owner/name"``.
         fields: name of each field to the expression that it is read by, see :mod:`jasper_store.samples.expression`.
             Without, what ``config.json`` declares under ``"samples"``; else each tensor of the common number of rows
             is a field of the same name.
@@ -123,6 +126,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         )
         self._attach(opened, split, epoch=0, seed=seed)
 
+    @classmethod
+    def over(cls, opened: OpenedDataset, split: str | None, *, epoch: int = 0, seed: int = 42) -> Self:
+        """A split of a dataset that is open: splits of one share its store, which closes with the last of them."""
+        made = cls.__new__(cls)
+        made._attach(opened, split, epoch=epoch, seed=seed)  # noqa: SLF001 (an alternative constructor)
+        return made
+
     def _attach(self, opened: OpenedDataset, split: str | None, *, epoch: int, seed: int) -> None:
         self._opened: OpenedDataset | None = opened.acquire()
         self._state = SharedState(epoch)
@@ -132,8 +142,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         self._reader: SampleReader | None = None
         self.split = split
         self.seed = seed
-        self._size = self.reader.graph.length
-        self._sample_nbytes = self.reader.graph.sample_nbytes
+        graph = self.reader.graph
+        self._size = graph.length
+        self._sample_nbytes = graph.sample_nbytes
+        if graph.choice is not None:
+            self.choice().at(0)  # a function that is missing is said now, and not by the first batch
         _LOG.info("%s: %s", opened.store.path, placement_of(opened.store.plan, self._size))
 
     # --- samples ----------------------------------------------------------------------------------------------
@@ -266,10 +279,13 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         if graph.choice is not None:
             # Kept, because it is asked for with every batch and changes once an epoch.
             node = graph.nodes[graph.choice]
-            self._draw = VariantSampler(self.seed, epoch, self._choice().at(epoch), forced, node.n_rows)
+            choice = self.choice()
+            numbers = None if choice.key is None else self.store[choice.key].take
+            self._draw = VariantSampler(self.seed, epoch, choice.at(epoch), forced, node.n_rows, numbers)
         return self._draw
 
-    def _choice(self) -> Choice:
+    def choice(self) -> Choice:
+        """The choice that samples make, for a graph that has one."""
         fields = self.reader.graph.declaration.fields.values()
         return next(value for value in fields if isinstance(value, Choice))
 
@@ -333,6 +349,11 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
         return self.reader.graph
 
     @property
+    def packed(self) -> Packed | None:
+        """How the samples were packed; ``None`` for a dataset that was not packed."""
+        return self._open().packed
+
+    @property
     def fields(self) -> dict[str, str]:
         """Name of each field that is served, and the expression that it is read by."""
         declaration = self._open().declaration
@@ -381,6 +402,20 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             sampled = rows.cpu().to(torch.int64).numpy().tobytes()
         names = {name for node in graph.nodes for name in node.tensors}
         return graph.fingerprint([(name, tuple(store[name].shape)) for name in names], sampled)
+
+    def contents(self) -> str:
+        """A digest of the checksums that the manifest records of the tensors that samples read; empty if one has none.
+
+        Equal for copies of a dataset, whatever their place, format or file times. Reads no data.
+        """
+        manifest = self.store.manifest
+        if manifest is None:
+            return ""
+        if manifest.generation is not None:
+            return manifest.generation.digest()
+        names = {name for node in self.graph.nodes for name in node.tensors}
+        marks = sorted((spec.name, manifest.checksum(spec)) for spec in self.store.specs if spec.name in names)
+        return "" if None in (mark for _, mark in marks) else xxhash.xxh3_128_hexdigest(repr(marks).encode())
 
     # --- reloading --------------------------------------------------------------------------------------------
 

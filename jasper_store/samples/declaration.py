@@ -53,6 +53,22 @@ class Field:
         return cls(parse_field(text, name), dtype)
 
 
+class Unwritten:
+    """Stands for probabilities that are a function of the epoch, which ``config.json`` cannot hold."""
+
+    def __call__(self, epoch: int) -> Sequence[float]:
+        """Refuse to draw.
+
+        Raises:
+            DeclarationError: always; it says what to open the dataset with.
+        """
+        raise DeclarationError(
+            f"expected probabilities of a choice in epoch {epoch}, found that they are a function of the epoch, which"
+            " config.json cannot hold: open the dataset with fields= and that function, or as what it was packed from"
+            " (JASPERSteeringDataset)"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A field that takes each row from one of several tensors, or is zeros, by a variant drawn for the row.
@@ -64,6 +80,8 @@ class Choice:
         rows: what names the rows: ``"row"``, the name of a field, or an expression.
         probabilities: of the variants from 0 on, one more than there are tensors; or a function of the epoch.
         typical: probabilities to plan memory by, where they are a function; by default those of epoch 0.
+        key: name of a tensor that holds, for each row of ``tensors``, the number that it is drawn by; by default the row's
+            own number.
 
     Raises:
         DeclarationError: no tensors, or probabilities that do not fit.
@@ -73,6 +91,7 @@ class Choice:
     probabilities: Probabilities
     rows: str = ROW
     typical: Sequence[float] | None = None
+    key: str | None = None
 
     def __post_init__(self) -> None:
         given: Any = self.tensors
@@ -83,7 +102,10 @@ class Choice:
             raise DeclarationError("a choice needs at least one tensor to choose from, found none")
         if not isinstance(self.rows, str):
             raise DeclarationError(f"the rows of a choice are named by a text such as 'row', found {self.rows!r:.80}")
-        self.at(0)
+        if self.key is not None and not isinstance(self.key, str):
+            raise DeclarationError(f"the key of a choice is the name of a tensor, found {self.key!r:.80}")
+        if not isinstance(self.probabilities, Unwritten):
+            self.at(0)
         if self.typical is not None:
             self._checked(self.typical, "planned for")
 
@@ -186,13 +208,9 @@ class Declaration:
         """What stands under :data:`CONFIG_KEY`.
 
         Raises:
-            DeclarationError: a field that only Python can express: a choice, its variant, another dtype.
+            DeclarationError: a field that only Python can express: a choice whose probabilities are a function.
         """
-        fields = {}
-        for name, value in self.fields.items():
-            if not isinstance(value, Field) or value.dtype is not None:
-                raise DeclarationError(f"field {name!r}: {type(value).__name__} cannot be written to config.json")
-            fields[name] = str(value.lookup)
+        fields = {name: field_to_config(name, value) for name, value in self.fields.items()}
         return {"fields": fields, **({"splits": dict(self.splits)} if self.splits else {})}
 
     @property
@@ -227,7 +245,7 @@ class Declaration:
     def tensors_of(self, name: str) -> list[str]:
         """Names of the tensors that a field reads, ragged ones by their base name."""
         value = self.fields[name]
-        chosen = list(value.tensors) if isinstance(value, Choice) else []
+        chosen = [*value.tensors, *filter(None, [value.key])] if isinstance(value, Choice) else []
         return [*chosen, *(lookup.tensor for lookup in lookups(self.expanded(name)))]
 
     def expanded(self, name: str) -> Rows:
@@ -283,14 +301,63 @@ def _require_names(what: str, given: object) -> None:
         raise DeclarationError(f"{what} should map names to texts, found {given!r:.120}")
 
 
-def _parts(found: object) -> tuple[Mapping[str, str], Mapping[str, str] | None]:
+def _parts(found: object) -> tuple[Mapping[str, FieldLike], Mapping[str, str] | None]:
     """Fields and splits of the value under :data:`CONFIG_KEY`."""
     if not isinstance(found, Mapping) or not found.keys() <= {"fields", "splits"} or "fields" not in found:
         raise DeclarationError(f'expected {{"fields": {{...}}, "splits": {{...}}}}, found {found!r:.120}')
-    texts = found["fields"]
-    if not isinstance(texts, Mapping) or not all(isinstance(text, str) for text in texts.values()):
-        raise DeclarationError(f"fields should map names to expressions, found {texts!r:.120}")
-    return texts, found.get("splits")
+    fields = found["fields"]
+    if not isinstance(fields, Mapping) or not all(isinstance(value, (str, Mapping)) for value in fields.values()):
+        raise DeclarationError(f"fields should map names to expressions, found {fields!r:.120}")
+    return {name: field_from_config(name, value) for name, value in fields.items()}, found.get("splits")
+
+
+def field_to_config(name: str, value: Field | Choice | Variant) -> str | dict[str, Any]:
+    """A field as ``config.json`` has it: an expression, or an object where that does not say all.
+
+    Raises:
+        DeclarationError: a choice whose probabilities are a function of the epoch.
+    """
+    if isinstance(value, Variant):
+        return {"variant_of": value.of}
+    if isinstance(value, Field):
+        text = str(value.lookup)
+        return text if value.dtype is None else {"lookup": text, "dtype": str(value.dtype).removeprefix("torch.")}
+    if callable(value.probabilities) and not isinstance(value.probabilities, Unwritten):
+        raise DeclarationError(
+            f"field {name!r}: probabilities that are a function of the epoch cannot be written to config.json"
+        )
+    made: dict[str, Any] = {"choice": list(value.tensors), "rows": value.rows}
+    if value.key is not None:
+        made["key"] = value.key
+    made["typical" if callable(value.probabilities) else "probabilities"] = list(value.planned)
+    return made
+
+
+def field_from_config(name: str, value: str | Mapping[str, Any]) -> FieldLike:
+    """What :func:`field_to_config` wrote.
+
+    Raises:
+        DeclarationError: it is none of that.
+    """
+    if isinstance(value, str):
+        return value
+    kind, keys = next((kind for kind in ("choice", "lookup", "variant_of") if kind in value), ""), value.keys()
+    if kind == "variant_of" and keys == {kind} and isinstance(value[kind], str):
+        return Variant(value[kind])
+    if kind == "lookup" and keys == {kind, "dtype"} and isinstance(value[kind], str):
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if isinstance(dtype, torch.dtype):
+            return Field.parse(value[kind], name, dtype)
+    if kind == "choice" and keys <= {kind, "rows", "key", "probabilities", "typical"} and isinstance(value[kind], list):
+        rows, key, given = value.get("rows", ROW), value.get("key"), value.get("probabilities")
+        if "typical" in value:
+            return Choice(tuple(value[kind]), Unwritten(), rows, value["typical"], key)
+        if isinstance(given, list):
+            return Choice(tuple(value[kind]), given, rows, None, key)
+    raise DeclarationError(
+        f'field {name!r}: expected an expression, {{"lookup", "dtype"}}, {{"choice", "rows", "probabilities"}} or'
+        f' {{"variant_of"}}, found {dict(value)!r:.200}'
+    )
 
 
 def everything(specs: Sequence[TensorSpec]) -> Declaration:

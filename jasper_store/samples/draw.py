@@ -16,7 +16,7 @@ from jasper_store.native.gather import Source, source_of
 from jasper_store.store.gather_many import GatherRequest, gather_many
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["VariantSampler", "draw_variants"]
 
@@ -42,16 +42,26 @@ class VariantSampler:
         probabilities: probability of each variant; they add up to 1.
         forced: a variant that every row gets instead, or ``None``.
         n_rows: how many rows there are to draw for.
+        numbers: gives the number that each row is drawn by, int64 [n] of int64 [n]; by default the rows themselves.
     """
 
-    __slots__ = ("_n_rows", "_probabilities", "_seed", "_tables", "epoch", "forced")
+    __slots__ = ("_n_rows", "_numbers", "_probabilities", "_seed", "_tables", "epoch", "forced")
 
-    def __init__(self, seed: int, epoch: int, probabilities: Sequence[float], forced: int | None, n_rows: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        probabilities: Sequence[float],
+        forced: int | None,
+        n_rows: int,
+        numbers: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         self.epoch = epoch
         self.forced = forced
         self._seed = seed
         self._probabilities = tuple(probabilities)
         self._n_rows = n_rows
+        self._numbers = numbers
         self._tables: tuple[Source, Source] | None = None
 
     @property
@@ -93,7 +103,8 @@ class VariantSampler:
     def _of(self, rows: torch.Tensor) -> torch.Tensor:
         if self.forced is not None:
             return torch.full_like(rows, self.forced)
-        return draw_variants(rows, self._seed, self.epoch, self._probabilities)
+        numbers = rows if self._numbers is None else self._numbers(rows).to(torch.int64)
+        return draw_variants(numbers, self._seed, self.epoch, self._probabilities)
 
 
 def draw_variants(rows: torch.Tensor, seed: int, epoch: int, probs: Sequence[float]) -> torch.Tensor:

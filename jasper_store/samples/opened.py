@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_store.errors import CorruptFileError, DeclarationError, UnknownNameError
+from jasper_store.errors import CorruptFileError, DeclarationError, StaleDataWarning, UnknownNameError
 from jasper_store.formats.base import Schema
+from jasper_store.formats.files import read_file
 from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import Choice, Declaration, everything
 from jasper_store.samples.integrity import Nouns, check_bounds_once
+from jasper_store.samples.packed import PACKED_KEY, Packed
 from jasper_store.store.guard import check_options
 from jasper_store.store.opening import FileOrFiles, absolute, open_store
 from jasper_store.store.planning import target_dtype
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from jasper_store.store.placement import Plan
     from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["CONFIG_NAME", "OpenedDataset", "declaration_at", "describe", "load_config", "open_dataset"]
+__all__ = ["CONFIG_NAME", "OpenedDataset", "declaration_at", "describe", "load_config", "open_dataset", "packed_at"]
 
 CONFIG_NAME = "config.json"
 
@@ -38,11 +41,13 @@ class OpenedDataset:
     Attributes:
         store: the tensors.
         declaration: what samples read.
+        packed: how they were packed, if they were.
         users: datasets that are served from it; the store closes with the last of them.
     """
 
     store: TensorStore
     declaration: Declaration
+    packed: Packed | None = None
     users: int = 0
 
     def acquire(self) -> OpenedDataset:
@@ -56,12 +61,12 @@ class OpenedDataset:
         if self.users <= 0:
             self.store.close()
 
-    def __getstate__(self) -> tuple[TensorStore, Declaration]:
-        return self.store, self.declaration
+    def __getstate__(self) -> tuple[TensorStore, Declaration, Packed | None]:
+        return self.store, self.declaration, self.packed
 
-    def __setstate__(self, state: tuple[TensorStore, Declaration]) -> None:
+    def __setstate__(self, state: tuple[TensorStore, Declaration, Packed | None]) -> None:
         # One dataset travels to a worker, so what arrives has one user.
-        self.store, self.declaration = state
+        self.store, self.declaration, self.packed = state
         self.users = 1
 
 
@@ -80,6 +85,7 @@ def open_dataset(
     admit: Callable[[Plan], None] | None = None,
     nouns: Nouns | None = None,
     bounds: Callable[[Mapping[str, StoredTensor]], Iterable[Bound]] | None = None,
+    packed: Packed | None = None,
 ) -> OpenedDataset:
     """Open a directory or a file and check that its samples may be served.
 
@@ -100,6 +106,7 @@ def open_dataset(
         admit: called with the plan before anything is loaded; raises what forbids it.
         nouns: what rows are called in errors.
         bounds: more values to check than the samples read.
+        packed: how the declaration's samples were packed; of a declaration in ``config.json`` it is found there.
 
     Raises:
         IncompatibleOptionsError: options that are incompatible.
@@ -111,6 +118,7 @@ def open_dataset(
     declared = declaration
     if declaration is None and isinstance(where, Path):
         declared = declaration_at(where)
+        packed = packed_at(where)
     found: list[Declaration] = []
 
     def describing(specs: Sequence[TensorSpec]) -> Schema:
@@ -119,7 +127,7 @@ def open_dataset(
             inspect(by_name)
         found.append(declared if declared is not None else everything(specs))
         try:
-            return describe(found[0], by_name, splits, base=schema, dtype=dtype)
+            return describe(found[0], by_name, splits, base=schema, dtype=dtype, packed=packed)
         except (DeclarationError, UnknownNameError) as exc:
             if declaration is not None or declared is None:
                 raise
@@ -145,7 +153,10 @@ def open_dataset(
     except BaseException:
         store.close()
         raise
-    return OpenedDataset(store, found[0])
+    if packed is not None:
+        for text in packed.changes(store.path):
+            warnings.warn(text, StaleDataWarning, stacklevel=4)
+    return OpenedDataset(store, found[0], packed)
 
 
 def describe(
@@ -155,6 +166,7 @@ def describe(
     *,
     base: Schema | None = None,
     dtype: torch.dtype | None = None,
+    packed: Packed | None = None,
 ) -> Schema:
     """What the storage layers are told of a declared dataset: which tensors are read, how often, which together.
 
@@ -164,6 +176,7 @@ def describe(
         splits: the splits that are served.
         base: what is known besides.
         dtype: dtype that floating tensors are opened with.
+        packed: how the samples were packed, if they were.
 
     Raises:
         DeclarationError, UnknownNameError: the declaration does not fit the tensors.
@@ -172,7 +185,9 @@ def describe(
     graphs: list[SampleGraph] = [build_graph(declaration, tensors, split) for split in splits]
     reads = {name: max(graph.reads.get(name, 0.0) for graph in graphs) for name in tensors}
     stacks = tuple(value.tensors for value in declaration.fields.values() if isinstance(value, Choice))
-    return replace(base or Schema(required=frozenset(declaration.tensors)), reads_per_sample=reads, stacks=stacks)
+    together = frozenset() if packed is None else frozenset(packed.columns)
+    known = base or Schema(required=frozenset(declaration.tensors))
+    return replace(known, reads_per_sample=reads, stacks=stacks, together=together)
 
 
 def declaration_at(path: Path) -> Declaration | None:
@@ -188,14 +203,29 @@ def declaration_at(path: Path) -> Declaration | None:
     return Declaration.from_config(load_config(config), config)
 
 
+def packed_at(path: Path) -> Packed | None:
+    """How the samples of a directory were packed; ``None`` if they were not.
+
+    Raises:
+        CorruptFileError: ``config.json`` is no JSON object, or what it says of it makes no sense.
+    """
+    config = path / CONFIG_NAME
+    if not path.is_dir() or not config.is_file():
+        return None
+    values = load_config(config)
+    return Packed.from_config(values[PACKED_KEY], config) if PACKED_KEY in values else None
+
+
 def load_config(path: Path) -> Mapping[str, Any]:
     """The JSON object in a configuration file.
 
     Raises:
-        CorruptFileError: it is none.
+        CorruptFileError: it is none, or cannot be read.
+        DatasetNotFoundError: there is no such file, or it may not be read.
     """
+    content = read_file(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise CorruptFileError(f"{path} is not valid JSON ({exc}); restore it or write it anew", path=path) from exc
     if not isinstance(values, Mapping):

@@ -196,6 +196,17 @@ class SampleReader:
                 found.setdefault(node.tensor, []).append(rows)
         return {name: parts[0].contiguous() if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
 
+    def rows_at(self, indices: BatchIndices, number: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of the stored tensors that a node reads, whatever is drawn of a choice.
+
+        Returns:
+            int64 [n], one sample after another; and where each sample begins, int64 [B + 1], where they are ragged.
+        """
+        node = self.graph.nodes[number]
+        rows = _rows(node, indices.positions, indices.values)
+        index = indices.values.get(node.rows.node)
+        return rows, index.offsets if isinstance(index, Ragged) else None
+
     def _request(
         self, number: int, positions: torch.Tensor, values: Mapping[int, _Values], dtype: torch.dtype
     ) -> GatherRequest:

@@ -137,15 +137,20 @@ def _choose(items: Sequence[Item], must: set[str], nbytes: int) -> set[str]:
 
     Skipping one that does not fit and going on keeps the bytes served from memory growing with the budget: a
     larger budget differs first where it takes a tensor that the smaller could not, and that one tensor saves more
-    reading than all tensors of lower priority that could have filled the same room.
+    reading than all tensors of lower priority that could have filled the same room. Tensors that are read together in
+    runs come after the others, all of them or none: without one of them the runs would be no shorter.
     """
     chosen = set(must)
     left = nbytes - sum(item.nbytes for item in items if item.name in must or item.inline)
     free = [item for item in _by_priority(items) if not item.inline and item.name not in must]
     for item in free:
-        if item.reads_per_sample > 0 and item.nbytes <= left:
+        if item.reads_per_sample > 0 and not item.together and item.nbytes <= left:
             chosen.add(item.name)
             left -= item.nbytes
+    runs = [item for item in free if item.together and item.reads_per_sample > 0]
+    if sum(item.nbytes for item in runs) <= left:
+        chosen.update(item.name for item in runs)
+        left -= sum(item.nbytes for item in runs)
     unread = [item for item in free if item.reads_per_sample <= 0]
     # Memory saves nothing for a tensor that no sample reads; but when all of them fit, a store that holds
     # everything can be pinned, and needs its files no more.
@@ -202,6 +207,8 @@ def _why_not_loaded(item: Item, use_mmap: bool | None, left: int) -> str:
         return "use_mmap=True, but chunks cannot be mapped" if item.chunked else "use_mmap=True"
     if item.reads_per_sample <= 0:
         return "not read in training"
+    if item.together:
+        return "read in whole blocks: preloaded only if all that lies in them fits"
     return f"does not fit: {format_bytes(item.nbytes)}, and {format_bytes(max(left, 0))} of the budget are left"
 
 

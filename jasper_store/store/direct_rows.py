@@ -30,10 +30,11 @@ from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from jasper_store.store.tensors import StoredTensor
 
-__all__ = ["DirectRowReader", "direct_readers_for"]
+__all__ = ["DirectRowReader", "direct_readers_for", "rows_anywhere"]
 
 _ANYWHERE: Final = 2**63 - 1
 _MAX_FILES: Final = 128
@@ -63,6 +64,11 @@ def direct_readers_for(tensors: Sequence[StoredTensor], count: int) -> list[Dire
     return made
 
 
+def rows_anywhere(row: torch.Tensor) -> Source:
+    """Memory as a source of rows like this one, each named by its address."""
+    return Source(row, tuple(row.shape), row.nbytes, (0, _ANYWHERE, row.nbytes, 1))
+
+
 def _layouts(tensor: StoredTensor, undo: ExitStack) -> list[RowLayout]:
     """Where the rows of a tensor lie, part by part; files are opened, and closed by ``undo``."""
     if not isinstance(tensor, PagedTensor):
@@ -85,6 +91,16 @@ def _layouts(tensor: StoredTensor, undo: ExitStack) -> list[RowLayout]:
     return layouts
 
 
+def _unreadable(exc: UnreadableError, path: Path, name: str) -> str:
+    what = f"{path}: rows of {name} could not be read"
+    if not exc.errno:
+        return (
+            f"{what}: the file was truncated or is being rewritten in place while it is read; write a new file and "
+            "rename it over the old one, then open the dataset again"
+        )
+    return f"{what}: {exc.strerror}; look at the system's log for errors of the disk, and restore or convert the file"
+
+
 class DirectRowReader:
     """Reads rows of several tensors of one row shape and dtype, as their files have them, while other work goes on.
 
@@ -105,7 +121,7 @@ class DirectRowReader:
         first = tensors[0]
         self.row_shape, self.dtype, self._row_nbytes = tuple(first.row_shape), first.dtype, first.row_nbytes
         self._zeros = self._memory = torch.zeros(self.row_shape, dtype=self.dtype, device="cpu")
-        self.anywhere = Source(self._zeros, self.row_shape, self._row_nbytes, (0, _ANYWHERE, self._row_nbytes, 1))
+        self.anywhere = rows_anywhere(self._zeros)
         with ExitStack() as undo:
             layouts = [_layouts(tensor, undo) for tensor in tensors]
             # By tensor number, the last for -1.
@@ -154,7 +170,7 @@ class DirectRowReader:
             The address of each row, int64 [n], and the memory that has to be kept as long as it is used.
 
         Raises:
-            CorruptFileError: a file cannot be read to the end of a row.
+            CorruptFileError: a file ends before a row, or the disk cannot read it.
         """
         memory, self._memory = self._memory, self._zeros
         try:
@@ -162,8 +178,10 @@ class DirectRowReader:
         except UnreadableError as exc:
             number = int(np.searchsorted(self._first_places, exc.tensor, side="right")) - 1
             tensor = self.tensors[number]
-            msg = f"{tensor.path}: rows of {tensor.name} could not be read; was the file cut, or is the disk faulty?"
-            raise CorruptFileError(msg, path=tensor.path, tensor=tensor.name) from exc
+            part = list(parts_of(tensor.spec))[exc.tensor - int(self._first_places[number])]
+            raise CorruptFileError(
+                _unreadable(exc, part.path, tensor.name), path=part.path, tensor=tensor.name
+            ) from exc
 
     def close(self) -> None:
         """Close the files once the pending read is done. May be called twice."""

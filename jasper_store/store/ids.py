@@ -219,7 +219,10 @@ class Ids:
             return None
         hashes, order = (_host(tensor.tensor()) for tensor in self._stored)
         if (hashes[1:] < hashes[:-1]).any():
-            return None  # e.g. of two datasets, one after the other
+            # Of appended parts, each ascending. Sorting such runs takes less time than hashing, and as much memory.
+            self._require_memory()
+            ascending = np.argsort(hashes, kind="stable")
+            hashes, order = hashes[ascending], order[ascending]
         sample = np.linspace(0, max(len(self) - 1, 0), min(_SAMPLED, len(self)), dtype=np.int64)
         rows = order[sample]
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(self):
@@ -232,16 +235,19 @@ class Ids:
             sample = sample[len(found) :]
         return hashes, order
 
-    def _computed(self) -> tuple[NDArray[np.uint64], _Ints]:
+    def _require_memory(self) -> None:
         needed = _SORTING_NBYTES * len(self)
         if needed > (available := measure().nbytes):
             msg = (
-                f"{self.name}: the hashes of {len(self):,} ids are not there, and computing them takes "
+                f"{self.name}: the hashes of {len(self):,} ids are not there in one order, and sorting them takes "
                 f"{format_bytes(needed)} of {format_bytes(available)}; convert the dataset where there is more memory"
             )
             raise InsufficientMemoryError(
                 msg, path=self._values.path, tensor=self.name, needed=needed, available=available
             )
+
+    def _computed(self) -> tuple[NDArray[np.uint64], _Ints]:
+        self._require_memory()
         blocks = []
         for start in range(0, len(self), _IDS_AT_ONCE):
             rows = np.arange(start, min(start + _IDS_AT_ONCE, len(self)))

@@ -27,6 +27,7 @@ from jasper_store.formats.base import Parts
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.found import FOUND, FoundParts
 from jasper_store.formats.generation import MANIFEST_NAME, Generation
+from jasper_store.formats.registry import format_for
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -148,6 +149,8 @@ class Manifest:
                 "it, or run it again"
             )
             raise CorruptFileError(msg, path=self.directory)
+        if not self.files and self.generation is None:
+            return []
         stale: list[str] = []
         by_path: dict[Path, list[TensorSpec]] = {}
         parts = self._part_numbers()
@@ -191,6 +194,9 @@ class Manifest:
 
     def _stale(self, path: Path, source: SourceFile) -> str:
         origin = self.directory / source.path
+        # A manifest from elsewhere may name any path of this machine. Sources are data files, so nothing else is read.
+        if format_for(origin) is None:
+            return ""
         try:
             if source.fingerprint.matches(origin):
                 return ""

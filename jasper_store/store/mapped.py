@@ -18,6 +18,8 @@ from jasper_store.store.paged import LARGE_VIEW, SMALL_TENSOR, SMALL_VIEW, Paged
 from jasper_store.store.tensors import span_nbytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from jasper_store.formats.base import TensorSpec
     from jasper_store.paging.mapping import FileMap
 
@@ -92,7 +94,8 @@ class MappedTensor(PagedTensor):
     def _require_whole_file(self) -> None:
         """Raise if the file was truncated since it was mapped: touching a page beyond its end would end the process.
 
-        Costs a quarter of a microsecond, as seeking to the end does; fstat takes three times as long. It cannot protect views returned before, nor detect a truncation after it.
+        Costs a quarter of a microsecond, as seeking to the end does; fstat takes three times as long. It cannot protect
+        views returned before, nor detect a truncation after it.
 
         Raises:
             CorruptFileError: the file ends before the end of this tensor.
@@ -105,6 +108,10 @@ class MappedTensor(PagedTensor):
                 "do), then open the dataset again"
             )
             raise CorruptFileError(msg, path=self.path, tensor=self.name)
+
+    def _path_at(self, address: int) -> Path:
+        del address  # there is one file
+        return self.spec.path
 
     def _prefetch_bytes(self, begin: int, length: int) -> None:
         paging.madvise_batcher().prefetch(paging.span(self._address + begin, length))

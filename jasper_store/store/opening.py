@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from jasper_store.errors import JasperStoreWarning, PerformanceWarning, StaleDataWarning
+from jasper_store.files.hub import local_path
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file
@@ -50,7 +51,7 @@ def open_store(
     the rest is mapped.
 
     Args:
-        path: a directory, a file, or several files.
+        path: a directory, a file, several files, or a dataset of the Hub as ``"hf://owner/name"``.
         format: ``"auto"`` (safetensors, npy, hdf5, pt, whichever is complete first) or one of them.
         use_mmap: ``None`` loads what is worth it and fits; ``True`` maps everything; ``False`` loads everything.
         device: ``None`` or ``"cpu"`` for host memory; ``"cuda"`` or ``"cuda:N"`` loads everything that is read
@@ -85,7 +86,7 @@ def open_store(
     where = absolute(path)
     located = locate(where, format, schema)
     manifest, stale = manifest_file.read_and_check(directory_of(located.root), located)
-    identities = identities_of(located.specs)
+    identities = identities_of(located.specs, located.facts)
     if describe is not None:
         schema = describe(located.specs)
     plan = plan_for(located, schema, use_mmap=use_mmap, device=device, memory_limit=limit, dtype=dtype)
@@ -93,7 +94,7 @@ def open_store(
         admit(plan)
     if located.skipped:
         more = f"; and {len(located.skipped) - 5} more" if len(located.skipped) > 5 else ""
-        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings of .npy, .pt and HDF5"
+        text = f"{'; '.join(map(str, located.skipped[:5]))}{more}. jasper-store convert keeps strings"
         warnings.warn(text, JasperStoreWarning, stacklevel=3)
     for text in stale:
         warnings.warn(text, StaleDataWarning, stacklevel=3)
@@ -107,9 +108,9 @@ def open_store(
 
 
 def absolute(path: FileOrFiles) -> Path | tuple[Path, ...]:
-    """A path, or several, as they are named from any directory."""
+    """A path, or several, as they are named from any directory; of a dataset of the Hub, where it was downloaded to."""
     if isinstance(path, (str, os.PathLike)):
-        return Path(path).absolute()
+        return local_path(path).absolute()
     return tuple(Path(each).absolute() for each in path)
 
 
@@ -136,7 +137,7 @@ def plan_store(
 def _reopened(spec: ReopenSpec) -> TensorStore:
     """Open a store where it was unpickled: everything that can be is mapped, and no warning is given twice."""
     located = locate(spec.path, spec.format, spec.schema, generation=spec.generation)
-    identities = identities_of(located.specs)
+    identities = identities_of(located.specs, located.facts)
     spec.check(digest_of(located.specs, identities))
     plan = plan_for(located, spec.schema, use_mmap=True, dtype=spec.dtype)
     return TensorStore(spec, located, plan, identities=identities)

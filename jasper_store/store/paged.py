@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from jasper_store.errors import CorruptFileError
+from jasper_store.native.gather import MapFaultError
 from jasper_store.paging import madvise as paging
 from jasper_store.paging.row_prefetcher import CHUNK_ROWS, RowPrefetcher
 from jasper_store.store.resident import HostTensor, empty_rows
 from jasper_store.store.rows import as_rows, out_of_range
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
     from jasper_store.paging.madvise import Access
@@ -33,6 +37,7 @@ class PagedTensor(HostTensor):
     Its bytes count from the first value to the last as the file, or one part after another, has them.
     """
 
+    _is_mapped = True
     _prefetcher: RowPrefetcher | None
     _prefetch_whole: bool
 
@@ -77,8 +82,23 @@ class PagedTensor(HostTensor):
         return out
 
     def _gather_now(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """Gather without a look at the disk."""
+        """Gather without a look at the disk.
+
+        Raises:
+            CorruptFileError: a page could not be read.
+        """
+        try:
+            return self._gather_plain(source, rows, out)
+        except MapFaultError as exc:
+            self._require_whole_file()
+            raise _unreadable(self._path_at(exc.address), self.name) from exc
+
+    def _gather_plain(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         return super()._gather(source, rows, out)
+
+    @abstractmethod
+    def _path_at(self, address: int) -> Path:
+        """The file that is mapped at an address."""
 
     @abstractmethod
     def _require_whole_file(self) -> None:
@@ -175,3 +195,12 @@ class PagedTensor(HostTensor):
         self._prefetch_bytes(start, ahead - start)
         address, _held = self._address_of(start)
         return paging.populate(address, stop - start)
+
+
+def _unreadable(path: Path, name: str) -> CorruptFileError:
+    return CorruptFileError(
+        f"{path}: a page of {name} could not be read: the file was truncated while its rows were copied, or the disk "
+        "failed (the system's log says so); restore or convert the file, then open the dataset again",
+        path=path,
+        tensor=name,
+    )

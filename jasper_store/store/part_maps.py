@@ -127,6 +127,13 @@ class PartMaps:
         state = self._state
         return state.maps.get(number) or self._with_map(number, state).maps[number], int(self._offsets[part])
 
+    def path_at(self, address: int) -> Path:
+        """The file that is mapped at an address; the first file where none is any more."""
+        for fmap in list(self._state.all):
+            if fmap.address <= address < fmap.address + fmap.nbytes:
+                return fmap.path
+        return self._files[0]
+
     def advise(self, access: Access) -> None:
         """Tell the kernel how all files will be accessed, those included that are mapped later."""
         self._access = access

@@ -23,6 +23,7 @@ from jasper_store.store.tensors import byte_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from jasper_store.formats.base import TensorSpec
     from jasper_store.store.tensors import ByteRun
@@ -63,7 +64,7 @@ class PartedTensor(PagedTensor):
 
     # ---- rows
 
-    def _gather_now(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _gather_plain(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         direct = self._plain and out is not None and out.is_contiguous()
         found = out if direct else None
         if found is None:
@@ -87,7 +88,7 @@ class PartedTensor(PagedTensor):
             source = self._memory
         jobs = Jobs()
         jobs.add(source, where, target)
-        if jobs.run() is not None:
+        if jobs.run(mapped=True) is not None:
             raise refused(rows, self.n_rows, self.name)
         del held  # until now the maps had to stay
 
@@ -166,6 +167,9 @@ class PartedTensor(PagedTensor):
 
     def _require_whole_file(self) -> None:
         self._maps.check_next()
+
+    def _path_at(self, address: int) -> Path:
+        return self._maps.path_at(address)
 
     def _runs(self, begin: int, length: int) -> Iterator[tuple[int, int, object]]:
         """Address and length of the pieces of some bytes of the tensor, one for each part, and what keeps them valid."""

@@ -36,6 +36,7 @@ class Item:
         mappable: whether rows can be read through a map of its file.
         chunked: whether it needs its own reader (chunked or compressed HDF5), so that it cannot be mapped.
         inline: whether its values came with the file's header and are in memory already.
+        together: whether it is read in runs with other such tensors, so that it is loaded with all of them or not at all.
         remark: what is special about it in a few words, e.g. ``"gzip chunks of 109 MiB"``; ``""`` if nothing is.
     """
 
@@ -46,6 +47,7 @@ class Item:
     mappable: bool = True
     chunked: bool = False
     inline: bool = False
+    together: bool = False
     remark: str = ""
 
     @property

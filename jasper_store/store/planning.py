@@ -103,6 +103,7 @@ def _item(spec: TensorSpec, schema: Schema, dtype: torch.dtype | None) -> Item:
         mappable=not why_not_mappable(spec),
         chunked=isinstance(spec.location, Chunked),
         inline=isinstance(spec.location, Inline),
+        together=spec.name in schema.together,
         remark="; ".join(_remarks(spec, target)),
     )
 

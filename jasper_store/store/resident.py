@@ -46,6 +46,8 @@ class HostTensor(StoredTensor):
     another dtype (unsigned integers wider than a byte, unaligned bytes, narrowed values), ``_restore`` converts them.
     """
 
+    _is_mapped = False
+
     def __init__(
         self,
         spec: TensorSpec,
@@ -68,7 +70,7 @@ class HostTensor(StoredTensor):
         self._plain = not as_bytes and signed is None and self.dtype == source.dtype
         # What the gather kernel reads from; None if it cannot.
         gatherable = source_of(self._source) if self._plain and self._source.ndim else None
-        self._kernel = SourceGather(gatherable) if gatherable and gatherable.numbers else None
+        self._kernel = SourceGather(gatherable, mapped=self._is_mapped) if gatherable and gatherable.numbers else None
 
     def take(self, rows: Rows, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows in any order, repeats allowed, as an owned tensor; see :meth:`StoredTensor.take`."""

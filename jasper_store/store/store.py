@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from jasper_store.files.fingerprint import FileIdentity
-    from jasper_store.formats.base import FormatName
+    from jasper_store.formats.base import FileFacts, FormatName
     from jasper_store.store.explain import StoreMemory
     from jasper_store.store.manifest import Manifest
     from jasper_store.store.placement import Plan
@@ -74,7 +73,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         located: Located,
         plan: Plan,
         *,
-        identities: Mapping[Path, FileIdentity],
+        identities: Mapping[Path, FileFacts],
         manifest: Manifest | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -168,9 +167,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         if values is None or offsets is None or not is_text(values.spec, offsets.spec):
             skip = next((skip for skip in self.skipped if skip.name == name), None)
             known = ", ".join(sorted(text_names(self.specs))) or "none"
-            found = (
-                f"{skip}; jasper-store convert keeps strings of .npy, .pt and HDF5" if skip else f"there are {known}"
-            )
+            found = f"{skip}; jasper-store convert keeps strings" if skip else f"there are {known}"
             msg = f"no strings {name!r} in {self.path}; {found}"
             raise KeyError(msg)
         return Ids(name, values, offsets, hashes, order)

@@ -1,7 +1,7 @@
 """Reading mapped tensors into the page cache before training does, one bounded window at a time.
 
-Each window of 64 MiB is prefetched while the one before it is read, then populated (MADV_POPULATE_READ), or read
-where there is no such call. Everything that the tensors hold of the page cache, pages that were there before included,
+Each window of 64 MiB is read in huge pages where the system has them for files, and populated (MADV_POPULATE_READ). Elsewhere
+it is prefetched while the one before it is read, or read where there is no such call. Everything that the tensors hold of the page cache, pages that were there before included,
 counts against the budget, so that the end of a warm-up never evicts its beginning; what no longer fits is not read,
 and the report names it.
 
@@ -17,7 +17,7 @@ import math
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +29,7 @@ from jasper_store.files.lock import exclusive
 from jasper_store.memory.budget import format_bytes, measure
 from jasper_store.memory.sizes import nbytes_of
 from jasper_store.paging import preload, residency
+from jasper_store.paging.huge_files import HugeReader
 from jasper_store.store.chunked import ChunkedTensor
 from jasper_store.store.paged import PagedTensor
 from jasper_store.store.tensors import ByteRun, byte_runs
@@ -257,6 +258,7 @@ class _Job:
     skipped: str = ""
     _runs: tuple[ByteRun, ...] = ()
     _scratch: torch.Tensor | None = None
+    _huge: HugeReader = field(default_factory=HugeReader)
 
     def prepare(self, seen: set[Path]) -> None:
         """Find its bytes; a file of chunked data is warmed once, whole, for the first tensor that needs it."""
@@ -305,7 +307,9 @@ class _Job:
     def _fill(self, window: _Window, following: _Window | None) -> None:
         start, nbytes = window.start, window.file.nbytes
         stop = ahead = start + nbytes
-        if following is not None and following.run_start:  # the same run goes on
+        # Huge pages are read as they are asked for, and prefetching the next window would take small ones.
+        huge = window.missing > nbytes // 2 and self._huge.read(*window.file)
+        if not huge and following is not None and following.run_start:  # the same run goes on
             ahead += following.file.nbytes
         if isinstance(self.tensor, PagedTensor) and self.tensor.populate(start, stop, ahead):
             return

@@ -23,12 +23,14 @@ from jasper_store.formats.base import Parts, Schema, TensorSpec
 from jasper_store.formats.registry import locate
 from jasper_store.jasper.steering import LinearCurriculum, default_curriculum
 from jasper_store.report import figures as figures_module
-from jasper_store.report.figures import histogram, project, spread
+from jasper_store.report.figures import project
+from jasper_store.report.histogram import histogram
 from jasper_store.report.jasper import curriculum_by_epoch
 from jasper_store.report.page.document import COMMON_SECTIONS, SECTIONS
 from jasper_store.report.page.svg import WIDTH, ticks
 from jasper_store.report.page.tensor_parts import PARTS_SECTION
 from jasper_store.report.parts import look_at_parts
+from jasper_store.report.rows import spread
 from jasper_store.report.sample import look_at_samples
 from tests.cli.conftest import Run
 
@@ -88,7 +90,7 @@ def test_all_parts_are_there_and_nothing_is_fetched(made: Callable[..., str], da
     assert page.links == []
     assert not page.tags & {"script", "link", "iframe", "img", "object"}
     assert "nan" not in re.findall(r'="([^"]*)"', text)
-    assert text.count("<svg") == len(SECTIONS) - 1  # one each, but for verify's list
+    assert text.count("<svg") == len(SECTIONS) - 2  # one each, but for the lists of suspects and of verify
 
 
 def test_it_says_what_the_dataset_is(made: Callable[..., str], data: Path) -> None:
@@ -147,6 +149,72 @@ def test_in_json(run_json: Callable[..., Any], data: Path, tmp_path: Path, monke
     assert found["curriculum"][0] == [0.7, 0.2, 0.1, 0.0]
     assert found["verification"]["ok"] is True
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_memory_limit_draws_a_mixed_plan(
+    made: Callable[..., str], run_json: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    found = run_json("report", data, "--no-verify", "--memory-limit", "12KiB")
+    places = {place["placement"]: place for place in found["places"]}
+    assert set(places) == {"ram", "mmap"}
+    assert found["memory_limit"] == 12 << 10
+    for name, place in places.items():
+        rows = [row for row in found["tensors"] if row["placement"] == name]
+        assert place["tensors"] == len(rows)
+        assert place["nbytes"] == sum(row["nbytes"] for row in rows)
+    read = sum(row["nbytes"] for row in found["samples"]["reads"])
+    assert sum(place["sample_nbytes"] for place in places.values()) == pytest.approx(read)
+    text = made(data, "--no-verify", "--memory-limit", "12KiB")
+    page = _Page(text)
+    assert text.count("<svg") == len(SECTIONS) - 1  # one more than without a limit: what a sample reads, by place
+    for words in (
+        "preloading at most 12.00 KiB",
+        "Bytes that a sample reads",
+        " preloaded, ",
+        " mapped), batches of 32",
+    ):
+        assert words in page.text, words
+    assert "Bytes that a sample reads" not in _Page(made(data, "--no-verify")).text
+
+
+def test_questions_are_compared_with_their_negatives(
+    made: Callable[..., str], run_json: Callable[..., Any], data: Path
+) -> None:
+    page = _Page(made(data, "--no-verify"))
+    for words in (
+        "the positiveone a pair, median",
+        "Of ",
+        "with keyword_weighted",
+        "chance 25.0%",
+        "among all sources",
+        "too similar",
+    ):
+        assert words in page.text, words
+    ranking = run_json("report", data, "--no-verify")["figures"]["ranking"]
+    assert ranking["pairs"] == 50
+    assert len(ranking["recall"]) == 4
+    assert len(ranking["suspects"]["first"]) == min(25, sum(ranking["suspects"]["counts"].values()))
+    first = ranking["suspects"]["first"][0]
+    assert {"pair", "source", "similarity", "positive_similarity", "reason"} <= first.keys()
+
+
+def test_no_suspects_are_said(made: Callable[..., str], data: Path) -> None:
+    questions = torch.load(data / "question_embs.pt", weights_only=True)
+    pairs = torch.stack((torch.arange(40), torch.arange(40)), dim=1)
+    torch.save(torch.cat((pairs, pairs[:10])), data / "pair_index.pt")
+    sources = torch.cat((questions, -questions[:5]))
+    torch.save(sources, data / "source_embs.pt")
+    torch.save(torch.full((50, 3), 44), data / "hard_negatives.pt")
+    page = _Page(made(data, "--no-verify"))
+    assert "None is a positive of the same question" in page.text
+    assert "Of 0.0% it is not above 0" in page.text
+
+
+def test_without_centroids(made: Callable[..., str], data: Path) -> None:
+    (data / "centroid_embs.pt").unlink()
+    page = _Page(made(data, "--no-verify"))
+    assert [name for name in page.ids if name in SECTIONS] == list(SECTIONS)
+    assert "4 clusters hold" in page.text
 
 
 # ---- datasets that are none of JASPER's
@@ -407,10 +475,10 @@ def test_a_histogram_of_equal_values_invents_no_range(made: Callable[..., str], 
     torch.save(torch.ones_like(torch.load(data / "pair_relevance.pt", weights_only=True)), data / "pair_relevance.pt")
     page = made(data, "--no-verify")
     text = _Page(page).text
-    assert "all are 1.000" in text
+    assert "50 pairs.all are 1.0" in text
+    assert page.count("<svg") == len(SECTIONS) - 3
     for invented in ("0.500 to 1.500", "from 0.500", "1.000 to 1.025", "0.975 to"):
         assert invented not in page
-    assert "1.000: 50" in page  # the bar says its value
 
 
 def test_no_finite_value_is_no_range(made: Callable[..., str], data: Path) -> None:
@@ -431,7 +499,7 @@ def test_bounded_samples_give_the_same_page(
 ) -> None:
     monkeypatch.setattr(figures_module, "_PAIRS", 5)
     monkeypatch.setattr(figures_module, "_POINTS", 5)
-    monkeypatch.setattr(figures_module.spread, "__defaults__", (16, 4))
+    monkeypatch.setattr(spread, "__defaults__", (16, 4))
     text = _Page(made(data, "--no-verify")).text
     assert "Counted among 16 of 50 pairs" in text
 

@@ -22,12 +22,14 @@ import torch
 from jasper_store.conversion import rows, run as convert_run, writer as convert_writer
 from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.converter import convert, finish_interrupted
+from jasper_store.conversion.manifest_batch import ManifestBatch
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file
 from jasper_store.store.manifest import MANIFEST_NAME
+from jasper_store.store.opening import open_store
 from tests.conversion.samples import FORMAT_NAMES, checksum_of, write_pt
 
 SHAPE = (10_000, 20)
@@ -360,6 +362,25 @@ def test_a_source_that_changes_is_not_published(tmp_path, monkeypatch, fmt, chan
     assert not list((tmp_path / "set").glob("a.*"))
     assert not list((tmp_path / "set").glob("*.h5"))
     assert not (tmp_path / "set").exists() or hidden(tmp_path / "set") == []
+
+
+def test_a_conversion_that_was_killed_is_finished_by_one_that_overwrites(tmp_path, monkeypatch):
+    """Files are there that no entry names, and the manifest says that more are to come."""
+    source = write_pt(tmp_path / "pt", {name: torch.ones(SHAPE) for name in NAMES})
+
+    def kill(name: str, done: int, total: int) -> None:
+        if name == NAMES[-1]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ManifestBatch, "write", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "set", progress=kill)
+    with pytest.raises(CorruptFileError, match="not finished"):
+        open_store(tmp_path / "set")
+    convert(source, tmp_path / "set", overwrite=True)
+    with open_store(tmp_path / "set") as store:
+        assert sorted(store) == sorted(NAMES)
 
 
 # ---- what ends a writer

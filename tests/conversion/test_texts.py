@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import warnings
 
@@ -45,6 +46,16 @@ def mixed(folder, kind):
     if kind == "pt":
         torch.save({"embs": EMBS, "ids": IDS, "title": "a title"}, folder / "data.pt")
         return folder
+    if kind in {"arrow", "parquet"}:
+        pa = pytest.importorskip("pyarrow")
+        table = pa.table({"embs": list(EMBS.numpy()), "ids": IDS})
+        if kind == "parquet":
+            pytest.importorskip("pyarrow.parquet").write_table(table, folder / "data.parquet", row_group_size=4)
+        else:
+            pytest.importorskip("pyarrow.feather").write_feather(
+                table, folder / "data.arrow", "uncompressed", chunksize=4
+            )
+        return folder
     np.save(folder / "embs.npy", EMBS.numpy())
     made = {
         "unicode": np.array(IDS),
@@ -55,13 +66,13 @@ def mixed(folder, kind):
     return folder
 
 
-KINDS = ("unicode", "bytes", "objects", "pt", "hdf5")
+KINDS = ("unicode", "bytes", "objects", "pt", "hdf5", "arrow", "parquet")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_command_names_what_it_skips(tmp_path, kind):
     folder = mixed(tmp_path / "data", kind)
-    with pytest.warns(JasperStoreWarning, match="'ids' is skipped: it holds") as caught:
+    with pytest.warns(JasperStoreWarning, match="'ids' is skipped: (it holds|a column of string)") as caught:
         store = js.open(folder)
     with store:
         assert list(store) == ["embs"]
@@ -345,3 +356,124 @@ def test_blocks_of_any_strings(tmp_path, blocks):
 
 def test_formats_that_skip_are_those_that_can_hold_strings():
     assert {name for name, fmt in FORMATS.items() if hasattr(fmt, "skipped")} == {"npy", "hdf5", "pt"}
+
+
+# ---- columns of other libraries
+
+
+def kept(source, target):
+    convert(source, target, "safetensors")
+    with js.open(target) as store:
+        ids = store.ids("ids" if "ids" in {name.split(".")[0] for name in store} else "embs.ids")
+        return ids.of(range(len(ids)))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_slice_of_an_arrow_table_in_many_batches(tmp_path, stream, large):
+    pa = pytest.importorskip("pyarrow")
+    texts = [f"{text}-{i}" * (i % 3) for i in range(40) for text in IDS]
+    table = pa.table(
+        {
+            "before": pa.array(["a view of some bytes that are not kept inline"] * len(texts), pa.string_view()),
+            "ids": pa.array(texts, pa.large_string() if large else pa.string()),
+            "word": pa.array(["x", "y"] * (len(texts) // 2)).dictionary_encode(),
+            "embs": np.arange(len(texts)),
+        }
+    ).slice(3, 200)
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(tmp_path / "x.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+    assert kept(tmp_path / "x.arrow", tmp_path / "out") == texts[3:203]
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_columns_of_strings_with_nulls_are_named_and_left_out(tmp_path, kind):
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"embs": [1, 2], "ids": ["a", None]})
+    if kind == "arrow":
+        pytest.importorskip("pyarrow.feather").write_feather(table, tmp_path / "x.arrow", "uncompressed")
+    else:
+        pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "x.parquet")
+    report = js.convert(tmp_path / f"x.{kind}", tmp_path / "out")
+    assert any("'ids' is skipped: the column has 1 nulls in 2 rows from row 0 on" in note for note in report.notes)
+    with js.open(tmp_path / "out") as store:
+        assert list(store) == ["embs"]
+
+
+def test_ids_of_a_directory_of_the_library_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"embs": EMBS.tolist(), "ids": IDS})
+    table.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    (tmp_path / "saved" / "cache-0123456789abcdef.arrow").write_bytes(
+        (tmp_path / "saved" / "data-00000-of-00003.arrow").read_bytes()
+    )
+    assert kept(tmp_path / "saved", tmp_path / "out") == IDS
+
+
+def test_ids_of_pickles_that_are_numbered(tmp_path):
+    (tmp_path / "set").mkdir()
+    for number, rows in enumerate((slice(0, 2), slice(2, 6))):
+        with (tmp_path / "set" / f"embs_{number:02d}.pkl").open("wb") as file:
+            pickle.dump((EMBS[rows].numpy(), IDS[rows]), file, protocol=4)
+    assert kept(tmp_path / "set", tmp_path / "out") == IDS
+    with js.open(tmp_path / "out") as store:
+        assert torch.equal(store["embs"].tensor(), EMBS)
+
+
+# ---- ids that are appended
+
+
+@pytest.mark.parametrize("fmt", ["safetensors", "npy", "hdf5"])
+def test_ids_are_appended_with_their_rows(tmp_path, fmt):
+    with js.DatasetWriter(tmp_path / "set", fmt) as writer:
+        writer.append("embs", EMBS[:2])
+        writer.append("ids", IDS[:2])
+    for rows in (slice(2, 3), slice(3, 6)):
+        with js.DatasetWriter(tmp_path / "set", mode="append") as writer:
+            writer.append("embs", EMBS[rows])
+            writer.append("ids", IDS[rows])
+    js.convert(tmp_path / "set", tmp_path / "copy")
+    for compacted in (False, True):
+        if compacted:
+            js.compact(tmp_path / "set", remove_old=True)
+        for name in ("set", "copy"):
+            with js.open(tmp_path / name) as store:
+                ids = store.ids("ids")
+                assert ids.of(range(6)) == IDS
+                assert ids._trusted() is not None
+                assert ids.rows(IDS[::-1]).tolist() == [5, 4, 3, 2, 1, 0]
+                assert torch.equal(store["embs"].tensor(), EMBS)
+            assert js.verify(tmp_path / name).ok
+
+
+def test_rows_without_their_ids_are_not_appended(tmp_path):
+    with js.DatasetWriter(tmp_path / "set") as writer:
+        writer.append("embs", EMBS)
+        writer.append("ids", IDS)
+    writer = js.DatasetWriter(tmp_path / "set", mode="append")
+    writer.append("embs", EMBS)
+    with pytest.raises(IntegrityError, match="to grow alike"):
+        writer.close()
+    with js.open(tmp_path / "set") as store:
+        assert len(store.ids("ids")) == store["embs"].n_rows == 6
+
+
+def test_ids_in_shards(tmp_path):
+    for number, rows in enumerate((slice(0, 1), slice(1, 4), slice(4, 6))):
+        with js.DatasetWriter(tmp_path / "set", shard=number, shards=3) as writer:
+            writer.append("embs", EMBS[rows])
+            writer.append("ids", IDS[rows])
+    with pytest.raises(DatasetNotFoundError, match="shards that were not committed"):
+        js.open(tmp_path / "set")
+    js.commit(tmp_path / "set")
+    for number in range(2):
+        with js.DatasetWriter(tmp_path / "set", mode="append", shard=number, shards=2) as writer:
+            writer.append("embs", EMBS[:1])
+            writer.append("ids", [f"new {number}"])
+    js.commit(tmp_path / "set")
+    with js.open(tmp_path / "set") as store:
+        ids = store.ids("ids")
+        assert ids.of(range(8)) == [*IDS, "new 0", "new 1"]
+        assert ids._trusted() is not None
+        assert ids.rows(["new 1", "c", "new 0", "a"]).tolist() == [7, 5, 6, 0]
+    assert js.verify(tmp_path / "set").ok

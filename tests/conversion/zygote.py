@@ -21,6 +21,7 @@ from jasper_store.conversion.compact import compact
 from jasper_store.conversion.converter import convert
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.formats.base import Schema
+from jasper_store.jasper.packed import pack
 
 
 def run_convert(src: str, dst: str | None, format: str, overwrite: bool) -> None:  # noqa: A002
@@ -61,6 +62,10 @@ def run_compact(dst: str, remove_old: bool) -> None:
     compact(dst, remove_old=remove_old)
 
 
+def run_pack(src: str, dst: str, columns: list[str] | None = None) -> None:
+    pack(src, dst, columns=columns, memory_limit=1 << 20)
+
+
 JOBS: dict[str, Callable[..., None]] = {
     "convert": run_convert,
     "write": run_write,
@@ -68,6 +73,7 @@ JOBS: dict[str, Callable[..., None]] = {
     "shard": run_shard,
     "commit": run_commit,
     "compact": run_compact,
+    "pack": run_pack,
 }
 
 

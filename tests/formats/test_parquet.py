@@ -14,6 +14,7 @@ from jasper_store.formats.parquet import ParquetFormat
 from jasper_store.formats.parts import join
 from jasper_store.formats.registry import locate
 from jasper_store.formats.streams import ByteStream
+from jasper_store.formats.texts import PARTS
 from tests.formats.conformance import read, same
 
 pa = pytest.importorskip("pyarrow")
@@ -89,10 +90,10 @@ def test_conversion(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(table(), path, row_group_size=50)
     js.convert(path, tmp_path / "out")
-    specs = locate(tmp_path / "out", "safetensors", Schema()).specs
-    assert {spec.name for spec in specs} == EXPECTED.keys()
-    for spec in specs:
-        assert same(read(spec), torch.from_numpy(EXPECTED[spec.name]))
+    specs = {spec.name: spec for spec in locate(tmp_path / "out", "safetensors", Schema()).specs}
+    assert specs.keys() == EXPECTED.keys() | {f"id.{part}" for part in PARTS}
+    for name, values in EXPECTED.items():
+        assert same(read(specs[name]), torch.from_numpy(values))
     with js.open(path) as store:
         assert np.array_equal(store["list"].take([299, 3]).numpy(), ROWS[[299, 3]])
 

@@ -106,8 +106,10 @@ def test_a_store_and_a_conversion(tmp_path):
         with js.open(place) as store:
             assert np.array_equal(store["corpus"].take([49, 0]).numpy(), ROWS[[49, 0]])
     js.convert(path, tmp_path / "out")
-    (spec,) = locate(tmp_path / "out", "safetensors", Schema()).specs
+    spec = next(spec for spec in locate(tmp_path / "out", "safetensors", Schema()).specs if spec.name == "corpus")
     assert same(read(spec), torch.from_numpy(ROWS))
+    with js.open(tmp_path / "out") as store:
+        assert store.ids("corpus.ids").of(range(50)) == list(map(str, IDS))
 
 
 # ---- what is refused

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jasper_store.memory.mounts import read_mountinfo
+from tests.cgroups import limited
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")]
 
@@ -20,25 +19,8 @@ CAP = 384 << 20
 @pytest.fixture
 def cgroup():
     """An empty memory cgroup with a limit; what joins it must leave before the test ends."""
-    for mount in read_mountinfo():
-        old = mount.fstype == "cgroup" and "memory" in mount.options
-        if old or (mount.fstype == "cgroup2" and "memory" in _controllers(mount.point)):
-            folder = Path(mount.point) / f"jasper_store_test_{os.getpid()}"
-            break
-    else:
-        pytest.skip("no memory cgroup hierarchy is mounted")
-    try:
-        folder.mkdir()
-        (folder / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(CAP))
-    except OSError as exc:
-        pytest.skip(f"memory cgroups cannot be made here: {exc}")
-    yield folder
-    folder.rmdir()
-
-
-def _controllers(point: str) -> list[str]:
-    enabled = Path(point) / "cgroup.subtree_control"
-    return enabled.read_text().split() if enabled.exists() else []
+    with limited(CAP) as folder:
+        yield folder
 
 
 def run_inside(cgroup, code, *arguments):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from jasper_store.native import gather
 from jasper_store.native.gather import Jobs, source_of, widening
+from jasper_store.native.library import library
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
 INTEGERS = [torch.int32, torch.int16, torch.int8, torch.uint8]
@@ -38,7 +40,43 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     )
 
 
-@needs_kernel
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The loops for one set of instructions; a wheel has all of them, and takes the best that the processor has."""
+    native, level = library(), ["baseline", "avx2", "avx512"].index(request.param)
+    if native is None:
+        pytest.skip("the kernel was not built: no C compiler here")
+    found = native.jasper_use_instructions(level)
+    if found == level:
+        yield
+    native.jasper_use_instructions(2)
+    if found < level:
+        pytest.skip(f"this processor has no {request.param}")
+
+
+def rows_that_are_large_together(n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tables with rows to take: some MB, so that threads share them and stores pass by the cache where they can."""
+    widths = [(384,), (16,), (401,), (7,), (), (1,), (3,)]
+    return [(values(n, width, torch.float32), torch.randint(0, n, (5000,))) for width in widths]
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_set_of_instructions_gives_the_same_bits(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for table, rows in rows_that_are_large_together(700):
+            out = values(len(rows), tuple(table.shape[1:]), torch.float32)
+            jobs = Jobs()
+            jobs.add(source_of(table), rows, out)
+            assert jobs.run() is None
+            assert same_bits(out, table[rows])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 1000])

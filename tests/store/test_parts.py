@@ -444,6 +444,30 @@ def test_shards_as_the_hub_has_them(tmp_path: Path, index: bool) -> None:
             assert_same(store[name].tensor(), expected)
 
 
+@pytest.mark.parametrize("use_mmap", [True, False])
+def test_shards_that_the_hubs_own_library_wrote(tmp_path: Path, use_mmap: bool) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    root = tmp_path / "hub"
+    root.mkdir()
+    values = {f"emb{k}": torch.randn(100, 64) for k in range(5)} | {"label": torch.arange(100)}
+    hub.save_torch_state_dict(values, root, max_shard_size="60KB")
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert len(before) > 3
+    plan = js.plan(root, memory_limit="100KB")
+    assert {plan.placement(name) for name in values} == {"ram", "mmap"}
+    assert js.warm_up(root).after
+    with js.Dataset(root, use_mmap=use_mmap) as dataset:
+        batches = list(js.create_loader(dataset, batch_size=32, shuffle=False, drop_last=False))
+    for name, expected in values.items():
+        assert torch.equal(torch.cat([batch[name] for batch in batches]), expected)
+    assert js.verify(root).ok
+    js.convert(root, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.index.json"))
+    after = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert {name for name in after.keys() - before.keys() if name[0] != "."} <= {"jasper_store.json"}
+    assert all(after[name] == content for name, content in before.items())
+
+
 def test_a_bad_index_is_refused(tmp_path: Path) -> None:
     shards(tmp_path)
     index = tmp_path / "model.safetensors.index.json"

@@ -1,6 +1,9 @@
+import contextlib
 import json
 import multiprocessing
 import os
+import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from jasper_store.errors import ClosedError, IncompatibleOptionsError, UnknownNameError
+from jasper_store.errors import ClosedError, CorruptFileError, IncompatibleOptionsError, UnknownNameError
 from jasper_store.formats.base import Schema
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.store import warmup
@@ -184,3 +187,41 @@ def test_no_place_for_a_lock_is_no_error(dataset, monkeypatch):
     with open_store(dataset, use_mmap=True) as store:
         assert warm(store).after == store.nbytes
         assert torch.equal(store["a"].take([0]), torch.ones(1, 256))
+
+
+def in_huge_pages(path) -> int:
+    """Bytes of a file that this process maps in huge pages."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.endswith(str(path))
+        elif inside and line.startswith("FilePmdMapped:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages for files are Linux's")
+def test_files_are_warmed_in_huge_pages_where_there_are_any(tmp_path, monkeypatch):
+    monkeypatch.setattr(warmup, "WINDOW", 64 * MIB)
+    np.save(tmp_path / "emb.npy", np.ones((32 * MIB // 1024, 256), np.float32))
+    with (tmp_path / "emb.npy").open("r+b") as file:
+        os.fsync(file.fileno())
+    with open_store(tmp_path, use_mmap=True) as store:
+        evicted(store)
+        report = warm(store)
+        assert report.after == store.nbytes
+        assert torch.equal(store["emb"].take([0, 32767]), torch.ones(2, 256))
+        huge = in_huge_pages(tmp_path / "emb.npy")
+        if not huge:
+            pytest.skip("this file system has no huge pages, or there is no memory for them")
+        assert huge >= 16 * MIB
+    maps = Path("/proc/self/maps").read_text()
+    assert maps.count(str(tmp_path / "emb.npy")) <= 1  # the map for reading is gone
+
+
+def test_a_file_cut_while_it_is_warmed_is_no_crash(tmp_path):
+    np.save(tmp_path / "emb.npy", np.ones((16 * MIB // 1024, 256), np.float32))
+    with open_store(tmp_path, use_mmap=True) as store:
+        os.truncate(tmp_path / "emb.npy", 4 * MIB)
+        with contextlib.suppress(CorruptFileError):
+            warm(store)

@@ -34,6 +34,7 @@ CASES = (
     "loader",
     "hybrid",
     "block",
+    "packed",
     "generic",
     "mixing",
     "preload",

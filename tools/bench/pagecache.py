@@ -88,9 +88,18 @@ def evict(paths: Iterable[Path]) -> str:
 
 
 def warm(paths: Iterable[Path]) -> None:
-    """Read the files from beginning to end, so that their pages are in the page cache."""
+    """Read the files from beginning to end, so that their pages are in the page cache.
+
+    They are evicted first: the kernel keeps what was just written in larger pages than what is read, and how a file came to
+    be must not decide how fast it is.
+
+    Raises:
+        NotColdError: they stayed in the page cache.
+    """
+    files = list(paths)
+    evict(files)
     buffer = bytearray(8 << 20)
-    for path in paths:
+    for path in files:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jasper_store.formats.arrow.messages import Batch
     from jasper_store.formats.arrow.schema import Column, Level
 
-__all__ = ["ColumnError", "ColumnParts", "Columns"]
+__all__ = ["ColumnError", "ColumnParts", "Columns", "buffer_of", "check_node", "further_buffers"]
 
 _PAIR = struct.Struct("<qq")
 _BLOCK_ROWS = 1 << 18
@@ -86,7 +86,7 @@ class Columns:
         """
         if not batch.length:
             return
-        further = _further(batch, self._views)
+        further = further_buffers(batch, self._views)
         kept = []
         for parts in self.parts:
             try:
@@ -112,7 +112,7 @@ class Columns:
         node, buffer = column.node, column.buffer + further
         first, count = 0, batch.length
         shape = []
-        _check_node(column, batch, node, count, exact=True)
+        _require_full(column, batch, node, count, exact=True)
         for level in column.levels:
             if level.width:
                 first, size = self._prove(column, level, batch, buffer + 1, first, count)
@@ -123,8 +123,8 @@ class Columns:
             count *= size
             node += 1
             buffer += 2 if level.width else 1
-            _check_node(column, batch, node, first + count)
-        offset, nbytes = _buffer(batch, buffer + 1)
+            _require_full(column, batch, node, first + count)
+        offset, nbytes = buffer_of(batch, buffer + 1)
         start, itemsize = first * column.dtype.itemsize, column.dtype.itemsize
         if start + count * itemsize > nbytes:
             raise FlatbufferError(
@@ -136,7 +136,7 @@ class Columns:
         self, column: Column, level: Level, batch: Batch, buffer: int, first: int, count: int
     ) -> tuple[int, int]:
         """First item of lists ``first`` to ``first + count``, and the length that all of them have."""
-        offset, nbytes = _buffer(batch, buffer)
+        offset, nbytes = buffer_of(batch, buffer)
         if (first + count + 1) * level.width > nbytes:
             raise FlatbufferError(
                 f"column {column.name!r:.100} needs {first + count + 1} offsets, in a buffer of {nbytes} bytes"
@@ -163,19 +163,24 @@ class Columns:
         return begin, size or 0
 
 
-def _check_node(column: Column, batch: Batch, number: int, count: int, *, exact: bool = False) -> None:
-    """Check a node's length, and that it has no nulls."""
+def check_node(column: Column, batch: Batch, number: int, count: int, *, exact: bool = False) -> int:
+    """Check a node's length; returns how many nulls it has."""
     start, there = batch.nodes
     if number >= there:
         raise FlatbufferError(f"a record batch without the column {column.name!r:.100}")
     length, nulls = _PAIR.unpack_from(batch.data, start + 16 * number)
     if length < count or (exact and length != count):
         raise FlatbufferError(f"column {column.name!r:.100} has {length} values, expected {count}")
+    return int(nulls)
+
+
+def _require_full(column: Column, batch: Batch, number: int, count: int, *, exact: bool = False) -> None:
+    nulls = check_node(column, batch, number, count, exact=exact)
     if nulls:
         raise ColumnError(column.name, f"has {nulls} nulls in a record batch of {batch.length} rows", _NULLS)
 
 
-def _buffer(batch: Batch, number: int) -> tuple[int, int]:
+def buffer_of(batch: Batch, number: int) -> tuple[int, int]:
     """Byte offset of a buffer in the file, and its bytes, all inside the body of the record batch."""
     start, there = batch.buffers
     if number >= there:
@@ -188,7 +193,7 @@ def _buffer(batch: Batch, number: int) -> tuple[int, int]:
     return batch.body + offset, nbytes
 
 
-def _further(batch: Batch, views: int) -> list[int]:
+def further_buffers(batch: Batch, views: int) -> list[int]:
     """Buffers that the first 0, 1, ... up to ``views`` columns of views have besides their two."""
     if not views:
         return [0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jasper_store.formats.arrow.columns import ColumnError, Columns
 from jasper_store.formats.arrow.flatbuffer import FlatbufferError
 from jasper_store.formats.arrow.messages import batches_of, open_messages
 from jasper_store.formats.arrow.schema import columns_of
+from jasper_store.formats.arrow.texts import texts_of
 from jasper_store.formats.base import Extent, Parts, Skipped, TensorSpec
 from jasper_store.formats.files import check_shape, open_for_reading
 from jasper_store.formats.texts import SkippedMemo
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.arrow.columns import ColumnParts
     from jasper_store.formats.base import FormatName, Schema
+    from jasper_store.formats.texts import Texts
 
 __all__ = ["ArrowFormat"]
 
@@ -56,10 +58,18 @@ class ArrowFormat:
         known = _MEMO.get(key)
         return _MEMO.put(key, _read(path)[1]) if known is None else known
 
+    def texts(self, path: Path, schema: Schema) -> list[Texts]:  # noqa: ARG002
+        """See :class:`jasper_store.formats.texts.SupportsTexts`: columns of strings."""
+        with _opened(path) as (file, size):
+            messages = open_messages(file, size)
+            columns = columns_of(messages.schema, messages.version)
+            rows = sum(batch.length for batch in batches_of(file, size, messages))
+        return texts_of(path, columns, rows, _opened)
+
 
 def _read(path: Path) -> tuple[list[ColumnParts], list[Skipped]]:
     """Columns with the places of their parts, and those that are passed over."""
-    with open_for_reading(path) as (file, size), _translated(path):
+    with _opened(path) as (file, size):
         messages = open_messages(file, size)
         if messages.schema.integer(0, 2) != 0:
             _refuse(
@@ -94,9 +104,11 @@ def _spec(path: Path, parts: ColumnParts) -> TensorSpec:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size; what is wrong with its content is said of it."""
     try:
-        yield
+        with open_for_reading(path) as opened:
+            yield opened
     except FlatbufferError as exc:
         msg = f"{path}: not an Arrow file or stream that can be read: {exc}. Write it again with pyarrow or datasets."
         raise CorruptFileError(msg, path=path) from exc

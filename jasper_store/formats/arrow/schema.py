@@ -54,6 +54,7 @@ _TYPE_NAMES = {
 }
 _BUFFERS = {_NULL: 0, _STRUCT: 1, _FIXED_LIST: 1, _RUN_END: 0, 4: 3, 5: 3, 19: 3, 20: 3, 25: 3, 26: 3}
 _LAST_TYPE = 26
+_TEXT_WIDTHS = {5: 4, 20: 8}
 _INTEGERS = {
     (8, True): torch.int8,
     (16, True): torch.int16,
@@ -102,6 +103,7 @@ class Column:
         node: number of its first node.
         buffer: number of its first buffer, without those of ``views``.
         views: columns of views before it, which have as many more buffers as each record batch says.
+        text_width: bytes of an offset, of a column of strings; 0 of any other.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Column:
     node: int
     buffer: int
     views: int
+    text_width: int = 0
 
 
 def columns_of(schema: Table, version: int) -> list[Column]:
@@ -157,7 +160,8 @@ class _Walk:
         shape = _tensor_shape(field) if len(levels) == 1 and levels[0].size is not None else None
         if shape is not None and math.prod(shape) != levels[0].size:
             shape = None
-        return Column(name, dtype, tuple(levels), shape, reason, refused, node, buffer, views)
+        width = 0 if levels or field.table(4) else _TEXT_WIDTHS.get(field.integer(2, 1), 0)
+        return Column(name, dtype, tuple(levels), shape, reason, refused, node, buffer, views, width)
 
     def count(self, field: Table, depth: int) -> None:
         """Add what a field and its children take of a record batch."""

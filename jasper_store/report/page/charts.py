@@ -7,7 +7,8 @@ from html import escape
 
 from jasper_store.bench.serving import LoaderRate
 from jasper_store.jasper.steering import VARIANTS
-from jasper_store.report.model import Figures, Histogram, Point, Projection
+from jasper_store.report.histogram import Histogram
+from jasper_store.report.model import Point, Projection
 from jasper_store.report.page.svg import WIDTH, Axis, Frame, joined, number, picture, polygon, tag, text, ticks
 
 __all__ = [
@@ -16,7 +17,6 @@ __all__ = [
     "cluster_sizes",
     "curriculum",
     "distribution",
-    "negatives",
     "placements",
     "projection",
     "speed",
@@ -34,8 +34,8 @@ def variant_class(variant: int) -> str:
     return f"v{variant}"
 
 
-def placements(shares: Mapping[str, tuple[float, str]]) -> str:
-    """One bar of all bytes, parted by place: place -> (share, words)."""
+def placements(shares: Mapping[str, tuple[float, str]], label: str) -> str:
+    """One bar parted by place: place -> (share, words); ``label`` says of what."""
     parts, start = [], 0.0
     for place, (share, words) in shares.items():
         width = share * WIDTH
@@ -43,7 +43,7 @@ def placements(shares: Mapping[str, tuple[float, str]]) -> str:
         title = tag("title", escape(words))
         parts.append(tag("rect", title, x=start, y=0, width=max(width, 1.0), height=22, class_=f"p-{kind}"))
         start += width
-    return picture(22, "Share of all bytes by place", *parts, stretched=True)
+    return picture(22, label, *parts, stretched=True)
 
 
 def curriculum(stages: Sequence[Sequence[float]]) -> str:
@@ -81,8 +81,11 @@ def _steps(
     return places
 
 
-def distribution(found: Histogram, label: str, colour: str) -> str:
-    """Bars of a histogram, with its median; ``label`` names the values and their unit."""
+def distribution(found: Histogram, label: str, colour: str, *, below: str = "") -> str:
+    """Bars of a histogram, with its median; ``label`` names the values and their unit.
+
+    Bars below 0 have the colour ``below``, if there is one.
+    """
     most = max(found.counts) or 1
     frame = Frame(240, (found.low, found.high), (0, most))
     width = (found.high - found.low) / len(found.counts)
@@ -95,7 +98,8 @@ def distribution(found: Histogram, label: str, colour: str) -> str:
         span = f"{low:.3f} to {low + width:.3f}" if found.smallest < found.largest else f"{found.smallest:.3f}"
         title = tag("title", f"{span}: {count:,}")
         wide = max(frame.x(low + width) - left - 0.8, 0.5)
-        bars.append(tag("rect", title, x=left, y=top, width=wide, height=frame.bottom - top, class_=colour))
+        kind = below if below and low + width / 2 < 0 else colour
+        bars.append(tag("rect", title, x=left, y=top, width=wide, height=frame.bottom - top, class_=kind))
     middle = frame.x(found.median)
     median = tag("line", x1=middle, x2=middle, y1=frame.top, y2=frame.bottom, class_="median")
     grid = frame.grid(
@@ -133,57 +137,6 @@ def cluster_sizes(sizes: Sequence[int]) -> str:
     x_texts = [(value, f"{value:g}") for value in ticks(0, len(ordered), 6) if value == int(value)]
     grid = frame.grid("clusters, the largest first", "pairs per cluster", _counts(frame.y.high), x_texts)
     return picture(frame.height, "Pairs per cluster, the largest first", grid, *bars)
-
-
-def negatives(found: Figures) -> str:
-    """One ridge per tier: how similar its negatives are to the positive; the question itself for comparison."""
-    rows = [
-        (f"tier {tier.tier}", f"{tier.share:.0%} of negatives", tier.similarity, f"t{index % 5}")
-        for index, tier in enumerate(found.tiers)
-    ]
-    rows.append(("the question itself", "for comparison", found.positive, "v0"))
-    counted = [row[2] for row in rows if row[2].rows]
-    low = min((row.low for row in counted), default=0.0)
-    high = max((row.high for row in counted), default=1.0)
-    row_height = 68
-    height = 8 + row_height * len(rows) + 36
-    axis = Axis(low, high, 12, WIDTH - 12)
-    bottom = 8 + row_height * len(rows)
-    parts = []
-    for value in ticks(low, high, 6):
-        x = axis(value)
-        parts.append(tag("line", x1=x, x2=x, y1=8, y2=bottom, class_="grid"))
-        parts.append(text(x, bottom + 16, f"{value:g}", text_anchor="middle"))
-    parts.append(
-        text(
-            WIDTH / 2,
-            height - 4,
-            "cosine similarity with the pair's positive, -1 to 1",
-            text_anchor="middle",
-            class_="name",
-        )
-    )
-    for index, (name, share, histogram, colour) in enumerate(rows):
-        parts.append(_ridge(axis, 8 + row_height * (index + 1), row_height - 26, histogram, colour))
-        median = f"median {histogram.median:.2f}" if histogram.rows else "none"
-        parts.append(text(14, 8 + row_height * index + 15, name, class_="strong"))
-        parts.append(text(WIDTH - 14, 8 + row_height * index + 15, f"{share}, {median}", text_anchor="end"))
-    return picture(height, "Similarity of negatives to the positive of their pair, by tier", *parts)
-
-
-def _ridge(axis: Axis, base: float, height: float, found: Histogram, colour: str) -> str:
-    most = max(found.counts) or 1
-    width = (found.high - found.low) / len(found.counts)
-    places = [(axis(found.low), base)]
-    for index, count in enumerate(found.counts):
-        top = base - count / most * height
-        places += [(axis(found.low + index * width), top), (axis(found.low + (index + 1) * width), top)]
-    places.append((axis(found.high), base))
-    title = f"median {found.median:.3f} of {found.rows:,}"
-    middle = axis(found.median)
-    mark = tag("line", x1=middle, x2=middle, y1=base - height, y2=base, class_="median") if found.rows else ""
-    line = tag("line", x1=axis.start, x2=axis.stop, y1=base, y2=base, class_="grid")
-    return line + polygon(places, title, class_=colour) + mark
 
 
 def by_size(found: Projection) -> dict[int, list[Point]]:
@@ -228,8 +181,14 @@ def _dot(x: float, y: float) -> str:
     return f'<circle cx="{number(x)}" cy="{number(y)}" r="2.2"></circle>'
 
 
-def speed(rates: Sequence[LoaderRate]) -> str:
-    """Bars of samples per second, in groups of one way of placing the data."""
+def speed(rates: Sequence[LoaderRate], planned: str, colour: str) -> str:
+    """Bars of samples per second, in groups of one way of placing the data.
+
+    Args:
+        rates: what was measured.
+        planned: what to call the placement of the plan.
+        colour: of its bars.
+    """
     fastest = max(rate.samples_per_second for rate in rates) or 1.0
     axis = Axis(0, fastest, 0, WIDTH - 118)  # beside the longest bar stand up to 12 letters
     row = 44
@@ -237,10 +196,11 @@ def speed(rates: Sequence[LoaderRate]) -> str:
     for index, rate in enumerate(rates):
         top = 8 + index * row
         value = f"{rate.samples_per_second:,.0f}/s"
-        parts.append(text(0, top + 14, f"{rate.placement}, batches of {rate.batch_size}"))
+        placement = planned if rate.placement == "planned" else rate.placement
+        parts.append(text(0, top + 14, f"{placement}, batches of {rate.batch_size}"))
         end = max(axis(rate.samples_per_second), 2.0)
-        colour = "p-mmap" if rate.placement == "mapped" else "p-ram"
-        parts.append(tag("rect", tag("title", value), x=0, y=top + 20, width=end, height=15, rx=2, class_=colour))
+        kind = "p-mmap" if rate.placement == "mapped" else colour
+        parts.append(tag("rect", tag("title", value), x=0, y=top + 20, width=end, height=15, rx=2, class_=kind))
         parts.append(text(end + 7, top + 32, value, class_="strong"))
     height = 8 + row * len(rates) + 20
     parts.append(text(0, height - 4, "samples per second (/s), from 0", class_="name"))

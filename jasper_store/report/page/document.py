@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-import jasper_store as js
 from jasper_store.conversion.verify import Finding
 from jasper_store.jasper.schema import SPLITS
 from jasper_store.memory.budget import format_bytes
-from jasper_store.report.model import DatasetReport, JasperPart, TensorRow
+from jasper_store.report.model import DatasetReport, JasperPart
 from jasper_store.report.page import charts
 from jasper_store.report.page.jasper import jasper_sections
-from jasper_store.report.page.parts import legend, section
+from jasper_store.report.page.parts import section
+from jasper_store.report.page.placement import placement_section, plan_in_words
 from jasper_store.report.page.sample import sample_section
 from jasper_store.report.page.svg import joined
 from jasper_store.report.page.tensor_parts import parts_section
@@ -24,6 +24,10 @@ SECTIONS = (
     "placement",
     "sample",
     "curriculum",
+    "questions",
+    "margin",
+    "recall",
+    "suspects",
     "negatives",
     "projection",
     "clusters",
@@ -40,15 +44,10 @@ COMMON_SECTIONS = ("placement", "sample", "speed", "verify")
 _STYLE = Path(__file__).with_name("style.css")
 # The browser itself sees to it that the page fetches nothing.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_PLACES = {
-    "ram": "preloaded",
-    "mmap": "mapped",
-    "chunked": "read by chunks",
-}
 
 
-def page(report: DatasetReport) -> str:
-    """The whole document."""
+def page(report: DatasetReport, version: str) -> str:
+    """The whole document; ``version`` is that of this package."""
     style = _STYLE.read_text(encoding="utf-8")
     return joined(
         (
@@ -58,14 +57,14 @@ def page(report: DatasetReport) -> str:
             f"<title>{escape(report.name)} - jasper-store report</title><style>{style}</style></head><body><main>",
             _head(report),
             '<div class="cards">',
-            _placement(report),
+            placement_section(report),
             parts_section(report.parts),
             sample_section(report.samples, report.why_no_samples),
             jasper_sections(report.jasper) if report.jasper is not None else "",
             _speed(report),
             _verification(report),
             "</div>",
-            _foot(report),
+            _foot(report, version),
             "</main></body></html>\n",
         )
     )
@@ -129,68 +128,9 @@ def _numbers(values: Iterable[int]) -> str:
     return " / ".join(f"{value:,}" for value in values)
 
 
-def _foot(report: DatasetReport) -> str:
-    words = f"Made {report.made_at} by jasper-store {js.__version__} on {report.machine}."
+def _foot(report: DatasetReport, version: str) -> str:
+    words = f"Made {report.made_at} by jasper-store {version} on {report.machine}."
     return f"<footer>{escape(words)} The page holds everything it shows and fetches nothing.</footer>"
-
-
-# ---- placement
-
-
-def _placement(report: DatasetReport) -> str:
-    by_place: dict[str, int] = {}
-    for row in report.tensors:
-        by_place[row.placement] = by_place.get(row.placement, 0) + row.nbytes
-    total = max(report.nbytes, 1)
-    words = {place: f"{_place(place)}: {format_bytes(size)}, {size / total:.0%}" for place, size in by_place.items()}
-    rows = joined(_tensor(row) for row in sorted(report.tensors, key=lambda row: (-row.nbytes, row.name)))
-    head = (
-        '<tr><th>tensor</th><th class="right">size</th><th><span class="wide-only">place</span></th>'
-        '<th><span class="wide-only">in the page </span>cache<span class="narrow-only">d</span></th>'
-        '<th class="right wide-only">rows a sample</th><th class="wide-only">shape</th><th class="wide-only">why</th></tr>'
-    )
-    note = (
-        "Where jasper-store would put each tensor on this machine now, and how much of it the page cache held before "
-        "this report read anything."
-    )
-    return section(
-        "placement",
-        "Placement and residency",
-        note,
-        charts.placements({place: (size / total, words[place]) for place, size in by_place.items()}),
-        legend((_place_class(place), words[place]) for place in by_place),
-        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>',
-        f"<details><summary>What bounds preloading</summary><pre>{escape(report.budget)}</pre></details>",
-        wide=True,
-    )
-
-
-def _place(placement: str) -> str:
-    return _PLACES.get(placement, f"on {placement}")
-
-
-def _place_class(placement: str) -> str:
-    return f"p-{placement.split(':', maxsplit=1)[0]}"
-
-
-def _tensor(row: TensorRow) -> str:
-    shape = " x ".join(f"{size:,}" for size in row.shape) or "scalar"
-    return (
-        f'<tr><td class="tensor">{escape(row.name)}</td><td class="right">{format_bytes(row.nbytes)}</td>'
-        f'<td class="place"><i class="{escape(_place_class(row.placement))}"></i>'
-        f'<span class="wide-only">{escape(_place(row.placement))}</span></td>'
-        f'<td class="cached">{_residency(row)}</td>'
-        f'<td class="right wide-only">{row.reads_per_sample:.3g}</td>'
-        f'<td class="wide-only soft shape">{escape(row.dtype)} {shape}</td>'
-        f'<td class="wide-only soft">{escape(row.reason)}</td></tr>'
-    )
-
-
-def _residency(row: TensorRow) -> str:
-    if row.resident_nbytes is None:
-        return '<span class="soft">not known</span>'
-    share = row.resident_nbytes / row.nbytes if row.nbytes else 1.0
-    return f'<span class="bar" title="{share:.0%}"><i class="v1" style="width:{share:.0%}"></i></span>'
 
 
 # ---- speed and verify
@@ -204,7 +144,10 @@ def _speed(report: DatasetReport) -> str:
         "Samples per second of create_loader in one process, data in the page cache; a short measurement, beside "
         "whatever else ran. jasper-store bench measures more, cold too."
     )
-    return section("speed", title, note, charts.speed(report.speed), _epoch_takes(report))
+    mixed = len({row.placement for row in report.tensors if row.name in report.reads}) > 1
+    planned = f"planned ({plan_in_words(report)})" if mixed else "planned"
+    drawn = charts.speed(report.speed, planned, "p-mixed" if mixed else "p-ram")
+    return section("speed", title, note, drawn, _epoch_takes(report))
 
 
 def _epoch_takes(report: DatasetReport) -> str:

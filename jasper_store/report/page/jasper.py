@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from jasper_store.jasper.steering import VARIANTS
-from jasper_store.report.model import Figures, Histogram, JasperPart
-from jasper_store.report.page import charts
+from jasper_store.report.histogram import Histogram
+from jasper_store.report.model import Figures, JasperPart
+from jasper_store.report.page import charts, ridges
 from jasper_store.report.page.parts import legend, section
+from jasper_store.report.page.ranking import TITLES, ranking_sections
 from jasper_store.report.page.svg import joined
 
 __all__ = ["jasper_sections"]
@@ -30,41 +32,46 @@ def _values(report: JasperPart) -> str:
     found = report.figures
     if found is None:
         titles = {
-            "negatives": "Negatives",
+            **TITLES,
+            "negatives": "Negative tiers",
             "projection": "Embeddings in two dimensions",
             "clusters": "Cluster sizes",
             "relevance": "Relevance",
             "distance": "Distance to the centroid",
         }
-        note = f"Not drawn, because the tensors contradict each other: {report.why_no_figures}"
+        note = f"Not drawn, because {report.why_no_figures}"
         return joined(section(name, title, note) for name, title in titles.items())
     return joined(
         (
+            ranking_sections(found.ranking),
             _negatives(found),
             _projection(found),
             _clusters(found),
-            section(
-                "relevance",
-                "Relevance",
-                _counted(found.relevance),
-                charts.distribution(found.relevance, "relevance, 0 to 1", "v3"),
-            ),
-            section(
-                "distance",
-                "Distance to the centroid",
-                _counted(found.distance),
-                charts.distribution(found.distance, "cosine distance, 0 to 2", "v2"),
-            ),
+            _distribution("relevance", "Relevance", found.relevance, "relevance, 0 to 1", "v3"),
+            _distribution("distance", "Distance to the centroid", found.distance, "cosine distance, 0 to 2", "v2"),
         )
     )
 
 
+def _distribution(name: str, title: str, found: Histogram, label: str, colour: str) -> str:
+    """A card of one distribution; where all values are alike, they are one number and no picture."""
+    if found.constant:
+        seen = "" if found.rows >= found.of else f" Looked at {found.rows:,} of them."
+        note = f"{found.of:,} pairs.{seen}"
+        return section(name, title, note, f'<p class="only">all are {_shortest(found.smallest)}</p>')
+    return section(name, title, _counted(found), charts.distribution(found, label, colour))
+
+
+def _shortest(value: float) -> str:
+    """A number in at most four digits, of which one stands after the point."""
+    said = f"{value:.4g}"
+    return f"{said}.0" if said.lstrip("-").isdigit() else said
+
+
 def _counted(found: Histogram) -> str:
-    rows = f"{found.rows:,} pairs" if found.rows >= found.of else f"{found.rows:,} of {found.of:,} pairs"
     if not found.rows:
         return f"None of {found.of:,} pairs has a finite value."
-    if found.smallest == found.largest:
-        return f"{rows}; all are {found.smallest:.3f}."
+    rows = f"{found.rows:,} pairs" if found.rows >= found.of else f"{found.rows:,} of {found.of:,} pairs"
     return f"{rows}; median {found.median:.3f} (dashed), from {found.smallest:.3f} to {found.largest:.3f}."
 
 
@@ -75,7 +82,7 @@ def _negatives(found: Figures) -> str:
     note = (
         f"{seen}: the nearer to the positive, the harder. Each outline is scaled to its own peak; dashed is the median."
     )
-    return section("negatives", "Negative tiers", note, charts.negatives(found))
+    return section("negatives", "Negative tiers", note, ridges.of_the_positive(found))
 
 
 def _projection(found: Figures) -> str:

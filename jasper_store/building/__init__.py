@@ -1,0 +1,1 @@
+"""From embeddings to a training set: what is computed of them."""

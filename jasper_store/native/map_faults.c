@@ -1,0 +1,72 @@
+/* Turns SIGBUS inside of a copy from a map into a return value. */
+#define _GNU_SOURCE
+#include "map_faults.h"
+
+#include <setjmp.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+/* Where the handler leaves a copy to; NULL: this thread runs nothing guarded. A handler may not allocate, which the first
+ * access to a thread's variable of a loaded library does, unless it was given a place when the library was loaded. musl
+ * gives each its place then, and refuses the attribute. */
+#ifdef __GLIBC__
+__attribute__((tls_model("initial-exec")))
+#endif
+static _Thread_local sigjmp_buf *volatile landing;
+
+enum { SLOTS = 8 };
+
+/* Handlers of others that were found in place of ours, a stack. Each is used once: one that was installed over ours gives
+ * the signal back to ours when it has done its work, as Python's faulthandler does, and then the one below is next. */
+static struct sigaction others[SLOTS];
+static atomic_uint n_others;
+static _Atomic int64_t fault_address;
+
+static void on_fault(int number, siginfo_t *info, void *context)
+{
+    (void)context;
+    sigjmp_buf *const here = landing;
+    if (here && info->si_code == BUS_ADRERR) {
+        atomic_store(&fault_address, (int64_t)(intptr_t)info->si_addr);
+        siglongjmp(*here, 1);
+    }
+    /* Not ours: with the handler of before in place, the instruction is tried again and faults again. */
+    struct sigaction next = {.sa_handler = SIG_DFL};
+    unsigned count = atomic_load(&n_others);
+    while (count && !atomic_compare_exchange_weak(&n_others, &count, count - 1))
+        continue;
+    if (count)
+        next = others[(count - 1) % SLOTS];
+    sigaction(number, &next, NULL);
+    if (info->si_code <= 0)
+        raise(number); /* sent by a process, and no instruction will repeat it */
+}
+
+void jasper_catch_faults(void)
+{
+    struct sigaction found;
+    sigaction(SIGBUS, NULL, &found);
+    if ((found.sa_flags & SA_SIGINFO) && found.sa_sigaction == on_fault)
+        return;
+    others[atomic_fetch_add(&n_others, 1) % SLOTS] = found;
+    /* SA_NODEFER: a handler that does not return would leave the signal blocked, and a blocked fault ends the process. */
+    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
+    sigemptyset(&ours.sa_mask);
+    sigaction(SIGBUS, &ours, NULL);
+}
+
+int jasper_run_guarded(void (*work)(const void *), const void *data)
+{
+    sigjmp_buf here;
+    if (sigsetjmp(here, 0)) {
+        landing = NULL;
+        return 0;
+    }
+    landing = &here;
+    work(data);
+    landing = NULL;
+    return 1;
+}
+
+int64_t jasper_fault_address(void) { return atomic_load(&fault_address); }

@@ -1,0 +1,67 @@
+"""Random sample graphs, packed from any format: the same bits per sample, in the order of the permutation."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import jasper_store as js
+from jasper_store.loading.order import order
+from jasper_store.packing import layout, pack
+from jasper_store.samples.dataset import Dataset
+from tests.samples.graphs import EPOCH, FORMATS, SEED, Expected, Graph, graphs
+from tests.samples.test_properties import PLACEMENTS, opened, written
+
+PACK_SEED = 11
+
+
+def pack_and_check(graph: Graph, format: str, placement: str, number: int) -> None:  # noqa: A002
+    """Blocks of few samples, and little memory, so that there are many passes."""
+    expected = Expected(graph)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        written(graph, format) as directory,
+        tempfile.TemporaryDirectory() as made,
+        opened(graph, directory, placement, number) as source,
+    ):
+        patch.setattr(layout, "BLOCK_NBYTES", 1)
+        patch.setattr(layout, "_FEWEST", 1 + number % 7)
+        patch.setattr(layout, "_WIDE", (1, 40, 1 << 20)[number % 3])
+        patch.setattr(layout, "_HEADER_NBYTES", (2000, 8 << 20)[number % 2])
+        patch.setattr(pack, "_LEAST_ROOM", 1)
+        target = Path(made) / "packed"
+        report = js.pack(source, target, seed=PACK_SEED, memory_limit=1 + number % 2000)
+        assert sum(report.samples.values()) == graph.length
+        positions = order(graph.length, PACK_SEED, 0)[:].tolist()
+        for use_mmap in (True, False):
+            with Dataset(target, split=source.split, seed=SEED, use_mmap=use_mmap) as packed:
+                packed.set_epoch(EPOCH)
+                assert packed.packed is not None
+                assert list(packed.fields) == list(source.fields)
+                expected.check(packed.__getitems__(torch.arange(graph.length)).tensors, positions)
+                few = [place * 7 % graph.length for place in range(5)]
+                expected.check(packed.__getitems__(few).tensors, [positions[place] for place in few])
+        wrong = [found for found in js.verify(target).errors if found.check != "finite"]  # random bits may be NaN
+        assert not wrong
+
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(graphs(), st.sampled_from(FORMATS), st.sampled_from(PLACEMENTS), st.integers(0, 2**20))
+def test_packed_samples_have_the_bits_that_numpy_gives(
+    graph: Graph,
+    format: str,  # noqa: A002
+    placement: str,
+    number: int,
+) -> None:
+    pack_and_check(graph, format, placement, number)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, suppress_health_check=list(HealthCheck))
+@given(graphs(), st.sampled_from(FORMATS), st.sampled_from(PLACEMENTS), st.integers(0, 2**20))
+def test_many_more(graph: Graph, format: str, placement: str, number: int) -> None:  # noqa: A002
+    pack_and_check(graph, format, placement, number)

@@ -1,0 +1,1 @@
+"""What a power failure leaves: every operation of a writer is recorded, and any that was not synced may be missing."""

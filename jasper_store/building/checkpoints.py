@@ -54,10 +54,3 @@ class Checkpoints:
             with np.load(path, allow_pickle=False) as found:
                 yield int(match["start"]), int(match["stop"]), dict(found)
             done = int(match["stop"])
-
-    def remove(self) -> None:
-        """Remove them all, once the result is safe elsewhere."""
-        with map_os_errors(self._directory):
-            for path in self._directory.iterdir():
-                path.unlink()
-            self._directory.rmdir()

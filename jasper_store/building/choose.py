@@ -219,7 +219,8 @@ class _Chooser:
         """Draw random sources of far clusters that no rule leaves out; how many are missing of each pair."""
         left = wanted.copy()
         for attempt in range(_ATTEMPTS + int(wanted.max(initial=0))):
-            task = np.flatnonzero(left > 0)
+            # As many attempts as the pair's own count allows: other pairs of the block change nothing.
+            task = np.flatnonzero((left > 0) & (attempt < _ATTEMPTS + wanted))
             if not len(task):
                 break
             rows = self._far(task, attempt)
@@ -272,30 +273,40 @@ class _Chooser:
             if not len(task):
                 return
             rows = self._far(task, attempt)
-            good = self._is_new(task, rows)
+            good = self._is_new(task, rows) & ~self._nearly_positive(task, rows)
             self._append_relaxed(task[good], rows[good])
             short[task[good]] -= 1
         for task in np.flatnonzero(short > 0).tolist():
-            self._search(task, int(short[task]))
+            left = self._search(task, int(short[task]), near=False)
+            self._repeat(task, self._search(task, left, near=True))
+
+    def _nearly_positive(self, task: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        pairs = self._pairs[task]
+        similarities = self._problem.similarities(self._problem.pair_question[pairs], rows)
+        return are_near_duplicates(self._problem, pairs, rows, similarities)
 
     def _append_relaxed(self, task: np.ndarray, rows: np.ndarray) -> None:
         questions = self._problem.pair_question[self._pairs[task]]
         self._append_random(task, rows, self._problem.similarities(questions, rows))
         np.add.at(self.counts[:, _RELAXED], task, 1)
 
-    def _search(self, task: int, short: int) -> None:
-        """Look through all sources from a random one on; repeat what there is where they do not suffice."""
+    def _search(self, task: int, short: int, *, near: bool) -> int:
+        """Look through all sources from a random one on, near-duplicates of positives or others; how many are missing."""
         problem = self._problem
         total = problem.sources.n_rows
         begin = int(numbers(problem.settings.seed, self._pairs[[task]], 1 << 21)[0] % np.uint64(total))
         for low in range(0, total, 1 << 16):
             if not short:
-                return
+                return 0
             rows = (begin + np.arange(low, min(low + (1 << 16), total))) % total
-            new = self._is_new(np.full(len(rows), task), rows)
-            rows = rows[new][:short]
+            tasks = np.full(len(rows), task)
+            rows = rows[self._is_new(tasks, rows) & (self._nearly_positive(tasks, rows) == near)][:short]
             self._append_relaxed(np.full(len(rows), task), rows)
             short -= len(rows)
+        return short
+
+    def _repeat(self, task: int, short: int) -> None:
+        """Fill the last gaps of a pair with its negatives once more."""
         there = int(self._filled[task])
         for number in range(short):
             at = number % there

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from jasper_store.errors import IncompatibleOptionsError, IntegrityError
 
 __all__ = ["Method", "MiningInputs", "MiningSettings", "check_inputs"]
 
-Method = Literal["exact", "faiss"]
+Method = Literal["exact"]
 
 _MOST_CLUSTERS = 1 << 24
 
@@ -52,14 +52,15 @@ class MiningSettings:
     Attributes:
         n_neg: negatives per pair.
         tiers: parts of the four kinds: in cluster, adjacent clusters, most similar of other clusters, random of far ones.
-        relative_margin: a source is left out if its cosine is above ``(1 - relative_margin)`` times the positive's.
+        relative_margin: a source is left out if its cosine is above
+            ``positive - relative_margin * abs(positive)``.
         absolute_margin: a source is left out if its cosine is above the positive's less this.
         max_similarity: a source is left out if its cosine is above this.
         duplicate_similarity: a source is left out if its cosine with a positive of the question is at least this; ``None``
             leaves out only those with the same bytes.
         ranks: first and last (exclusive) rank that may be chosen, counted from 0 over all sources but the question's
             positives and their exact duplicates; random negatives are never of a rank before the first.
-        method: ``"exact"``, or ``"faiss"``, which is approximate.
+        method: ``"exact"``: every product of a question and a source is looked at.
         tier_numbers: what is written for the kinds: ``"jasper"`` (random 0, in cluster and adjacent 1, most similar 2) or
             ``"builder"`` (1 to 4).
         seed: seed of random negatives.
@@ -91,8 +92,8 @@ class MiningSettings:
             ("duplicate_similarity", 0.0, 1.0),
         ):
             _check_number(name, getattr(self, name), low, high)
-        if self.method not in {"exact", "faiss"}:
-            msg = f"method={self.method!r}: expected 'exact' or 'faiss'"
+        if self.method not in get_args(Method):
+            msg = f"method={self.method!r}: expected one of {', '.join(get_args(Method))}"
             raise IncompatibleOptionsError(msg)
         self._check_ranks()
 

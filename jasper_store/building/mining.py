@@ -80,7 +80,6 @@ class Mined:
         positive_similarities: cosine of question and positive, float32 [P].
         counts: what was left out.
         kinds: how many negatives are of each kind.
-        recall: of ``method="faiss"``: share of the exact most similar sources that the index found, on a sample.
         products: how many cosines were looked at.
         seconds: time taken.
     """
@@ -91,7 +90,6 @@ class Mined:
     positive_similarities: np.ndarray
     counts: MiningCounts
     kinds: dict[str, int]
-    recall: float | None
     products: int
     seconds: float
 
@@ -107,8 +105,7 @@ def mine(
 ) -> Mined:
     """Mine hard negatives for all pairs.
 
-    The result is a pure function of inputs and settings: memory, threads, device, and interruptions change no bit of it
-    (but for ``method="faiss"``, whose index may depend on the number of threads).
+    The result is a pure function of inputs and settings: memory, threads, device, and interruptions change no bit of it.
 
     Args:
         inputs: embeddings and pairs.
@@ -116,7 +113,8 @@ def mine(
         memory_limit: bytes that may be held, besides the inputs.
         device: where matrix products are made: ``"cpu"`` or a CUDA device.
         progress: called with products done and products in all.
-        workdir: directory that finished blocks are kept in; a run that was killed goes on from these.
+        workdir: directory that finished blocks are kept in; a run that was killed continues from these. The caller
+            removes it once the result is safe elsewhere.
 
     Raises:
         IntegrityError: inputs that contradict each other, with NaN, zero rows, or too few sources.
@@ -136,7 +134,6 @@ def mine(
         problem.positive_similarities,
         MiningCounts(**_excluded(problem), **totals),
         dict(zip(KINDS, kinds, strict=True)),
-        None,
         run.done,
         time.perf_counter() - began,
     )
@@ -209,8 +206,6 @@ class _Run:
             self._put(low, high, saved, result)
             start = high
         self._blocks(start, problem.n_pairs, result, checkpoints)
-        if checkpoints is not None:
-            checkpoints.remove()
         return result
 
     def _blocks(self, start: int, stop: int, result: _Result, checkpoints: Checkpoints | None) -> None:

@@ -161,7 +161,8 @@ class Problem:
         if settings.absolute_margin is not None:
             found[1] = positive - settings.absolute_margin
         if settings.relative_margin is not None:
-            found[2] = (1 - settings.relative_margin) * positive
+            # Below the positive where its cosine is negative, too.
+            found[2] = positive - settings.relative_margin * np.abs(positive)
         return found
 
     def sweep_ceilings(self, pairs: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from jasper_store.building.problem import Problem
 from jasper_store.building.sweep import sweep
 from jasper_store.building.tiers import KINDS, tier_numbers
 
-__all__ = ["Mined", "MiningCounts", "MiningInputs", "MiningSettings", "mine"]
+__all__ = ["Mined", "MiningCounts", "MiningInputs", "MiningSettings", "key_of", "mine", "mine_problem"]
 
 _VERSION = 1
 """Changes when other negatives come of the same inputs and settings."""
@@ -80,6 +80,7 @@ class Mined:
         positive_similarities: cosine of question and positive, float32 [P].
         counts: what was left out.
         kinds: how many negatives are of each kind.
+        similarity_of_kinds: mean similarity of the negatives of each kind; ``None`` for a kind that there is not.
         products: how many cosines were looked at.
         seconds: time taken.
     """
@@ -90,6 +91,7 @@ class Mined:
     positive_similarities: np.ndarray
     counts: MiningCounts
     kinds: dict[str, int]
+    similarity_of_kinds: dict[str, float | None]
     products: int
     seconds: float
 
@@ -121,19 +123,31 @@ def mine(
         InsufficientMemoryError: the smallest blocks do not fit.
         ConversionError: ``workdir`` cannot be written.
     """
-    began = time.perf_counter()
     problem = Problem(inputs, settings, torch.device(device))
+    return mine_problem(problem, memory_limit=memory_limit, progress=progress, workdir=workdir)
+
+
+def mine_problem(
+    problem: Problem,
+    *,
+    memory_limit: int,
+    progress: Callable[[int, int], None] | None = None,
+    workdir: Path | None = None,
+) -> Mined:
+    """Mine what was read and checked already; as :func:`mine`."""
+    began = time.perf_counter()
     run = _Run(problem, memory_limit, progress)
     result = run.all(None if workdir is None else Checkpoints(workdir, key_of(problem)))
     totals = dict(zip(COUNTED, result.counts.tolist(), strict=True))
     kinds = np.bincount(result.kinds.ravel(), minlength=len(KINDS)).tolist()
     return Mined(
         result.rows,
-        tier_numbers(settings.tier_numbers)[result.kinds],
+        tier_numbers(problem.settings.tier_numbers)[result.kinds],
         result.similarities,
         problem.positive_similarities,
         MiningCounts(**_excluded(problem), **totals),
         dict(zip(KINDS, kinds, strict=True)),
+        {name: _mean(result.similarities[result.kinds == kind]) for kind, name in enumerate(KINDS)},
         run.done,
         time.perf_counter() - began,
     )
@@ -153,6 +167,10 @@ def key_of(problem: Problem) -> str:
     ):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def _mean(similarities: np.ndarray) -> float | None:
+    return float(similarities.mean(dtype=np.float64)) if len(similarities) else None
 
 
 def _excluded(problem: Problem) -> dict[str, int]:

@@ -22,6 +22,8 @@ from jasper_store import errors
 if TYPE_CHECKING:
     from jasper_store.building.build import build
     from jasper_store.building.build_report import BuildReport
+    from jasper_store.building.mining_report import MiningReport
+    from jasper_store.building.negatives import mine_negatives
     from jasper_store.conversion.report import ConversionReport
     from jasper_store.conversion.verify import VerifyReport
     from jasper_store.hub.push import PushReport, push
@@ -51,6 +53,7 @@ __all__ = [
     "DatasetWriter",
     "JASPERSteeringDataset",
     "MemoryReport",
+    "MiningReport",
     "PackReport",
     "Plan",
     "PushReport",
@@ -66,6 +69,7 @@ __all__ = [
     "create_loader",
     "errors",
     "memory_report",
+    "mine_negatives",
     "open",
     "pack",
     "plan",
@@ -88,6 +92,7 @@ _HOMES = {
     "DatasetWriter": "jasper.api",
     "JASPERSteeringDataset": "jasper.dataset",
     "MemoryReport": "memory.report",
+    "MiningReport": "building.mining_report",
     "PackReport": "packing.report",
     "Plan": "store.placement",
     "PushReport": "hub.push",
@@ -101,6 +106,7 @@ _HOMES = {
     "convert": "jasper.api",
     "create_loader": "jasper.loader",
     "memory_report": "memory.report",
+    "mine_negatives": "building.negatives",
     "open": "jasper.api",
     "pack": "jasper.packed",
     "plan": "jasper.api",

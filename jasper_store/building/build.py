@@ -380,5 +380,4 @@ def _mined(found: Mined) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "negative_similarities": torch.from_numpy(found.similarities),
         "positive_similarities": torch.from_numpy(found.positive_similarities),
     }
-    recall = {} if found.recall is None else {"recall": found.recall}
-    return tensors, {**found.counts.to_dict(), **found.kinds, **recall}
+    return tensors, {**found.counts.to_dict(), **found.kinds}

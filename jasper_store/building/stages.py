@@ -30,14 +30,15 @@ def key_of(*parts: Any) -> str:
 
 
 class WorkDirectory:
-    """The hidden directory of the builds of one target.
+    """The hidden directory of the builds of one target, or of other work on it.
 
     Attributes:
         path: ``.NAME.build`` beside the target.
     """
 
-    def __init__(self, target: Path) -> None:
-        self.path = target.with_name(f".{target.name}.build")
+    def __init__(self, target: Path, work: str = "build") -> None:
+        self.path = target.with_name(f".{target.name}.{work}")
+        self._doing = {"build": "building", "mine": "mining for"}[work]
 
     @contextlib.contextmanager
     def held(self, target: Path) -> Iterator[None]:
@@ -49,7 +50,7 @@ class WorkDirectory:
         with map_os_errors(self.path):
             make_directory(self.path)
         try:
-            with exclusive(self.path / LOCK_NAME, f"building {target}"):
+            with exclusive(self.path / LOCK_NAME, f"{self._doing} {target}"):
                 clean_stale(self.path)
                 yield
         finally:

@@ -18,6 +18,7 @@ from jasper_store.loading.loader import Loader
 from jasper_store.loading.turn_order import TurnOrder
 from jasper_store.native import gather
 from jasper_store.samples.reader import SampleReader
+from jasper_store.store import direct_blocks
 from tests.builders import build_pt_dataset
 from tests.loading.test_staged import open_files, same
 from tests.packing.packs import small_blocks
@@ -164,7 +165,7 @@ def test_tensors_of_variants_that_are_not_drawn_are_not_read(packed: Path, monke
     if n_blocks(loader) < 2:
         pytest.skip("one block is no tensor in parts")
     tables: list[Any] = []
-    real = whole_blocks.block_table
+    real = direct_blocks.block_table
 
     def table(tensors: Any) -> Any:
         tables.append(real(tensors))

@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-min test-integrations test-asan test-ubsan test-tsan check-compilers lint format types layers prose check bench docs screenshot wheel clean
+.PHONY: help install demo fuzz test test-slow test-min test-integrations test-pythons test-asan test-ubsan test-tsan check-compilers coverage lint format types layers prose check bench docs screenshot wheel wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,14 @@ test-slow: $(STAMP) ## every test
 MIN_VENV ?= .venv-min
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
+# What was found before is taken up again; TARGETS names some parsers. Without atheris, inputs are changed at random only.
+MINUTES ?= 10
+FUZZ ?= build/fuzz
+
+fuzz: $(STAMP) ## fuzz all parsers for MINUTES=10, guided by coverage, and print the counts of all runs so far
+	@$(PIP) atheris || echo "no atheris for this Python: inputs are changed at random only"
+	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ) $(TARGETS)
+
 test-min: ## the tests with the oldest allowed dependencies (torch at its pin, or TORCH=x.y.z; any PYTHON=)
 	@mkdir -p build
 	@$(PYTHON) tools/minimum.py --torch $(TORCH) > build/minimum.txt
@@ -66,6 +74,15 @@ test-tsan: $(STAMP) ## the same under ThreadSanitizer
 
 check-compilers: $(STAMP) ## the C by gcc, clang, musl and for aarch64, without a warning; its harness, by qemu if need be
 	@$(BIN)/python -m tools.compilers
+
+# PYTHONS="--python 3.12 --with oldest" chooses; see tools/pythons.py.
+PYTHONS ?=
+
+test-pythons: $(STAMP) ## the tests on every supported Python found here, with the newest and the oldest dependencies
+	@$(BIN)/python tools/pythons.py --torch $(TORCH) $(PYTHONS) -- --numprocesses $(WORKERS) $(PYTEST_ARGS)
+
+coverage: $(STAMP) ## branch coverage of the tests; fails below the floor in pyproject.toml
+	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-report=term --cov-report=html:build/coverage $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check $(SOURCES) hatch_build.py hatch_readme.py
@@ -102,6 +119,14 @@ screenshot: $(STAMP) ## the picture of a report in docs/, made anew from DATA=a 
 wheel: $(STAMP) ## build the wheel into dist/
 	@rm -rf dist
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+wheels: $(STAMP) ## build the wheels of x86-64 and aarch64, glibc and musl, into dist/, and check them
+	@rm -rf dist
+	@$(PIP) ziglang auditwheel twine check-wheel-contents
+	@$(BIN)/python tools/wheels.py
+	@$(BIN)/check-wheel-contents dist/*.whl
+	@$(BIN)/twine check --strict dist/*.whl
+	@for wheel in dist/*manylinux*.whl; do $(BIN)/auditwheel show $$wheel; done
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) $(MIN_VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,7 +1,9 @@
 """Builds the C of ``jasper_store/native`` with the package, where there is a C compiler.
 
-The library needs neither Python's headers nor torch's, so one file serves every Python version of a platform. Without
-a compiler the package is built all the same, for any platform, and gathers by torch alone.
+The library needs neither Python's headers nor torch's, so one wheel serves every Python version of a platform. Without
+a compiler the package is built all the same, for any platform, and gathers by torch alone. The environment decides what a
+wheel is for: ``CC`` is the compiler, with its arguments, and ``JASPER_STORE_PLATFORM`` the wheel's tag, such as
+``manylinux_2_28_aarch64``, if the compiler makes code for another machine or system than this one (``tools/wheels.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra"
 
 
 class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Compiles into the source tree, where an editable installation looks for it, and adds the result to a wheel."""
+    """Compiles into the source tree for an editable installation, which looks there, and else into the wheel alone."""
 
     PLUGIN_NAME = "custom"
 
@@ -32,13 +34,17 @@ class RowsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name != "wheel":
             return
         root = Path(self.root)
-        if not _compiled([root / source for source in SOURCES], root / TARGET):
+        target = root / TARGET
+        if version != "editable":
+            target = root / "build" / _platform() / TARGET.name  # maybe for another machine than this one
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if not _compiled([root / source for source in SOURCES], target):
             self.app.display_warning(
                 "the gather kernel was not built (is there a C compiler?): gathers will be torch's, which are slower"
             )
             return
         if version != "editable":
-            build_data["force_include"][str(root / TARGET)] = str(TARGET)
+            build_data["force_include"][str(target)] = str(TARGET)
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{_platform()}"
 
@@ -62,4 +68,5 @@ def _compiled(sources: list[Path], target: Path) -> bool:
 
 
 def _platform() -> str:
-    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    given = os.environ.get("JASPER_STORE_PLATFORM")
+    return given or sysconfig.get_platform().replace("-", "_").replace(".", "_")

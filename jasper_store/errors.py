@@ -15,6 +15,7 @@
         ├── ConversionError             also OSError; a conversion that could not be finished
         ├── HubError                    also OSError; the Hub refused, or could not be reached
         ├── WorkerDiedError             also RuntimeError; a worker process of a loader ended by itself
+        ├── RankError                   also RuntimeError; ranks that would serve different epochs, or one that is missing
         └── InsufficientMemoryError     also MemoryError; it would not fit, with the numbers
 
     UserWarning
@@ -48,6 +49,7 @@ __all__ = [
     "JasperStoreError",
     "JasperStoreWarning",
     "PerformanceWarning",
+    "RankError",
     "StaleDataWarning",
     "UnknownNameError",
     "WorkerDiedError",
@@ -120,6 +122,10 @@ class HubError(JasperStoreError, OSError):
 
 class WorkerDiedError(JasperStoreError, RuntimeError):
     """A worker process of a loader ended by itself; the message names it and says how. The others were stopped."""
+
+
+class RankError(JasperStoreError, RuntimeError):
+    """Processes of one run would not serve one epoch together: their data, seed or order differ, or one did not answer."""
 
 
 class InsufficientMemoryError(JasperStoreError, MemoryError):

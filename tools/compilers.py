@@ -51,7 +51,12 @@ COMPILERS: Final = (
     Compiler("gcc", "gcc"),
     Compiler("clang", "clang"),
     Compiler("musl-gcc", "musl-tools", _kernel_headers()),
-    Compiler("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu", ("-static",), ("qemu-aarch64",)),
+    Compiler(
+        command="aarch64-linux-gnu-gcc",
+        package="gcc-aarch64-linux-gnu",
+        flags=("-DCHILD_HAS_NO_THREADS=1",),
+        runner=("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
+    ),
 )
 
 
@@ -65,9 +70,8 @@ def check(compiler: Compiler, folder: Path, seconds: float) -> str:
         CalledProcessError: it did not compile without a warning.
         SystemExit: the harness failed.
     """
-    shared = [flag for flag in compiler.flags if flag != "-static"]
     for level in ("-O0", "-O3"):
-        build_library(folder / f"{compiler.command}{level}.so", [compiler.command], *shared, level)
+        build_library(folder / f"{compiler.command}{level}.so", [compiler.command], *compiler.flags, level)
     program = folder / compiler.command
     build_harness(program, [compiler.command], *compiler.flags, "-O3")
     done = run_harness([*compiler.runner, str(program)], seconds)

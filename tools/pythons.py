@@ -56,7 +56,9 @@ def run(python: str, dependencies: str, torch: str, arguments: list[str]) -> tup
         limits = Path(folder, "limits.txt")
         limits.write_text(_limits(dependencies, torch), encoding="utf-8")
         pip = [inside, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
-        subprocess.run([*pip, "install", "--constraint", limits, "--editable", f".[{EXTRAS}]"], cwd=ROOT, check=True)
+        subprocess.run(
+            [*pip, "install", "--constraint", str(limits), "--editable", f".[{EXTRAS}]"], cwd=ROOT, check=True
+        )
         frozen = subprocess.run([*pip, "freeze"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         versions = " ".join(re.findall(r"^(?:torch|numpy|h5py|safetensors)==.*", frozen, re.MULTILINE))
         done = subprocess.run([inside, "-m", "pytest", *arguments], cwd=ROOT, check=False)
@@ -66,7 +68,7 @@ def run(python: str, dependencies: str, torch: str, arguments: list[str]) -> tup
 def _limits(dependencies: str, torch: str) -> str:
     if dependencies == "newest":
         return f"torch=={torch}\n"
-    command = [sys.executable, ROOT / "tools" / "minimum.py", "--torch", torch]
+    command = [sys.executable, str(ROOT / "tools" / "minimum.py"), "--torch", torch]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

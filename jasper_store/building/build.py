@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import jasper_store
 from jasper_store.building.build_report import BuildReport, StageReport
 from jasper_store.building.clusters import Clusters, default_count, given_of_pairs, given_of_sources, k_means
 from jasper_store.building.finder import Finder
@@ -187,7 +186,7 @@ class _Build:
     def run(self, *, overwrite: bool) -> BuildReport:
         facts = self._read()
         choices = [self.n_clusters, {name: _plain(part) for name, part in self.inputs.splits.items()}]
-        key = key_of(_VERSION, facts.digests, choices, self.settings.to_dict(), asdict(self.mining))
+        key = key_of(_VERSION, facts.digests, choices, self.settings.to_dict(), self.mining.to_dict())
         built = built_config(self.target)
         if built is not None and built[BUILT]["key"] == key and not overwrite:
             self._clean()
@@ -251,7 +250,7 @@ class _Build:
         self, facts: Facts, clusters: Clusters, splits: dict[str, torch.Tensor], clusters_key: str
     ) -> tuple[Derived, dict[str, Any]]:
         inputs = self.inputs
-        key = key_of(_VERSION, "mine", clusters_key, facts.digests["questions"], asdict(self.mining))
+        key = key_of(_VERSION, "mine", clusters_key, facts.digests["questions"], self.mining.to_dict())
         with self._stage("mine", len(inputs.pairs)) as moved:
             kept = self.work.kept("mine", key)
             if kept is not None:
@@ -262,10 +261,10 @@ class _Build:
                     MiningInputs(
                         inputs.questions,
                         inputs.sources,
-                        inputs.pairs,
-                        clusters.of_pairs,
-                        clusters.of_sources,
-                        clusters.centroids,
+                        inputs.pairs.numpy(),
+                        clusters.of_pairs.numpy(),
+                        clusters.of_sources.numpy(),
+                        clusters.centroids.numpy(),
                     ),
                     self.mining,
                     memory_limit=self.memory.free,
@@ -343,9 +342,9 @@ class _Build:
             "split_sizes": {name: len(rows) for name, rows in derived.splits.items()},
             # No time of day: the same inputs and settings give the same file.
             BUILT: {
-                "by": f"jasper_store {jasper_store.__version__}",
+                "by": f"jasper_store {metadata.version('jasper-store')}",
                 "key": key,
-                "settings": {**self.settings.to_dict(), "mining": asdict(self.mining)},
+                "settings": {**self.settings.to_dict(), "mining": self.mining.to_dict()},
                 "clusters": inputs.clusters[0] if isinstance(inputs.clusters, tuple) else "k-means",
                 "splits": {name: _plain(part) for name, part in inputs.splits.items()},
                 "inputs": facts.digests,
@@ -414,9 +413,10 @@ def _plain(part: float | torch.Tensor) -> float | str:
 
 def _mined(found: Mined) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = {
-        "negatives": found.negatives,
-        "tiers": found.tiers.long(),
-        "negative_similarities": found.similarities.float(),
-        "positive_similarities": found.positive_similarities.float(),
+        "negatives": torch.from_numpy(found.negatives),
+        "tiers": torch.from_numpy(found.tiers).long(),
+        "negative_similarities": torch.from_numpy(found.similarities),
+        "positive_similarities": torch.from_numpy(found.positive_similarities),
     }
-    return tensors, dict(found.counts)
+    recall = {} if found.recall is None else {"recall": found.recall}
+    return tensors, {**found.counts.to_dict(), **found.kinds, **recall}

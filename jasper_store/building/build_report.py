@@ -79,5 +79,5 @@ class BuildReport:
             rate = f", {stage.rows / stage.seconds:,.0f} rows/s" if stage.seconds > 0 and not stage.kept else ""
             kept = ", kept from an earlier build" if stage.kept else ""
             lines.append(f"{stage.name:<9} {stage.seconds:8.2f} s  {stage.rows:,} rows{rate}{kept}")
-        lines.extend(f"{what}: {value}" for what, value in self.mining.items())
+        lines.extend(f"mining, {what.replace('_', ' ')}: {value}" for what, value in self.mining.items() if value)
         return "\n".join([*lines, *self.notes])

@@ -192,7 +192,7 @@ def build_report_tables(report: BuildReport) -> list[Any]:
     ]
     counts = [(name.replace("_", " "), f"{count:,}") for name, count in report.counts.items() if count]
     counts += [(f"pairs in {name}", f"{count:,}") for name, count in report.splits.items()]
-    counts += [(f"mining: {name.replace('_', ' ')}", _said(value)) for name, value in report.mining.items()]
+    counts += [(f"mining: {name.replace('_', ' ')}", _said(value)) for name, value in report.mining.items() if value]
     shown: list[Any] = [
         table("Stages", columns, stages, right=columns[1:]),
         table("What there is", ("what", "count"), counts, right=("count",)),

@@ -1,8 +1,8 @@
-"""``jasper-store demo``: the whole job on real embeddings, in under two minutes."""
+"""``jasper-store demo``: the whole job on real embeddings, from embeddings and pairs to a trained model."""
 
 from __future__ import annotations
 
-import shutil
+import importlib.util
 import tempfile
 import time
 import warnings
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 import jasper_store as js
+from jasper_store.cli.build import build_report_tables, follow_stages, rate_column
 from jasper_store.cli.console import print_json, progress, results, table
 from jasper_store.cli.convert import follow_bytes
 from jasper_store.cli.options import Json, Seed
@@ -60,12 +62,14 @@ def demo(
     *,
     json: Json = False,
 ) -> None:
-    """Convert, plan, train and compare, on the bundled WordNet + MiniLM embeddings.
+    """Build, convert, plan, train and compare, on the bundled WordNet + MiniLM embeddings.
 
-    Converts 1 000 real pairs from .pt to safetensors and HDF5, and prints the placement plan: as it is on this
+    Begins with embeddings and 1 000 real pairs: builds clusters, steering, hard negatives and splits of them.
+    Converts the dataset from .pt to safetensors and HDF5, and prints the placement plan: as it is on this
     machine, and as it would be with memory for a third of the data, where the rest is mapped.
     Trains a small predictor while the curriculum moves.
     Ends with recall before and after, and how fast each format was served, from memory, mapped, and from both.
+    With --out, report.html shows the dataset.
 
     Examples:
       jasper-store demo
@@ -76,7 +80,7 @@ def demo(
             f"{SAMPLE}: the bundled sample is missing from this installation; install jasper-store again", path=SAMPLE
         )
     with _directory(out) as directory:
-        found = _Demo(directory, epochs, seed, quiet=json).run()
+        found = _Demo(directory, epochs, seed, quiet=json, kept=out is not None).run()
     if json:
         print_json(found)
 
@@ -106,30 +110,72 @@ def _one_thread() -> Iterator[None]:
 class _Demo:
     """The steps of the demo; each prints what it did unless ``quiet``, and gives it back as plain values."""
 
-    def __init__(self, directory: Path, epochs: int, seed: int, *, quiet: bool) -> None:
+    def __init__(self, directory: Path, epochs: int, seed: int, *, quiet: bool, kept: bool) -> None:
+        self.kept = kept
         self.epochs = epochs
         self.seed = seed
         self.quiet = quiet
         self.limit = 0  # known once the first plan was made
-        # Opening a dataset leaves a manifest beside it, so even the .pt files are served from a copy.
         self.pt = directory / "pt"
         self.converted = {"safetensors": directory / "safetensors", "hdf5": directory / "hdf5"}
 
     def run(self) -> dict[str, Any]:
         return {
+            "build": self._build(),
             "conversions": self._convert(),
             "plan": self._plan(),
             "plan_under_limit": self._limit(),
             **self._train(),
             "speed": self._speed(),
+            "report": self._report(),
         }
 
     def _say(self, *what: Any) -> None:
         if not self.quiet:
             results().print(*what)
 
+    def _build(self) -> dict[str, Any]:
+        """A dataset in .pt files from the sample's embeddings, pairs and keywords alone."""
+        raw: dict[str, Any] = dict.fromkeys(("questions", "sources", "pairs", "keywords", "pair_keywords"), SAMPLE)
+        if importlib.util.find_spec("faiss") is None:
+            raw["clusters"] = {"pairs": SAMPLE}
+            self._say("Clusters are those of the sample; with pip install jasper_store\\[build] they are computed.")
+        with progress(rate_column()) as bars:
+            report = js.build(
+                self.pt,
+                **raw,
+                format="pt",
+                # In this sample no source but its own answers a question, so that very similar ones are kept.
+                mining={"relative_margin": None},
+                progress=follow_stages(bars),
+            )
+        for shown in build_report_tables(report):
+            self._say(shown)
+        self._say("")
+        return report.to_dict()
+
+    def _report(self) -> dict[str, Any]:
+        """One HTML page about the dataset, as it is under the small memory limit."""
+        from jasper_store.files.atomic import write_bytes
+        from jasper_store.report.gather import make_report
+        from jasper_store.report.page.document import page
+
+        with progress() as bars:
+            task = bars.add_task("report", total=None)
+            found = make_report(
+                self.converted["safetensors"],
+                storage_format="auto",
+                verify=True,
+                memory_limit=self.limit,
+                step=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
+            )
+        out = self.pt.parent / "report.html"
+        write_bytes(out, page(found, js.__version__).encode("utf-8", "replace"))
+        kept = f"{out}: open it in a browser" if self.kept else "keep it, and the datasets, with --out"
+        self._say(f"Report: the dataset {'is sound' if found.ok else 'has errors'}; {escape(kept)}")
+        return {"ok": found.ok, "page": str(out) if self.kept else None}
+
     def _convert(self) -> list[dict[str, Any]]:
-        shutil.copytree(SAMPLE, self.pt, dirs_exist_ok=True)
         reports = []
         for to, destination in self.converted.items():
             with progress() as bars:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jasper_store.files.atomic import exchange_directories, remove, sync_directory, temporary_name
+from jasper_store.files.atomic import exchange_directories, keep_access, remove, sync_directory, temporary_name
 from jasper_store.files.lock import LOCK_NAME
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest
 from jasper_store.store.manifest_file import MANIFEST_LOCK, read, write
@@ -48,7 +47,7 @@ def exchanged(directory: Path, ready: Sequence[tuple[Path, Path, FileEntry | Non
     staging = temporary_name(real, "staging")
     try:
         staging.mkdir()
-        shutil.copymode(real, staging)
+        keep_access(real, staging)
         _fill(real, staging, ready)
         if not exchange_directories(staging, real):
             return False
@@ -81,4 +80,5 @@ def _fill(real: Path, staging: Path, ready: Sequence[tuple[Path, Path, FileEntry
     new = {target.name: entry for _, target, entry in ready if entry is not None}
     # With these, a conversion that was killed before is finished.
     write(replace(known, directory=staging, files={**known.files, **new}, pending=()))
+    keep_access(real / MANIFEST_NAME, staging / MANIFEST_NAME)
     sync_directory(staging)

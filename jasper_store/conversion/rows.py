@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from jasper_store.conversion.writeback import WINDOW_NBYTES, drop_pages
-from jasper_store.errors import CorruptFileError
+from jasper_store.errors import CorruptFileError, InsufficientMemoryError
 from jasper_store.formats.base import Chunked, Encoded, Extent, Inline, Parts, Streamed, TensorSpec
+from jasper_store.formats.files import system_refusals
 from jasper_store.formats.parts import parts_of
 from jasper_store.formats.streams import ByteStream
 from jasper_store.paging import mapping
@@ -106,7 +107,12 @@ def read_blocks(
     for _ in range(min(_AHEAD, -(-rows // step))):
         pool.put(torch.empty(size, dtype=spec.dtype))
     thread = threading.Thread(target=_fill, args=(spec, reader, step, pool, filled), name=f"read {spec.name}")
-    thread.start()
+    try:
+        with system_refusals(spec.path):
+            thread.start()
+    except InsufficientMemoryError:
+        reader.close()
+        raise
     try:
         while (item := filled.get()) is not None:
             if isinstance(item, BaseException):

@@ -25,6 +25,7 @@ from jasper_store.conversion.report import ConversionReport, TensorReport
 from jasper_store.conversion.transfer import Stream, compressed_nbytes, matched, write_file
 from jasper_store.errors import ConversionError, CorruptFileError, DatasetNotFoundError
 from jasper_store.files.atomic import (
+    keep_access,
     map_os_errors,
     publish,
     remove,
@@ -319,6 +320,7 @@ class Run:
                     self.facts.check(sources)  # a source that was cut meanwhile is not corrupt, it changed
                     raise
                 self.facts.check(sources)
+                keep_access(task.target, temporary)
                 sums = {item.spec.name: item.checksum for item in written}
                 entry = self._batch.entry(task, temporary, sums, self.options.dtype)
                 for item in written:
@@ -348,6 +350,7 @@ class Run:
         try:
             with map_os_errors(target, temporary, path.stat().st_size):
                 shutil.copyfile(path, temporary)
+                keep_access(target, temporary)
                 yield temporary
             self.copied.append(path.name)
         finally:

@@ -44,7 +44,8 @@ def make_staging(stack: contextlib.ExitStack, target: Path, *, overwrite: bool) 
         staging = temporary_name(target, "staging")
         # A callback and no generator: a forked child that ends would run a generator's "finally".
         stack.callback(remove, staging)
-        staging.mkdir()
+        # What replaces a directory gets its permissions in the end; until then only the owner reads it.
+        staging.mkdir(0o700 if target.exists() else 0o777)
     return staging
 
 

@@ -7,8 +7,10 @@ layer that knows the names, whose findings go into the same report.
 from __future__ import annotations
 
 import re
+import struct
 import threading
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.verify_parts import part_headers
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
-from jasper_store.formats.files import dtype_name
+from jasper_store.formats.files import dtype_name, system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.parts import join
 from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
@@ -343,7 +345,7 @@ class _Check:
                 if progress is not None:
                     progress(name, done, total)
 
-        with ThreadPoolExecutor(max(threads, 1), "verify") as pool:
+        with system_refusals(self.path), ThreadPoolExecutor(max(threads, 1), "verify") as pool:
             try:
                 found = [
                     *pool.map(lambda job: _verify_values(job, advance, drop=drop), jobs),
@@ -409,7 +411,19 @@ def _verify_records(file: Path, advance: Callable[[str, int], None]) -> Finding 
                 with archive.open(info) as record:
                     while data := record.read(1 << 20):
                         advance(file.name, len(data))
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as exc:
+    # zipfile's own errors, and whatever else it meets in a directory that makes no sense.
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        zlib.error,
+        struct.error,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        OverflowError,
+    ) as exc:
         text = f"{file}: its bytes have changed since it was saved ({exc}); restore the file"
         return Finding("error", file.name, "records", text)
     return None

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from jasper_store.errors import InsufficientMemoryError
+from jasper_store.formats.files import system_refusals
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -60,7 +63,12 @@ class WriteBehind:
         self._abandoned = False
         self._file = path.open("rb", buffering=0)
         self._thread = threading.Thread(target=self._run, name=f"write behind {path.name}")
-        self._thread.start()
+        try:
+            with system_refusals(path):
+                self._thread.start()
+        except InsufficientMemoryError:
+            self._file.close()
+            raise
 
     def written(self, nbytes: int) -> None:
         """Tell how many bytes of values have been handed to the system so far."""

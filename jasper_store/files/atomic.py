@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ __all__ = [
     "atomic_file",
     "clean_stale",
     "exchange_directories",
+    "keep_access",
     "make_directory",
     "map_os_errors",
     "publish",
@@ -151,9 +153,34 @@ def publish(temporary: Path, target: Path) -> None:
     if target.is_dir() and not target.is_symlink():
         msg = f"{target}: expected a file or nothing at this name, found a directory; move it away"
         raise ConversionError(msg, path=target)
+    keep_access(target, temporary)
     sync_file(temporary)
     temporary.replace(target)
     sync_directory(target.parent)
+
+
+def keep_access(old: Path, new: Path) -> None:
+    """Give a file or directory the permissions of the one that it will replace, and its owner and group where that can be.
+
+    Nothing is done where there is no old one, or it is a link; the new one then has what the umask leaves. Access control lists
+    are not kept. A group that cannot be kept (only a member may give a file to it) gets no more than all others have.
+    """
+    try:
+        facts = old.lstat()
+    except FileNotFoundError:
+        return
+    if sys.platform == "win32" or stat.S_ISLNK(facts.st_mode):
+        return
+    mode = stat.S_IMODE(facts.st_mode)
+    for owner in (facts.st_uid, -1):
+        with contextlib.suppress(OSError):
+            os.chown(new, owner, facts.st_gid, follow_symlinks=False)
+            break
+    if new.lstat().st_gid != facts.st_gid:
+        mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    # Some file systems have no permissions, and so none to keep.
+    with contextlib.suppress(PermissionError):
+        new.chmod(mode)
 
 
 def write_bytes(target: Path, content: bytes) -> None:
@@ -285,6 +312,10 @@ def swap_directory(new: Path, target: Path) -> None:
         new.rename(target)
         sync_directory(target.parent)
         return
+    for path in target.iterdir():
+        if (new / path.name).exists():
+            keep_access(path, new / path.name)
+    keep_access(target, new)
     if exchange_directories(new, target):
         remove(new)
         return

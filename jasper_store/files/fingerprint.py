@@ -11,13 +11,14 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
 __all__ = ["FileFingerprint", "FileIdentity"]
 
+# O_NONBLOCK so that a named pipe opens, and is then refused, where it would otherwise wait for a writer.
+_READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _WINDOWS = 16
 _WINDOW_NBYTES = 64 << 10
 
@@ -69,11 +70,14 @@ class FileFingerprint:
         Raises:
             OSError: there is no such file, or it cannot be read.
         """
-        with Path(path).open("rb", buffering=0) as file:
-            facts = os.fstat(file.fileno())
+        fd = os.open(path, _READ_FLAGS)
+        try:
+            facts = os.fstat(fd)
             if not stat.S_ISREG(facts.st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-            return cls(facts.st_size, facts.st_mtime_ns, _sample(file.fileno(), facts.st_size))
+            return cls(facts.st_size, facts.st_mtime_ns, _sample(fd, facts.st_size))
+        finally:
+            os.close(fd)
 
     def matches(self, path: str | os.PathLike[str]) -> bool:
         """Whether a file still is what it was: size and time equal, or size and sample equal.

@@ -19,6 +19,7 @@ from jasper_store.errors import (
     CorruptFileError,
     DatasetNotFoundError,
     IncompatibleOptionsError,
+    InsufficientMemoryError,
     IntegrityError,
     JasperStoreError,
 )
@@ -40,8 +41,10 @@ __all__ = [
     "dtype_name",
     "open_for_reading",
     "read_at",
+    "read_file",
     "require_open",
     "shown",
+    "system_refusals",
     "tensor_bytes",
     "write_at",
 ]
@@ -94,6 +97,32 @@ def open_for_reading(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise CorruptFileError(msg, path=path) from exc
     finally:
         os.close(fd)
+
+
+@contextmanager
+def system_refusals(what: object) -> Iterator[None]:
+    """Say of what it was that the system refused memory or a thread; Python's own errors do not.
+
+    Raises:
+        InsufficientMemoryError: it did.
+    """
+    try:
+        yield
+    except JasperStoreError:
+        raise
+    except MemoryError as exc:
+        msg = (
+            f"{what}: the system refused the memory for it. Raise the limit of this process (ulimit -v, the container)."
+        )
+        raise InsufficientMemoryError(msg) from exc
+    except RuntimeError as exc:
+        if "can't start new thread" not in str(exc):
+            raise
+        msg = (
+            f"{what}: the system refused a thread for it. Raise the limit of processes (ulimit -u, pids.max of the "
+            "container) or of memory (ulimit -v), or end other processes."
+        )
+        raise InsufficientMemoryError(msg) from exc
 
 
 def _kind(mode: int) -> str:
@@ -168,6 +197,12 @@ def read_at(file: BinaryIO, offset: int, nbytes: int) -> bytes:
         parts.append(part)
         nbytes -= len(part)
     return b"".join(parts)
+
+
+def read_file(path: Path) -> bytes:
+    """The whole content of a small regular file; errors as :func:`open_for_reading`."""
+    with open_for_reading(path) as (file, size):
+        return read_at(file, 0, size)
 
 
 def write_at(file: BinaryIO, offset: int, data: bytes | memoryview) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from jasper_store.formats.base import Extent, Parts
+from jasper_store.formats.files import read_file
 from jasper_store.formats.generation import MANIFEST_NAME, Generation, PartedTensor, PartFiles, parse_json
 from jasper_store.formats.numbered import INDEX_SUFFIX
 
@@ -140,7 +141,7 @@ def read_found(root: Path) -> FoundParts | None:
     """What the manifest of a directory remembers; ``None`` where it remembers nothing, or nothing that makes sense."""
     path = root / MANIFEST_NAME
     try:
-        text = path.read_bytes()
+        text = read_file(path)
         return parse_found(text, path) if f'"{FOUND}"'.encode() in text else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError):
         return None  # a manifest that cannot be understood is refused where it is read as a whole

@@ -21,7 +21,7 @@ import xxhash
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Extent, FormatName, Parts, TensorSpec
-from jasper_store.formats.files import check_shape, dtype_name, shown
+from jasper_store.formats.files import check_shape, dtype_name, read_file, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -277,8 +277,8 @@ def read_generation(root: Path) -> Generation | None:
     """
     path = root / MANIFEST_NAME
     try:
-        text = path.read_bytes()
-    except OSError:
+        text = read_file(path)
+    except DatasetNotFoundError:
         return None  # one that is there and cannot be read is refused where the rest of it is read
     if b'"generation"' not in text:
         return None
@@ -303,6 +303,8 @@ def safe_name(name: object) -> str:
     """
     if type(name) is not str or not name or name[0] == "/" or "\0" in name:
         raise ValueError(f"file name {name!r:.60} leaves the dataset's directory")
+    if not name.isascii():
+        os.fsencode(name)  # UnicodeEncodeError, a ValueError, of what no file can be called
     if not all(name.split("/")) or (".." in name and ".." in name.split("/")) or name in {".", ".."}:
         raise ValueError(f"file name {name!r:.60} leaves the dataset's directory")
     return name

@@ -11,6 +11,7 @@ import json
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from jasper_store.errors import CorruptFileError
@@ -96,21 +97,23 @@ def _check_numbers(members: list[tuple[int, Path]], total: int | None, pattern: 
     first = members[0][0]
     count = total if total is not None else members[-1][0] - first + 1
     numbers = [number for number, _ in members]
-    if first <= 1 and numbers == list(range(first, first + count)):
+    # What a name claims may be any number, so the numbers that should be there are never listed.
+    wanted = range(first, first + count)
+    if first <= 1 and len(numbers) == count and all(a == b for a, b in zip(numbers, wanted, strict=True)):
         return
     path = members[0][1]
-    twice = (
-        sorted({number for number in numbers if numbers.count(number) > 1}) if len(set(numbers)) < len(numbers) else []
-    )
-    if twice:
-        found = f"number {twice[0]} twice"
+    twice = next((one for one, next_one in pairwise(numbers) if one == next_one), None)
+    if twice is not None:
+        found = f"number {twice} twice"
     elif first > 1:
         found = f"{first} as the first"
     else:
-        missing = sorted(set(range(first, first + count)) - set(numbers))
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        there = set(numbers)
+        lacking = count - sum(number in wanted for number in there)
+        missing = list(islice((number for number in wanted if number not in there), 5))
+        more = f" and {lacking - 5} more" if lacking > 5 else ""
         beyond = f"number {numbers[-1]}, which is too large" if not missing else ""
-        found = beyond or f"none of number {', '.join(map(str, missing[:5]))}{more}"
+        found = beyond or f"none of number {', '.join(map(str, missing))}{more}"
     msg = (
         f"{path.parent}: files named {pattern} are taken as the parts of a whole, expected {count} of them from "
         f"{min(first, 1)} on, found {found}; restore what is missing. If they are no parts, name them otherwise, or open "

@@ -13,6 +13,7 @@ from jasper_store.errors import CorruptFileError, DatasetNotFoundError, Incompat
 from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
 from jasper_store.formats.base import Skipped, Streamed, SupportsSkipped
+from jasper_store.formats.files import system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.found import read_found
 from jasper_store.formats.generation import SHARDS, read_generation
@@ -137,7 +138,13 @@ def locate(
         UnknownNameError: no such format, or a file whose suffix says nothing.
         DatasetNotFoundError: nothing there, or nothing of that format.
         CorruptFileError: a file that is needed cannot be read, or two files hold the same tensor.
+        InsufficientMemoryError: the system refused the memory that headers need.
     """
+    with system_refusals(path if isinstance(path, Path) else path[0]):
+        return _locate(path, format, schema, generation)
+
+
+def _locate(path: Path | tuple[Path, ...], format: str, schema: Schema, generation: int | None) -> Located:  # noqa: A002
     known = readable()
     asked = next((name for name in known if name == format), None)
     if asked is None and format != "auto":

@@ -34,8 +34,8 @@ class EmbeddingVisitor:
     zero: Tally = field(default_factory=Tally)
 
     def visit(self, start: int, rows: torch.Tensor) -> None:
-        """Check a block of rows [n, D]; another shape or dtype is ignored here, because it is reported elsewhere."""
-        if rows.ndim != 2 or not rows.is_floating_point():
+        """Check a block of rows [n, D]; another shape or dtype, or no columns, is ignored here, because it is reported elsewhere."""
+        if rows.ndim != 2 or not rows.shape[1] or not rows.is_floating_point():
             return
         wide = rows.float() if rows.dtype.itemsize < 4 else rows  # half precision has no norm on every CPU
         largest = torch.linalg.vector_norm(wide, ord=float("inf"), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -14,13 +15,13 @@ from jasper_store.samples.context import DIRECT, GatherContext, PrefetchedIndice
 from jasper_store.store.guard import check_int
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from typing_extensions import Self
 
     from jasper_store.loading.prefetcher import Prefetcher
 
-__all__ = ["BatchIterator", "BatchSampler"]
+__all__ = ["BatchIterator", "BatchSampler", "joined"]
 
 Indices: TypeAlias = "torch.Tensor | np.ndarray[Any, np.dtype[np.int64]] | list[int]"
 
@@ -110,7 +111,7 @@ class BatchIterator(StatefulIterator):
         batch: torch.Tensor = next(self._source.batches)
         # Counted in full batches: where ranks get a different number of last samples, all states still agree.
         self._served += self._batches.batch_size
-        if self._batches.partial_lists and len(batch) < self._batches.batch_size:
+        if self._batches.partial_lists and batch.shape[0] < self._batches.batch_size:
             found: list[int] = batch.tolist()
             return found
         if self.own:
@@ -118,6 +119,30 @@ class BatchIterator(StatefulIterator):
         if self._source.context.prefetched:
             return batch.numpy().view(PrefetchedIndices)
         return batch.cpu().numpy() if self._batches.arrays else batch
+
+    def next_batches(self, count: int) -> tuple[Any, list[int]]:
+        """The next batches as one.
+
+        Args:
+            count: how many, at most.
+
+        Returns:
+            The indices of all of them, one batch after another, and the size of each; no sizes at the end.
+        """
+        if not self.own or self._batches.prefetcher is not None:
+            return joined(list(islice(self, count)), self._sampler.device)
+        # Nothing looks at single batches, so the numbers are cut once.
+        draws, size = self.begun(), self._batches.batch_size
+        whole = draws.take(size * count)
+        total = whole.shape[0]
+        full, rest = divmod(total, size)
+        sizes = [size] * full
+        if rest and self._batches.drop_last:
+            whole = whole[: full * size]
+        elif rest:
+            sizes.append(rest)
+        self._served += len(sizes) * size
+        return whole, sizes
 
     def _begin(self) -> PrefetchedBatches:
         prefetcher, draws = self._batches.prefetcher, self.begun()
@@ -140,10 +165,22 @@ class BatchIterator(StatefulIterator):
         self._source = None
 
 
+def joined(batches: Sequence[Any], device: torch.device) -> tuple[Any, list[int]]:
+    """The indices of some batches as those of one, on a device, and the size of each."""
+    if not batches:
+        return (), []
+    if len(batches) == 1:
+        return batches[0], [len(batches[0])]
+    # A last batch that is not full may be a list, where the others are tensors.
+    tensors = [torch.as_tensor(each, dtype=torch.int64, device=device) for each in batches]
+    return torch.cat(tensors), [each.shape[0] for each in tensors]
+
+
 def _cut(draws: Draws, size: int, *, drop_last: bool) -> Iterator[torch.Tensor]:
     """Batches of indices. Not a method: a generator that refers to its iterator is freed only by the collector."""
     while True:
         batch = draws.take(size)
-        if len(batch) == 0 or (drop_last and len(batch) < size):
+        n = batch.shape[0]  # a third of len()
+        if n == 0 or (drop_last and n < size):
             return
         yield batch

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
-from itertools import accumulate, islice, pairwise
-from operator import attrgetter
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import torch
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CoalescingIterator", "OwnGathers", "Unit", "batches_at_once", "is_identity_collate"]
 
-_SAMPLES: Final = 1024
-_NBYTES: Final = 16 << 20
+_SAMPLES: Final = 4096
+_NBYTES: Final = 12 << 20
 """Bytes gathered at once, at most: beyond it the parts leave the processor's cache before the trainer reads them, and
 a batch that is kept would keep too much alive."""
 
@@ -54,12 +53,14 @@ class Unit(NamedTuple):
     """Batches that were gathered together.
 
     Attributes:
-        indices: of the samples of each batch.
-        samples: of all of them, in this order.
+        indices: of all samples, one batch after another.
+        sizes: samples of each batch.
+        samples: all of them, in this order.
         version: what the dataset's ``state_version()`` was before they were gathered.
     """
 
-    indices: Sequence[Any]
+    indices: Any
+    sizes: list[int]
     samples: Batch
     version: object
 
@@ -70,7 +71,7 @@ class Gathers(Protocol):
     def next(self) -> Unit | None:
         """The next one; ``None`` after the last."""
 
-    def again(self, indices: Sequence[Any]) -> Unit:
+    def again(self, indices: Any, sizes: list[int]) -> Unit:
         """Batches of a unit once more, as the dataset is now."""
 
     def close(self) -> None:
@@ -87,40 +88,47 @@ class CoalescingIterator:
     """
 
     def __init__(self, dataset: Dataset, gathers: Gathers, collate: Callable[[Any], Any]) -> None:
-        self._dataset = dataset
         self.gathers = gathers
+        self._state_version = dataset.state_version
         # Calling the default collation costs 20 us, because it inspects a sample first.
-        self._collate = attrgetter("tensors") if is_identity_collate(collate) else collate
-        self._waiting: deque[Any] = deque()  # indices of batches that are gathered and not served yet
-        self._parts: deque[Batch] = deque()  # parts that were gathered for them
+        self._collate = None if is_identity_collate(collate) else collate
+        self._indices: Any = ()  # of the unit that is being served
+        self._sizes: list[int] = []
         self._made_for: object = None
+        self._parts: deque[Any] = deque()  # batches of it that are not served yet
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
-    @property
-    def ready(self) -> bool:
-        """Whether the next batch has been gathered, and still holds."""
-        return bool(self._waiting) and self._made_for == self._dataset.state_version()
-
     def __next__(self) -> Any:
-        if not self._waiting:
+        ready = self.next_ready()
+        if ready is not None:
+            return ready
+        left = len(self._parts)
+        if left:
+            sizes = self._sizes[-left:]
+            unit: Unit | None = self.gathers.again(self._indices[-sum(sizes) :], sizes)
+        else:
             unit = self.gathers.next()
-            if unit is None:
-                raise StopIteration
-            self._serve(unit)
-        if self._made_for != self._dataset.state_version():
-            self._serve(self.gathers.again(self._waiting))
-        self._waiting.popleft()
-        return self._collate(self._parts.popleft())
+        if unit is None:
+            raise StopIteration
+        if unit.version != self._state_version():  # a worker made it before something was set
+            unit = self.gathers.again(unit.indices, unit.sizes)
+        self._indices, self._sizes, self._made_for = unit.indices, unit.sizes, unit.version
+        self._parts = _split(unit.samples, unit.sizes, as_tensors=self._collate is None)
+        return self._next_part()
+
+    def next_ready(self) -> Any:
+        """The next batch if it has been gathered, and still holds; else ``None``."""
+        return self._next_part() if self._parts and self._made_for == self._state_version() else None
+
+    def _next_part(self) -> Any:
+        part, collate = self._parts.popleft(), self._collate
+        return part if collate is None else collate(part)
 
     def close(self) -> None:
         """Release rows that were read ahead for batches that will not be served."""
         self.gathers.close()
-
-    def _serve(self, unit: Unit) -> None:
-        self._waiting, self._made_for = deque(unit.indices), unit.version
-        self._parts = _split(unit.samples, [len(indices) for indices in unit.indices])
 
 
 class OwnGathers:
@@ -141,55 +149,52 @@ class OwnGathers:
 
     def next(self) -> Unit | None:
         """The next one; ``None`` after the last."""
-        indices = list(islice(self._indices, self._at_once))
-        return self.again(indices) if indices else None
+        indices, sizes = self._indices.next_batches(self._at_once)
+        return self.again(indices, sizes) if sizes else None
 
-    def again(self, indices: Sequence[Any]) -> Unit:
+    def again(self, indices: Any, sizes: list[int]) -> Unit:
         """Batches gathered now."""
         version = self._dataset.state_version()
         context = self._indices.context
         if self._pin:
             context = replace(context, empty=pinned_rows)
-        batch = self._dataset.gather(joined(indices, self._dataset.device), context)
+        batch = self._dataset.gather(indices, context)
         if self._pin:
             # pin_memory() returns a tensor itself if it is pinned already.
             batch = Batch({key: value.pin_memory() for key, value in batch.tensors.items()}, len(batch), batch.ragged)
-        return Unit(indices, batch, version)
+        return Unit(indices, sizes, batch, version)
 
     def close(self) -> None:
         """Release rows that were read ahead for batches that will not be served."""
         self._indices.close()
 
 
-def joined(indices: Sequence[Any], device: torch.device) -> Any:
-    """The indices of some batches as those of one."""
-    if len(indices) == 1:
-        return indices[0]
-    # A last batch that is not full may be a list, where the others are tensors on a device.
-    return torch.cat([torch.as_tensor(each, dtype=torch.int64, device=device) for each in indices])
-
-
-def _split(batch: Batch, sizes: list[int]) -> deque[Batch]:
-    """The tensors of each batch, in order."""
-    if len(sizes) == 1:
-        return deque([batch])
-    # .data: autograd does not track it as a view, so a write to one batch does not count as a write to another.
-    columns = [[part.data for part in _cut(batch, key, value, sizes)] for key, value in batch.tensors.items()]
+def _split(batch: Batch, sizes: list[int], *, as_tensors: bool) -> deque[Any]:
+    """The batches, in order: as tensors by key, or as a :class:`~jasper_store.samples.batch.Batch`."""
     keys, ragged = tuple(batch.tensors), batch.ragged
-    parts = zip(sizes, zip(*columns, strict=True), strict=True)
-    return deque([Batch(dict(zip(keys, tensors, strict=True)), size, ragged) for size, tensors in parts])
+    if len(sizes) == 1:
+        return deque([batch.tensors if as_tensors else batch])
+    columns = [_cut(batch, key, value, sizes) for key, value in batch.tensors.items()]
+    parts = (dict(zip(keys, tensors, strict=True)) for tensors in zip(*columns, strict=True))
+    if as_tensors:
+        return deque(parts)
+    return deque(Batch(tensors, size, ragged) for size, tensors in zip(sizes, parts, strict=True))
 
 
 def _cut(batch: Batch, key: str, value: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
-    """One tensor of a batch, cut into those of its parts."""
+    """One tensor of a batch, cut into those of its parts.
+
+    Autograd does not track them as views, so that a write to one batch does not count as a write to another: that is
+    what "unsafe" means here, and what ``.data`` does.
+    """
     name, _, part = key.rpartition(".")
     if name not in batch.ragged:
-        return value.split_with_sizes(sizes)
+        return torch.unsafe_split_with_sizes(value, sizes)
     ends = [0, *accumulate(sizes)]
     offsets = batch.tensors[f"{name}.offsets"]
     bounds = offsets[torch.tensor(ends, device=offsets.device)].tolist()
     if part == "values":
-        return [value[start:stop] for start, stop in pairwise(bounds)]
+        return [value[start:stop].data for start, stop in pairwise(bounds)]
     return [value[start : stop + 1] - bound for (start, stop), bound in zip(pairwise(ends), bounds, strict=False)]
 
 

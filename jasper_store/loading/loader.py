@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
+from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
@@ -28,7 +29,7 @@ from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from jasper_store.loading.prefetcher import Prefetcher
 
@@ -158,6 +159,7 @@ class Loader(DataLoader[Any]):
         self._progress: _Progress | None = None
         self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
+        self._compared = self._ranks.world_size == 1
 
     @property
     def order(self) -> str:
@@ -179,14 +181,28 @@ class Loader(DataLoader[Any]):
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
             self._warned = True
             warn_same_epoch(sampler.epoch)
+        if previous is not None and self.persistent_workers:
+            previous.superseded = True  # PyTorch gives both the same iterator, which begins the epoch anew
         self.stopwatch = Stopwatch()
         if self._prefetcher is not None:
             self._prefetcher.stopwatch = self.stopwatch
         gathers_before = Meter() if self._clock is None else self._clock.read()
+        if not self._compared:
+            self._compare_ranks()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
         batches = sampler.batches(self.batch_size or 1, sampler.start)
         self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
         return self._serve(), self._progress, self.stopwatch
+
+    def _compare_ranks(self) -> None:
+        """Compare with the other ranks, before the first batch of all; where they share no store, nothing is compared."""
+        store = shared_store(self._ranks)
+        if store is not None:
+            facts = self.sampler_obj.state(self.sampler_obj.start).to_dict()
+            contents = getattr(self.dataset_obj, "contents", None)
+            known = str(contents()) if callable(contents) else ""
+            compare_ranks(store, self._ranks, {**facts, "contents": known, "batch_size": self.batch_size})
+        self._compared = True
 
     def _serve(self) -> Iterator[Any]:
         """PyTorch's iterator; where nothing is overridden, one of batches that are gathered several at once."""
@@ -243,8 +259,7 @@ class Loader(DataLoader[Any]):
             return sampler.state(sampler.start).to_dict()
         # Full batches are counted even where the last is shorter here than on another rank: all states agree.
         step = (self.batch_size or 1) * sampler.num_replicas
-        finished = now.finished or now.delivered >= now.batches
-        return sampler.state(sampler.samples if finished else now.start + now.delivered * step).to_dict()
+        return sampler.state(sampler.samples if now.ended else now.start + now.delivered * step).to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Let the next iteration serve the rest of an epoch that another run has begun.
@@ -349,6 +364,7 @@ class _Progress:
         gathers_before: what workers had measured before it.
         delivered: batches that the trainer was given.
         finished: whether the trainer asked for a batch after the last; trainers that count batches do not.
+        superseded: whether its workers serve a later pass.
     """
 
     epoch: int
@@ -357,6 +373,12 @@ class _Progress:
     gathers_before: Meter
     delivered: int = 0
     finished: bool = False
+    superseded: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether every batch was delivered."""
+        return self.finished or self.delivered >= self.batches
 
 
 class _EpochIterator:
@@ -368,6 +390,7 @@ class _EpochIterator:
         # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
+        self._next_ready: Callable[[], Any] | None = None
         self._progress: _Progress
         self._watch: Stopwatch
 
@@ -381,14 +404,24 @@ class _EpochIterator:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
+            self._next_ready = getattr(self._batches, "next_ready", None)
+        elif self._progress.superseded:
+            if self._progress.ended:
+                raise StopIteration
+            raise IncompatibleOptionsError(
+                "another iteration over this loader has begun, and persistent workers serve one at a time: this iterator "
+                "has ended; finish it before, make a second loader, or pass persistent_workers=False"
+            )
         watch = self._watch
         if not watch.began:
             watch.began = perf_counter()
         try:
-            if getattr(self._batches, "ready", False):
+            batch = None
+            if self._next_ready is not None:
                 # Meter's clocks cost more than returning a batch that was gathered already.
                 began = perf_counter()
-                batch = next(self._batches)
+                batch = self._next_ready()
+            if batch is not None:
                 watch.wait.add_quick(perf_counter() - began)
             else:
                 with watch.wait:
@@ -400,10 +433,11 @@ class _EpochIterator:
             watch.ended = perf_counter()
             raise
         except DEATH_SIGNS as exc:
+            loader = self._loader()
             try:
-                raise_if_worker_died(exc, _pytorchs(self._batches))
+                dataset = None if loader is None else loader.dataset
+                raise_if_worker_died(exc, _pytorchs(self._batches), dataset)
             except WorkerDiedError:
-                loader = self._loader()
                 if loader is not None:
                     loader.discard_workers()
                 raise

@@ -12,6 +12,7 @@ It ends with the pass, and with an iterator that is abandoned.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
+from jasper_store.formats.files import system_refusals
 from jasper_store.loading.order import BlockOrder, Order
 from jasper_store.loading.whole_blocks import whole_blocks
 from jasper_store.loading.window_prefetcher import READERS, PrefetchSource, ReadAhead, SingleRows, WindowPrefetcher
@@ -201,8 +203,8 @@ class Prefetcher:
     def _through(self, batches: Iterator[Any], stages: list[_Stage], windows: WindowPrefetcher | None) -> Iterator[Any]:
         """The batches, through one stage of prefetching after the other; the stages share a thread."""
         with ExitStack() as last:
-            thread = ThreadPoolExecutor(1, "jasper-prefetch")
-            last.callback(_end, thread)
+            thread = _PrefetchThread()
+            last.callback(thread.close)
             for prefetch in stages:
                 batches = self._stage(batches, prefetch, thread)
             yield from windows.wrap(batches) if windows is not None else batches
@@ -211,21 +213,22 @@ class Prefetcher:
         """Positions from a batch that leaves a stage to the one that the trainer works on, that one included."""
         return (2 * (self.depth + self._group) + 2) * step
 
-    def _stage(self, batches: Iterator[Any], prefetch: _Stage, thread: ThreadPoolExecutor) -> Iterator[Any]:
+    def _stage(self, batches: Iterator[Any], prefetch: _Stage, thread: _PrefetchThread) -> Iterator[Any]:
         """Hold batches back until ``depth`` later ones are prefetched; small ones are prefetched together."""
         waiting: deque[tuple[Any, Future[None] | None]] = deque()
         while group := list(islice(batches, self._group)):
             whole = group[0] if len(group) == 1 else torch.cat([torch.as_tensor(batch) for batch in group])
             job = prefetch(torch.as_tensor(whole, dtype=torch.int64))
-            done = None if job is None else thread.submit(job)
+            with system_refusals("prefetching rows"):
+                done = None if job is None else thread.submit(job)
             waiting.extend((batch, done) for batch in group)
             while len(waiting) > self.depth:
-                yield self._prefetched(*waiting.popleft())
+                yield self._prefetched(thread, *waiting.popleft())
         while waiting:
-            yield self._prefetched(*waiting.popleft())
+            yield self._prefetched(thread, *waiting.popleft())
 
-    def _prefetched(self, batch: Any, done: Future[None] | None) -> Any:
-        if done is not None:
+    def _prefetched(self, thread: _PrefetchThread, batch: Any, done: Future[None] | None) -> Any:
+        if done is not None and thread.is_here:
             with self._timed():
                 done.result()
         return batch
@@ -374,7 +377,22 @@ def _rows_at(dataset: PrefetchSource, indices: torch.Tensor, *, prefetch: bool =
     return rows
 
 
-def _end(threads: ThreadPoolExecutor, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
-    """Stop threads and drop their pending work. When the interpreter ends, they and this module's names are gone."""
-    if not _ending():
-        threads.shutdown(cancel_futures=True)
+class _PrefetchThread:
+    """Runs jobs one after another. In a forked child it does not exist, and rows are read when they are needed."""
+
+    def __init__(self) -> None:
+        self._pool, self._process = ThreadPoolExecutor(1, "jasper-prefetch"), os.getpid()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is a thread of this process."""
+        return self._process == os.getpid()
+
+    def submit(self, job: Callable[[], None]) -> Future[None] | None:
+        """Run a job later; ``None`` if it will not be run."""
+        return self._pool.submit(job) if self.is_here else None
+
+    def close(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Stop, and drop pending jobs. When the interpreter ends, the thread and this module's names are gone."""
+        if not _ending() and self.is_here:
+            self._pool.shutdown(cancel_futures=True)

@@ -24,11 +24,13 @@ class Ranks:
         rank: number of this process, from 0.
         world_size: how many processes there are.
         source: where the numbers came from, in words.
+        found: whether the process group or the environment said them, and not the caller.
     """
 
     rank: int = 0
     world_size: int = 1
     source: str = "one process"
+    found: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -69,11 +71,11 @@ def find_ranks(
     if not distributed:
         return Ranks()
     if dist.is_available() and dist.is_initialized():
-        return Ranks(dist.get_rank(), dist.get_world_size(), "from the process group")
+        return Ranks(dist.get_rank(), dist.get_world_size(), "from the process group", found=True)
     environ = os.environ if environ is None else environ
     if "RANK" in environ and "WORLD_SIZE" in environ:
         values = [_parsed(name, environ[name]) for name in ("RANK", "WORLD_SIZE")]
-        return Ranks(values[0], values[1], "from RANK and WORLD_SIZE")
+        return Ranks(values[0], values[1], "from RANK and WORLD_SIZE", found=True)
     raise IncompatibleOptionsError(
         "distributed=True, but this process does not know its rank: there is no initialised process group and no RANK"
         " and WORLD_SIZE in the environment. Start it with torchrun, call torch.distributed.init_process_group first,"

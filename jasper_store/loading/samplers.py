@@ -235,7 +235,7 @@ class Draws:
     def take(self, count: int) -> torch.Tensor:
         """The next ``count`` indices, fewer at the end, none after it; a view that is not written to elsewhere."""
         stop = min(self.done + count, self.total)
-        if stop > self._first + len(self._drawn):
+        if stop > self._first + self._drawn.shape[0]:
             # A whole number of batches, so that none lies across two draws.
             draw = DRAW if self.sampler.device.type == "cpu" else DEVICE_DRAW
             reach = min(self.done + max(draw // count, 1) * count, self.total)

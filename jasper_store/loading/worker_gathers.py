@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from jasper_store.loading.coalescing import Unit, batches_at_once, joined
+from jasper_store.loading.batches import joined
+from jasper_store.loading.coalescing import Unit, batches_at_once
 from jasper_store.paging.shared_blocks import forget_dead_workers
 from jasper_store.samples.batch import Batch
 from jasper_store.samples.context import PrefetchedIndices
@@ -59,23 +60,23 @@ class UnitSampler:
         at_once: batches per unit.
 
     Attributes:
-        sent: the batches of each unit that was yielded in the current pass and not received.
+        sent: indices of each unit that was yielded in the current pass and not received, and the sizes of its batches.
     """
 
     def __init__(self, batches: Iterable[Any], at_once: int) -> None:
         self._batches = batches
         self.at_once = at_once
-        self.sent: deque[list[Any]] = deque()
+        self.sent: deque[tuple[Any, list[int]]] = deque()
 
     def __iter__(self) -> Iterator[Any]:
         # Lazily: PyTorch's iterator makes two of these for each pass, and uses one.
         sent = self.sent = deque()
         batches = iter(self._batches)
         while unit := list(islice(batches, self.at_once)):
-            sent.append(unit)
-            whole = joined(unit, _HOST)
+            whole, sizes = joined(unit, _HOST)
             if isinstance(whole, torch.Tensor):
                 whole = whole.numpy().view(PrefetchedIndices if isinstance(unit[0], PrefetchedIndices) else np.ndarray)
+            sent.append((whole, sizes))
             yield whole
 
 
@@ -133,13 +134,13 @@ class WorkerGathers:
             version, tensors = next(self.iterator)
         except StopIteration:
             return None
-        indices = self._sent.popleft()
-        return Unit(indices, Batch(tensors, sum(map(len, indices)), self._dataset.graph.ragged_keys), version)
+        indices, sizes = self._sent.popleft()
+        return Unit(indices, sizes, Batch(tensors, sum(sizes), self._dataset.graph.ragged_keys), version)
 
-    def again(self, indices: Any) -> Unit:
+    def again(self, indices: Any, sizes: list[int]) -> Unit:
         """Batches of a unit once more, gathered in this process."""
         version = self._dataset.state_version()
-        return Unit(list(indices), self._dataset.gather(joined(indices, _HOST)), version)
+        return Unit(indices, sizes, self._dataset.gather(indices), version)
 
     def close(self) -> None:
         """Unmap what workers have left that ended with this pass."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -11,19 +12,28 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 11
+_ABI: Final = 12
+_LOG: Final = logging.getLogger("jasper_store")
+
+
+def _log_unusable(why: str) -> None:
+    """Say once why there is no library: :func:`library` asks only once."""
+    _LOG.debug("the compiled library %s %s; rows are gathered by torch, which is slower", LIBRARY, why)
 
 
 @functools.cache
 def library() -> Any:
     """The library; ``None`` if it was not built for this system."""
     if sys.byteorder != "little" or not LIBRARY.exists():
+        _log_unusable("was not built for this system")
         return None
     try:
         found = ctypes.CDLL(str(LIBRARY))
         if found.jasper_rows_abi() != _ABI:
-            return None  # built from other sources, for example by an older checkout
-    except (OSError, AttributeError):
+            _log_unusable("was built from other sources, for example by an older checkout")
+            return None
+    except (OSError, AttributeError) as exc:
+        _log_unusable(f"cannot be used here ({exc})")
         return None
     number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
     found.jasper_gather.argtypes = [address, number, ctypes.c_uint]

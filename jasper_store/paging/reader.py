@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError
+from jasper_store.formats.files import system_refusals
 from jasper_store.paging import residency
 
 if TYPE_CHECKING:
@@ -174,7 +175,8 @@ class RangeReader:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="jasper-preload")
-        futures: list[Future[int]] = [self._pool.submit(one, first) for first in firsts]
+        with system_refusals("loading in parallel"):
+            futures: list[Future[int]] = [self._pool.submit(one, first) for first in firsts]
         try:
             for future in as_completed(futures):
                 done = future.result()

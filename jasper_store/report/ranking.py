@@ -135,9 +135,22 @@ def _blocks(store: TensorStore, rows: torch.Tensor, index: torch.Tensor) -> Iter
     """Pairs whose embeddings are all finite, some at a time; at least one block, which may be empty."""
     n_neg, dim = store["hard_negatives"].shape[1], store["source_embs"].shape[1]
     together = max(1, min(_BLOCK_PAIRS, _BLOCK_NBYTES // max((n_neg + 5) * dim * 4, 1)))
+    _prefetch(store, rows[:together], index[:together])
     for start in range(0, max(len(rows), 1), together):
-        block = _read(store, rows[start : start + together], index[start : start + together])
+        stop = start + together
+        # The rows of the next block are read while this one is compared.
+        _prefetch(store, rows[stop : stop + together], index[stop : stop + together])
+        block = _read(store, rows[start:stop], index[start:stop])
         yield block.kept(block.finite())
+
+
+def _prefetch(store: TensorStore, rows: torch.Tensor, index: torch.Tensor) -> None:
+    """Ask the kernel for the embeddings of some pairs; without it each row of a cold map is waited for by itself."""
+    chosen = store["hard_negatives"].take(rows).long()
+    store["source_embs"].prefetch(torch.cat((index[:, 1], chosen.flatten())))
+    store["question_embs"].prefetch(index[:, 0].contiguous())
+    for name in STEERING_TENSORS:
+        store[name].prefetch(rows)
 
 
 def _read(store: TensorStore, rows: torch.Tensor, index: torch.Tensor) -> _Block:
@@ -213,6 +226,7 @@ class _Rivals:
         sources = store["source_embs"]
         at_most = max(1, min(_SOURCES, _SOURCES_NBYTES // max(sources.shape[1] * 4, 1)))
         rows = random_rows(sources.n_rows, at_most)
+        sources.prefetch(rows)
         return cls(rows, unit(sources.take(rows)), known)
 
     def competing(self, block: _Block) -> torch.Tensor:

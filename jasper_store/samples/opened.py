@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import CorruptFileError, DeclarationError, StaleDataWarning, UnknownNameError
 from jasper_store.formats.base import Schema
+from jasper_store.formats.files import read_file
 from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import Choice, Declaration, everything
 from jasper_store.samples.integrity import Nouns, check_bounds_once
@@ -219,10 +220,12 @@ def load_config(path: Path) -> Mapping[str, Any]:
     """The JSON object in a configuration file.
 
     Raises:
-        CorruptFileError: it is none.
+        CorruptFileError: it is none, or cannot be read.
+        DatasetNotFoundError: there is no such file, or it may not be read.
     """
+    content = read_file(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as exc:
         raise CorruptFileError(f"{path} is not valid JSON ({exc}); restore it or write it anew", path=path) from exc
     if not isinstance(values, Mapping):

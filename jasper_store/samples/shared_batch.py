@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+from collections import OrderedDict
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, Final
 
@@ -95,8 +96,8 @@ class SharedBatch(dict[str, torch.Tensor]):
         return SharedBatch(self, self._block, self._room)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # To a file, or by another pickler than that of PyTorch's queues: by value.
-        return dict, (dict(self),)
+        # To a file, or by another pickler than that of PyTorch's queues: by value, as what torch.load trusts.
+        return OrderedDict, (list(self.items()),)
 
     def to_trainer(self) -> tuple[Any, ...]:
         """As :meth:`__reduce__`, for a queue that the process reads which has started this worker."""

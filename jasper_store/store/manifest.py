@@ -27,6 +27,7 @@ from jasper_store.formats.base import Parts
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.found import FOUND, FoundParts
 from jasper_store.formats.generation import MANIFEST_NAME, Generation
+from jasper_store.formats.registry import format_for
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -193,6 +194,9 @@ class Manifest:
 
     def _stale(self, path: Path, source: SourceFile) -> str:
         origin = self.directory / source.path
+        # A manifest from elsewhere may name any path of this machine. Sources are data files, so nothing else is read.
+        if format_for(origin) is None:
+            return ""
         try:
             if source.fingerprint.matches(origin):
                 return ""

@@ -7,14 +7,16 @@ is wrong. One that is missing, or a directory that cannot be written, is no erro
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jasper_store.errors import CorruptFileError
+from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.files.atomic import write_bytes
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import exclusive
+from jasper_store.formats.files import read_file
 from jasper_store.formats.found import MANY, FoundParts, parse_found
 from jasper_store.formats.generation import Generation, parse_json, safe_name
 from jasper_store.store.manifest import (
@@ -29,7 +31,6 @@ from jasper_store.store.manifest import (
 )
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from jasper_store.formats.base import FormatName, TensorSpec
@@ -50,11 +51,11 @@ def read(directory: str | os.PathLike[str]) -> Manifest | None:
     directory = Path(directory)
     path = directory / MANIFEST_NAME
     try:
-        text = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as exc:
-        msg = f"{path}: cannot be read ({exc.strerror or exc}); make it readable, or delete it and run jasper-store verify"
+        text = read_file(path)
+    except DatasetNotFoundError as exc:
+        if isinstance(exc.__cause__, (FileNotFoundError, NotADirectoryError)):
+            return None
+        msg = f"{exc} Make it readable, or delete it and run jasper-store verify."
         raise CorruptFileError(msg, path=path) from exc
     try:
         return _parse(directory, text)
@@ -115,9 +116,17 @@ def _parse_file(raw: Any) -> FileEntry:
         for name, entry in raw["tensors"].items()
     }
     sources = tuple(
-        SourceFile(_typed(s["path"], str), _parse_fingerprint(s)) for s in _typed(raw.get("made_from", []), list)
+        SourceFile(_source_path(s["path"]), _parse_fingerprint(s)) for s in _typed(raw.get("made_from", []), list)
     )
     return FileEntry(_parse_fingerprint(raw), tensors, sources)
+
+
+def _source_path(value: Any) -> str:
+    path = str(_typed(value, str))
+    if "\0" in os.fsdecode(os.fsencode(path)):
+        msg = f"a path with a NUL, {path!r:.60}"
+        raise ValueError(msg)
+    return path
 
 
 def _parse_fingerprint(raw: Any) -> FileFingerprint:

@@ -120,7 +120,7 @@ def test_steering_without_keywords_is_that_of_the_centroid(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("limit", ["2GiB", "4MiB"])
+@pytest.mark.parametrize("limit", ["2GiB", "32MiB"])
 def test_the_same_bits_at_any_number_of_threads_and_any_limit(tmp_path: Path, threads: int, limit: str) -> None:
     inputs = raw(questions=500, sources=700, pairs=900, dim=64)
     js.build(tmp_path / "one", **inputs)

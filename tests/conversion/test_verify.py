@@ -202,3 +202,18 @@ def test_progress_may_stop_it(datasets):
 
     with pytest.raises(KeyboardInterrupt):
         verify_files(datasets["npy"], progress=stop)
+
+
+def test_a_pt_whose_names_are_damaged_is_an_error_of_it(tmp_path):
+    """zipfile raises UnicodeDecodeError, and others, from a local header that makes no sense."""
+    torch.save(torch.zeros(100), tmp_path / "a.pt")
+    sound = (tmp_path / "a.pt").read_bytes()
+    name = b"a/version"
+    at = sound.index(name)
+    damaged = bytearray(sound)
+    damaged[at - 24 : at - 22] = (0x800).to_bytes(2, "little")  # the name is UTF-8
+    damaged[at] = 0xFF
+    (tmp_path / "a.pt").write_bytes(bytes(damaged))
+    report = verify_files(tmp_path)
+    assert [(found.tensor, found.check) for found in report.errors] == [("a.pt", "records")]
+    assert "utf-8" in report.errors[0].message

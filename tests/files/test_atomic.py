@@ -7,6 +7,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -54,6 +55,79 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, failure):
         fail()
     assert names(tmp_path) == ["a.bin"]
     assert target.read_bytes() == b"old"
+
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@posix
+@pytest.mark.parametrize("write", ["publish", "write_bytes"])
+def test_a_file_keeps_its_permissions_and_a_new_one_obeys_umask(tmp_path, write):
+    def replace(path: Path) -> None:
+        if write == "write_bytes":
+            atomic.write_bytes(path, b"new")
+        else:
+            with atomic.atomic_file(path) as temporary:
+                temporary.write_bytes(b"new")
+
+    for wanted in (0o600, 0o640, 0o444):
+        target = tmp_path / f"{wanted:o}"
+        target.write_bytes(b"old")
+        target.chmod(wanted)
+        replace(target)
+        assert mode(target) == wanted
+    before = os.umask(0o077)
+    try:
+        replace(tmp_path / "new")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "new") == 0o600
+
+
+@posix
+def test_a_link_gives_its_permissions_to_nothing(tmp_path):
+    (tmp_path / "secret").write_bytes(b"old")
+    (tmp_path / "secret").chmod(0o600)
+    (tmp_path / "a").symlink_to("secret")
+    atomic.write_bytes(tmp_path / "a", b"new")
+    assert mode(tmp_path / "a") == 0o666 & ~UMASK
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_keeps_its_owner(tmp_path):
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    os.chown(target, 12345, 23456)
+    target.chmod(0o640)
+    atomic.write_bytes(target, b"new")
+    facts = target.stat()
+    assert (facts.st_uid, facts.st_gid, mode(target)) == (12345, 23456, 0o640)
+
+
+@posix
+def test_a_group_that_cannot_be_kept_gets_what_everybody_has(tmp_path, monkeypatch):
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    target.chmod(0o664)
+
+    def chown(path: Path, *to: int, **options: bool) -> None:
+        raise PermissionError(errno.EPERM, "not a member")
+
+    monkeypatch.setattr(os, "chown", chown)
+    theirs = target.lstat().st_gid
+    real = os.stat_result
+    monkeypatch.setattr(
+        type(target), "lstat", lambda path: real([*path.stat()[:5], theirs + (path == target), *path.stat()[6:]])
+    )
+    atomic.write_bytes(target, b"new")
+    assert mode(target) == 0o644
 
 
 def test_readers_of_the_old_file_keep_it(tmp_path):
@@ -314,6 +388,19 @@ def test_a_directory_is_swapped_for_another(tmp_path, swap):
     swap(new, target)
     assert names(tmp_path) == ["set"]
     assert names(target) == ["new"]
+
+
+@posix
+def test_a_directory_keeps_its_permissions_and_those_of_its_files(tmp_path, swap):
+    target, new = tmp_path / "set", atomic.temporary_name(tmp_path / "set", "staging")
+    for directory in (target, new):
+        directory.mkdir()
+        (directory / "a").write_bytes(b"a")
+    (new / "b").write_bytes(b"b")
+    (target / "a").chmod(0o600)
+    target.chmod(0o700)
+    swap(new, target)
+    assert [mode(path) for path in (target, target / "a", target / "b")] == [0o700, 0o600, 0o666 & ~UMASK]
 
 
 def test_a_directory_takes_a_free_name(tmp_path, swap):

@@ -2,7 +2,11 @@
 
 ``python -m tests.formats.flips FILE`` reads a JSON list of patches, each an offset and the bytes in hexadecimal that lie
 there in one copy, and prints what became of the copies as one JSON object. A child opens one copy after another; where
-it crashes, the next child goes on behind that copy.
+it crashes, the next child goes on behind that copy. With ``verify`` behind the file, a copy that opens with other values
+than the file's must be found by ``verify``.
+
+``python -m tests.formats.flips --all LIBVER SHARE OF`` verifies all copies of :func:`sample` with one bit flipped, or one of
+so many shares of them.
 """
 
 from __future__ import annotations
@@ -17,17 +21,32 @@ import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import h5py
 import numpy as np
 
+from jasper_store.conversion.checksum import checksum
+from jasper_store.conversion.verify import verify_files
+from jasper_store.errors import CorruptFileError
+from jasper_store.files.fingerprint import FileFingerprint
+from jasper_store.formats.base import Schema
+from jasper_store.formats.files import dtype_name
+from jasper_store.formats.registry import FORMATS
+from jasper_store.store.manifest import FileEntry, Manifest, TensorEntry
+from jasper_store.store.manifest_file import write
 from tests.formats import damage
 from tests.formats.confined import confine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Patch = tuple[int, str]
 SECONDS = 10
 NBYTES = 2 << 30
+OUTCOMES = ("refused", "opened", "unchanged", "found")
+_SILENT = 3
+"""Status of a child that opened other values than the file's, which verify did not find."""
 
 
 def sample(path: Path, libver: Literal["earliest", "latest"]) -> Path:
@@ -66,7 +85,34 @@ def bits_of(content: bytes, first: int = 0, step: int = 1) -> list[Patch]:
     return [(i // 8, f"{content[i // 8] ^ 1 << i % 8:02x}") for i in range(first, 8 * len(content), step)]
 
 
-def _child(content: bytes, todo: list[Patch], shared: mmap.mmap, copy: Path) -> NoReturn:
+def _opened(copy: Path) -> str:
+    return damage.opened("hdf5", copy)
+
+
+def verifier(source: Path) -> Callable[[Path], str]:
+    """Tells a copy with other values than ``source`` from one with the same; the manifest beside the copies knows them."""
+    before = _tensors(source)
+
+    def judge(copy: Path) -> str:
+        try:
+            if damage.opened("hdf5", copy) == "refused":
+                return "refused"
+            now = _tensors(copy)
+        except CorruptFileError:
+            return "refused"
+        if now == before:
+            return "unchanged"
+        return "silent" if verify_files(copy.parent).ok else "found"
+
+    return judge
+
+
+def _tensors(path: Path) -> dict[str, TensorEntry]:
+    specs = FORMATS["hdf5"].locate(path, Schema())
+    return {spec.name: TensorEntry(dtype_name(spec.dtype), spec.shape, checksum(spec)) for spec in specs}
+
+
+def _child(content: bytes, todo: list[Patch], shared: mmap.mmap, copy: Path, judge: Callable[[Path], str]) -> NoReturn:
     """Open copies until all are done or one ends the process, counting them in ``shared``."""
     status = 0
     try:
@@ -77,11 +123,15 @@ def _child(content: bytes, todo: list[Patch], shared: mmap.mmap, copy: Path) -> 
                 os.pwrite(file.fileno(), new, at)
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
                 signal.alarm(20 * SECONDS)
-                opened = damage.opened("hdf5", copy) == "opened"
+                outcome = judge(copy)
+                if outcome == "silent":
+                    os._exit(_SILENT)
                 os.ftruncate(file.fileno(), len(content))
                 os.pwrite(file.fileno(), content[at : at + len(new)], at)
-                done, accepted = (int.from_bytes(shared[n : n + 8], "little") for n in (0, 8))
-                shared[:16] = (done + 1).to_bytes(8, "little") + (accepted + opened).to_bytes(8, "little")
+                place = 8 * OUTCOMES.index(outcome)
+                shared[place : place + 8] = (int.from_bytes(shared[place : place + 8], "little") + 1).to_bytes(
+                    8, "little"
+                )
     except BaseException:  # noqa: BLE001 - whatever it is, the parent hears of it
         traceback.print_exc()
         status = 1
@@ -89,34 +139,42 @@ def _child(content: bytes, todo: list[Patch], shared: mmap.mmap, copy: Path) -> 
     os._exit(status)
 
 
-def run(source: Path, todo: list[Patch]) -> dict[str, Any]:
-    """Open every copy, and return how many were refused and opened, and which ended a child and how."""
+def run(source: Path, todo: list[Patch], *, verify: bool = False) -> dict[str, Any]:
+    """Open every copy, and return how many had which of ``OUTCOMES``, and which ended a child and how."""
     content = source.read_bytes()
     outcomes: Counter[str] = Counter()
     ended = []
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / source.name
+        judge: Callable[[Path], str] = _opened
+        if verify:
+            judge = verifier(source)
+            entry = FileEntry(FileFingerprint.of(source), _tensors(source))
+            write(Manifest(Path(folder), {source.name: entry}))
         while todo:
             copy.write_bytes(content)
-            shared = mmap.mmap(-1, 16)
+            shared = mmap.mmap(-1, 8 * len(OUTCOMES))
             pid = os.fork()
             if not pid:
-                _child(content, todo, shared, copy)
+                _child(content, todo, shared, copy, judge)
             _, status = os.waitpid(pid, 0)
-            done, accepted = (int.from_bytes(shared[n : n + 8], "little") for n in (0, 8))
-            outcomes.update(refused=done - accepted, opened=accepted)
+            counts = [int.from_bytes(shared[8 * n : 8 * n + 8], "little") for n in range(len(OUTCOMES))]
+            done = sum(counts)
+            outcomes.update(dict(zip(OUTCOMES, counts, strict=True)))
             if status:
                 how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "an error that is not ours"
+                how = "other values, silently" if os.waitstatus_to_exitcode(status) == _SILENT else how
                 ended.append((todo[done], how))
                 done += 1
             todo = todo[done:]
-    return {**outcomes, "ended": ended}
+    shown = ("refused", "unchanged", "found") if verify else ("refused", "opened")
+    return {**{name: outcomes[name] for name in shown}, "ended": ended}
 
 
-def run_apart(source: Path, patches: list[Patch], timeout: float) -> dict[str, Any]:
+def run_apart(source: Path, patches: list[Patch], timeout: float, *, verify: bool = False) -> dict[str, Any]:
     """:func:`run` in a process without threads, which may fork; no copy may have ended it."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.formats.flips", str(source)],
+        [sys.executable, "-m", "tests.formats.flips", str(source), *(["verify"] if verify else [])],
         check=False,
         input=json.dumps(patches),
         capture_output=True,
@@ -131,7 +189,14 @@ def run_apart(source: Path, patches: list[Patch], timeout: float) -> dict[str, A
 
 def main() -> None:
     """See the module's text."""
-    sys.stdout.write(json.dumps(run(Path(sys.argv[1]), json.load(sys.stdin))) + "\n")
+    if sys.argv[1] == "--all":
+        libver, share, of = sys.argv[2:]
+        with tempfile.TemporaryDirectory() as folder:
+            source = sample(Path(folder) / "x.h5", libver)  # type: ignore[arg-type]
+            found = run(source, bits_of(source.read_bytes(), int(share), int(of)), verify=True)
+    else:
+        found = run(Path(sys.argv[1]), json.load(sys.stdin), verify="verify" in sys.argv[2:])
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,15 @@ def test_some_flips(tmp_path, libver):
     assert found["refused"] + found["opened"] == len(patches)
 
 
+@pytest.mark.parametrize("libver", LIBVERS)
+def test_other_values_are_found_by_verify(tmp_path, libver):
+    source = flips.sample(tmp_path / "x.h5", libver)
+    patches = flips.bits_of(source.read_bytes(), first=5, step=8 * source.stat().st_size // 100)
+    found = flips.run_apart(source, patches, timeout=200, verify=True)
+    assert found["refused"] + found["unchanged"] + found["found"] == len(patches)
+    assert found["found"] > 20
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("libver", LIBVERS)
@@ -35,7 +44,7 @@ def test_every_flip(tmp_path, libver, share):
     source = flips.sample(tmp_path / "x.h5", libver)
     content = source.read_bytes()
     patches = flips.bytes_of(content) if share == SHARES else flips.bits_of(content, share, SHARES)
-    flips.run_apart(source, patches, timeout=3500)
+    flips.run_apart(source, patches, timeout=3500, verify=True)
 
 
 def test_fill_values_of_another_length(tmp_path):

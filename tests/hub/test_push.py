@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.conversion.generations import SHARDS
 from jasper_store.errors import (
     ConversionError,
     DatasetNotFoundError,
@@ -20,6 +19,7 @@ from jasper_store.errors import (
     IntegrityError,
 )
 from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.formats.generation import SHARDS
 from jasper_store.hub.card import _category
 from jasper_store.store.manifest import MANIFEST_NAME
 from tests.builders import build_pt_dataset

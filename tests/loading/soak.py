@@ -54,6 +54,11 @@ def count(folder: str) -> int:
     return len(os.listdir(folder))  # noqa: PTH208 - of /proc, whose entries go while they are listed
 
 
+def shared_memory() -> int:
+    """Files in shared memory that carry this process's number."""
+    return sum(f"_{os.getpid()}_" in f"{name}_" for name in os.listdir("/dev/shm"))  # noqa: PTH208 - as above
+
+
 class Soak:
     """One run of many legs; the state of each is where the next goes on."""
 
@@ -135,7 +140,7 @@ class Soak:
         return Held(
             number, ranks, workers, self.samples, self.epochs, self.reloads,
             status("RssAnon"), count("/proc/self/fd"), me.num_threads(), len(me.memory_maps(grouped=False)),
-            len(me.children(recursive=True)), count("/dev/shm"), len(locks),
+            len(me.children(recursive=True)), shared_memory(), len(locks),
         )  # fmt: skip
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from jasper_store.errors import IntegrityError
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.loader import create_loader
+from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once
-from jasper_store.loading.prefetcher import PrefetchedBatches
-from jasper_store.samples.context import DIRECT
+from jasper_store.loading.samplers import EpochSampler
 from tests.builders import build_pt_dataset
 
 PLACEMENTS = [True, False]
@@ -47,7 +47,7 @@ def test_how_many() -> None:
     assert batches_at_once(256, 12_000) == 4
     assert batches_at_once(2048, 12_000) == 1
     assert batches_at_once(256, 1 << 20) == 1
-    assert batches_at_once(1, 0) == 1024
+    assert batches_at_once(1, 0) == 4096
 
 
 def test_what_is_set_during_an_epoch_holds_from_the_next_batch_on(data: Path) -> None:
@@ -137,7 +137,8 @@ def test_global_random_numbers_are_drawn_as_by_pytorch(data: Path) -> None:
 
 def test_nothing_is_held_after_the_last_batch(data: Path) -> None:
     dataset = JASPERSteeringDataset(data, "train")
-    indices: Any = PrefetchedBatches(iter([torch.arange(5), torch.arange(5, 9)]), DIRECT)
+    sampler = EpochSampler(dataset, 1, 0, shuffle=False)
+    indices = BatchSampler(sampler, -(-len(dataset) // 2), drop_last=False).tensors()
     batches = CoalescingIterator(dataset, OwnGathers(dataset, indices, 8), lambda batch: batch.tensors)
     assert len(list(batches)) == 2
     assert not batches._parts

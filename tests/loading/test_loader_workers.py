@@ -304,3 +304,31 @@ def test_a_death_that_is_noticed_while_waiting_for_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr("time.sleep", handler)
     with pytest.raises(WorkerDiedError, match=r"worker 0 \(pid 7\) exited with status 3"):
         module.raise_if_worker_died(ConnectionResetError(), batches)
+
+
+def test_a_spawned_worker_that_cannot_open_the_dataset_says_why(data: Path, tmp_path: Path) -> None:
+    """It said only that it exited with status 1."""
+    moved = Path(shutil.copytree(data, tmp_path / "data"))
+    loader = create_loader(moved, "train", 5, 1, multiprocessing_context="spawn")
+    shutil.rmtree(moved)
+    with pytest.raises(
+        WorkerDiedError, match=r"exited with status 1, because a new process cannot open the dataset: .*"
+    ):
+        list(loader)
+
+
+def test_an_iterator_that_a_later_one_ended_says_so(data: Path) -> None:
+    """PyTorch gives both the same iterator, which serves the later epoch to whichever asks."""
+    loader = create_loader(data, "train", 4, 1, persistent_workers=True)
+    first = iter(loader)
+    next(first)
+    second = iter(loader)
+    set_epoch(loader, 1)
+    next(second)
+    with pytest.raises(errors.IncompatibleOptionsError, match="persistent workers serve one at a time"):
+        next(first)
+    assert 1 + len(list(second)) == len(loader)
+    set_epoch(loader, 2)
+    assert len(list(loader)) == len(loader)
+    with pytest.raises(StopIteration):
+        next(second)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -231,3 +233,21 @@ def test_integers_that_are_served_as_int64_are_so_where_they_are_staged(
     found = list(loader)
     assert {batch["cluster_id"].dtype for batch in found} == {torch.int64}
     assert same(found, list(plain_loader(data, 3)))
+
+
+@pytest.mark.parametrize("order", ["block", "global"])
+def test_a_forked_child_goes_on_with_an_iterator(data: Path, order: Literal["block", "global"]) -> None:
+    """Its parent's helper and prefetching thread do not exist there; it said that the file was cut, or waited for ever."""
+    loader = create_loader(data, "train", 2, order=order, memory_limit=100_000, drop_last=False, epoch=40)
+    plain = list(plain_loader(data, 2, order=order, epoch=40))
+    batches = iter(loader)
+    first = [next(batches)]
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            signal.alarm(60)
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+            os._exit(0 if same([*first, *batches], plain) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert same([*first, *batches], plain)

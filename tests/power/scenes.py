@@ -91,12 +91,12 @@ def publish_shards(root: Path) -> None:
         commit(root / "set")
 
 
-def pt_files(value: float) -> Callable[[Path], None]:
+def pt_files(value: float, name: str = "pt") -> Callable[[Path], None]:
     def run(root: Path) -> None:
         words = [[int(value)] * (i % 3) for i in range(_ROWS)]
         tensors = {"a": torch.full((_ROWS, 20), value), "b": torch.full((_ROWS,), int(value)), "words": words}
-        write_pt(root / "pt", tensors)
-        (root / "pt" / "config.json").write_text(json.dumps({"value": value}))
+        write_pt(root / name, tensors)
+        (root / name / "config.json").write_text(json.dumps({"value": value}))
 
     return run
 
@@ -117,7 +117,7 @@ def to_holding_a_directory(root: Path) -> None:
     to("safetensors", overwrite=True)(root)
 
 
-def compacted(*, remove_old: bool) -> Callable[[Path], None]:
+def compacted(*, remove_old: bool) -> Callable[[Path], object]:
     return lambda root: compact(root / "set", remove_old=remove_old)
 
 
@@ -165,6 +165,7 @@ SCENES: dict[str, Scene] = {
         for fmt in FORMAT_NAMES
         if fmt != "pt"
     },
+    "convert beside the source": Scene(pt_files(2.0, "set"), to("safetensors", beside=True)),
     "convert, file after file": Scene(both(write("safetensors", 1.0), pt_files(2.0)), to_holding_a_directory),
     "a check recorded": Scene(write("safetensors", 1.0), checked, cleans=False),
     "convert a whole dataset": Scene(jasper("pt", "source"), converted_jasper("safetensors")),

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -201,6 +202,64 @@ def test_a_stale_conversion_is_warned_of_by_content_not_by_time(dataset, tmp_pat
         open_store(dataset).close()
     source.unlink()
     open_store(dataset).close()
+
+
+fifos = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+
+
+@fifos
+@pytest.mark.timeout(60)
+def test_a_named_pipe_is_not_waited_for(dataset, tmp_path):
+    os.mkfifo(tmp_path / "pipe.npy")
+    empty = FileFingerprint(0, 1, "0" * 32)
+    enter(dataset, made_from=(SourceFile("../pipe.npy", empty),))
+    open_store(dataset).close()
+    with pytest.raises(OSError, match="not a regular file"):
+        FileFingerprint.of(tmp_path / "pipe.npy")
+    (dataset / MANIFEST_NAME).unlink()
+    os.mkfifo(dataset / MANIFEST_NAME)
+    with pytest.raises(CorruptFileError, match="expected a regular file, found a named pipe"):
+        open_store(dataset)
+
+
+def test_a_source_that_is_no_data_file_is_not_read(dataset, tmp_path, monkeypatch):
+    for name in ("secret", "raw.pt"):
+        (tmp_path / name).write_bytes(b"before")
+    opened = []
+    real = FileFingerprint.of
+
+    def of(path):
+        opened.append(os.path.realpath(path))
+        return real(path)
+
+    monkeypatch.setattr(FileFingerprint, "of", of)
+    for name in ("secret", "raw.pt"):
+        enter(dataset, made_from=(SourceFile(str(tmp_path / name), FileFingerprint(6, 1, "0" * 32)),))
+        opened.clear()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            open_store(dataset).close()
+        assert [warning.category for warning in warned] == ([] if name == "secret" else [StaleDataWarning])
+        assert (str(tmp_path / name) in opened) is (name == "raw.pt")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_names_that_no_file_has_are_refused(dataset, name):
+    known = read(dataset).to_json()
+    part = {"size": 1, "mtime_ns": 2, "sample": None}
+    sources = {**known, "files": {**known["files"]}}
+    sources["files"]["a.safetensors"] = {**known["files"]["a.safetensors"], "made_from": [{"path": name, **part}]}
+    columns = {"names": [name], "sizes": [1], "mtimes_ns": [1], "samples": [None]}
+    generation = {"number": 1, "format": "npy", "files": columns, "parts": {}, "whole": {}}
+    for raw in (
+        sources,
+        known | {"files": {name: {**part, "tensors": {}}}},
+        known | {"verified": {"check": {name: part}}},
+        VALID | {"format_version": 2, "generation": generation, "verified_parts": {}},
+    ):
+        (dataset / MANIFEST_NAME).write_text(json.dumps(raw))
+        with pytest.raises(CorruptFileError, match=r"jasper_store\.json"):
+            open_store(dataset)
 
 
 VALID = {"format_version": 1, "files": {}, "verified": {}}

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from isal import igzip_lib, isal_zlib
 
+from jasper_store.formats.files import system_refusals
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -125,7 +127,8 @@ class Pipeline:
         """Compress what is in a workspace, and hand its streams to ``write`` in time."""
         future: Future[list[memoryview]]
         if sum(not future.done() for _, future, _ in self.pending) <= self.helpers:
-            future = self.pool.submit(work.compress, *what)
+            with system_refusals("compressing in parallel"):
+                future = self.pool.submit(work.compress, *what)
         else:
             future = Future()
             future.set_result(work.compress(*what))

@@ -16,7 +16,7 @@ import torch
 
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Chunked
-from jasper_store.formats.files import open_for_reading
+from jasper_store.formats.files import open_for_reading, system_refusals
 from jasper_store.formats.hdf5.deflate import InflateError, inflate
 from jasper_store.formats.hdf5.index import GZIP, SHUFFLE, ChunkIndex, changed, identity_of, read_index
 from jasper_store.formats.hdf5.library import open_dataset, open_file, translated
@@ -167,7 +167,8 @@ class OpenChunks:
         # Equal shares at once, without a queue's cost per chunk; neighbours stay together, and this thread has one.
         bounds = [len(tasks) * i // threads for i in range(threads + 1)]
         own, *others = (tasks[i:j] for i, j in itertools.pairwise(bounds))
-        futures = [pool.submit(decode, part) for part in others]
+        with system_refusals(self.spec.path):
+            futures = [pool.submit(decode, part) for part in others]
         try:
             decode(own)
         finally:

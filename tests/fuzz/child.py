@@ -1,0 +1,159 @@
+"""One target in a process that may end at any input; ``__main__`` starts it.
+
+``python -m tests.fuzz.child TARGET MODE SECONDS FOLDER``. ``MODE`` is ``guided``: atheris changes inputs and keeps those that reach
+new code in the corpus; or ``bulk``: inputs of the corpus are changed at random, many times as fast since nothing is traced.
+
+What the parent has to know is in a shared file: the counts, and the input that is being read, which is all that is left after a
+crash. No alarm of the clock is set, since a machine that stands still for a while makes no input slow: this process's own
+work is limited.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.fuzz.records import Counts, keep
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECONDS = 10
+NBYTES = 1 << 30
+GROWTH_NBYTES = 512 << 20
+_FUZZERS_NBYTES = 512 << 20
+"""What atheris may take for itself."""
+_TRACED = ["jasper_store.formats", "jasper_store.store.manifest", "jasper_store.samples", "jasper_store.jasper.config"]
+_NUMBERS = [0, 1, 2, 4, 7, 8, 16, 32, 64, 127, 128, 255, 256, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
+_NUMBERS += [2**32, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 16, 2**64 - 1]
+
+
+def main() -> None:
+    """See the module's text."""
+    name, mode, seconds, where = sys.argv[1:]
+    kept = Path(where)
+    counts = Counts(kept / f"{name}.counts")
+    counts.starts += 1
+    shm = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None, prefix="jasper-fuzz-") as scratch:
+        run = _guided if mode == "guided" else _bulk
+        try:
+            run(name, int(seconds), kept, counts, Path(scratch))
+        finally:
+            counts.end()
+
+
+def _reader(target: Any, name: str, kept: Path, counts: Counts, scratch: Path) -> Callable[[bytes], None]:
+    """Reads one input within limits, and writes it down if it shows a defect."""
+    accepted = importlib.import_module("tests.fuzz.targets").accepted
+    faulthandler.enable()
+    faulthandler.register(signal.SIGPROF, chain=True)  # ends the process
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    most = mapped + _FUZZERS_NBYTES + NBYTES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+    def one(data: bytes) -> None:
+        nonlocal peak
+        counts.begin(data)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        kind = why = ""
+        try:
+            counts.opened += accepted(target, data, scratch)
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is written down
+            last = traceback.extract_tb(exc.__traceback__)[-1]
+            kind, why = f"{type(exc).__name__} {last.filename.rpartition('/')[2]}:{last.lineno}", traceback.format_exc()
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - peak
+        peak += max(grown, 0)
+        if grown > GROWTH_NBYTES:
+            kind, why = "memory", f"it grew by {grown} bytes\n{why}"
+        if kind:
+            counts.found += keep(kept / "found" / name, data, kind, why)
+
+    return one
+
+
+def _guided(name: str, seconds: int, kept: Path, counts: Counts, scratch: Path) -> None:
+    import atheris
+
+    with atheris.instrument_imports(include=_TRACED):
+        target = importlib.import_module("tests.fuzz.targets").TARGETS[name]
+    counts.guided = True
+    corpus, sound = kept / "corpus" / name, kept / "seeds" / name
+    for folder in (corpus, sound):
+        folder.mkdir(parents=True, exist_ok=True)
+    for i, seed in enumerate(target.seeds()):
+        (sound / str(i)).write_bytes(seed)
+    tokens = kept / "seeds" / f"{name}.dict"
+    tokens.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in token) + '"\n' for token in target.tokens))
+    # libFuzzer's own limits are off: the time of one input is that of the clock, and the memory that of the process.
+    limits = [
+        "-timeout=100000",
+        "-report_slow_units=100000",
+        "-rss_limit_mb=0",
+        "-malloc_limit_mb=0",
+        "-detect_leaks=0",
+    ]
+    options = [f"-max_len={target.most}", f"-max_total_time={seconds}", f"-dict={tokens}", "-reload=0"]
+    options += [f"-artifact_prefix={kept}/", "-print_final_stats=1"]
+    one = _reader(target, name, kept, counts, scratch)
+    atheris.Setup([sys.argv[0], *limits, *options, str(corpus), str(sound)], one)
+    atheris.Fuzz()
+
+
+def _bulk(name: str, seconds: int, kept: Path, counts: Counts, scratch: Path) -> None:
+    target = importlib.import_module("tests.fuzz.targets").TARGETS[name]
+    counts.guided = False
+    corpus = kept / "corpus" / name
+    inputs = [*target.seeds(), *(path.read_bytes() for path in (corpus.iterdir() if corpus.is_dir() else ()))]
+    one = _reader(target, name, kept, counts, scratch)
+    rng = random.Random(counts.starts)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for _ in range(64):
+            one(changed(rng.choice(inputs), rng, target.tokens, inputs)[: target.most])
+
+
+def changed(data: bytes, rng: random.Random, tokens: tuple[bytes, ...], others: list[bytes]) -> bytes:
+    """One to six changes: bits, bytes, numbers, tokens, pieces that go, come again or come from another input."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        at = int(rng.random() * (len(out) + 1))
+        n = rng.choice((1, 1, 2, 4, 8, 16, 64))
+        what = int(rng.random() * 8)
+        if what == 0 and at < len(out):
+            out[at] ^= 1 << int(rng.random() * 8)
+        elif what == 1 and at < len(out):
+            out[at] = int(rng.random() * 256)
+        elif what == 2:
+            width = rng.choice((1, 2, 4, 8))
+            number = (rng.choice(_NUMBERS) % 256**width).to_bytes(width, rng.choice(("little", "big")))
+            out[at : at + width] = number
+        elif what == 3:
+            del out[at : at + n]
+        elif what == 4:
+            out[at:at] = out[at : at + n] * rng.choice((1, 2, 20))
+        elif what == 5 and tokens:
+            out[at : at + rng.choice((0, n))] = rng.choice(tokens)
+        elif what == 6:
+            other = rng.choice(others)
+            begin = int(rng.random() * (len(other) + 1))
+            out[at : at + n] = other[begin : begin + n]
+        else:
+            begin = int(rng.random() * (len(out) + 1))
+            out[at : at + n] = out[begin : begin + n]
+    return bytes(out)
+
+
+if __name__ == "__main__":
+    main()

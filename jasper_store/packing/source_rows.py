@@ -66,7 +66,8 @@ def _of(memory: torch.Tensor, index: torch.Tensor) -> RowsInMemory:
 def _raw(rows: torch.Tensor) -> torch.Tensor:
     """Rows [n, ...] as bytes [n, row_nbytes]."""
     flat = rows.contiguous().reshape(rows.shape[0], -1) if rows.numel() else rows.new_empty((rows.shape[0], 0))
-    return flat.view(torch.uint8)
+    # Of one value torch calls any stride contiguous, and then refuses the view.
+    return (flat if flat.stride(-1) == 1 else flat.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
 def is_resident(tensor: StoredTensor) -> bool:

@@ -247,7 +247,8 @@ class ColumnWriter:
             values = values[:, entry]
         if column.dtype != column.stored:
             values = self._narrowing[column.name].cast(values, start)
-        target.copy_(values.contiguous().view(-1).view(torch.uint8))
+        # Of one value torch calls any stride contiguous, so it is copied and not viewed.
+        target.view(column.dtype).view(values.shape).copy_(values)
 
     def _finish(self, each: _Pass) -> dict[str, Any]:
         """Wait until a pass is on the disk; what has to be known of it."""

@@ -189,6 +189,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["nbytes"] > 600 << 20
-    assert found["taken"] < 160 << 20
+    # The limit, and free blocks that the pool of batches keeps (128 MiB), buffers and lists of rows.
+    assert found["taken"] < (64 + 160) << 20
     assert torch.load(source / "steering_centroid.pt", mmap=True).nbytes > 64 << 20
     require_same(source, tmp_path / "packed", "val", epochs=(40,))

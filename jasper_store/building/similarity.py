@@ -47,8 +47,8 @@ def _folded(values: torch.Tensor) -> torch.Tensor:
 
 
 def cosines(products: np.ndarray, left_norms: np.ndarray, right_norms: np.ndarray) -> np.ndarray:
-    """Cosines [n], float32, from dot products and norms in float64; all rounded as IEEE 754 says."""
-    return (products / (left_norms * right_norms)).astype(np.float32)
+    """Cosines [n], float32, from dot products and norms in float64; all rounded as IEEE 754 says, 0 without a sign."""
+    return (products / (left_norms * right_norms)).astype(np.float32) + np.float32(0)
 
 
 def product_error(dim: int) -> float:
@@ -64,12 +64,12 @@ def sort_keys(similarities: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Numbers that ascend as similarities descend, and as rows ascend among equal similarities.
 
     Args:
-        similarities: float32, any shape.
+        similarities: float32, any shape, without -0.0.
         rows: integers of the same shape, 0 <= rows < 2**32.
 
     Returns:
         uint64 of that shape.
     """
-    bits = np.ascontiguousarray(similarities + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
+    bits = np.ascontiguousarray(similarities).view(np.uint32)
     ascending = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
     return (~ascending).astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64)

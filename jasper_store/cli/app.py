@@ -22,6 +22,7 @@ from jasper_store.cli.convert import convert
 from jasper_store.cli.demo import demo
 from jasper_store.cli.errors import EXIT_CODES, reported
 from jasper_store.cli.inspect import inspect
+from jasper_store.cli.mine import mine
 from jasper_store.cli.pack import pack
 from jasper_store.cli.plan import plan
 from jasper_store.cli.push import push
@@ -73,6 +74,7 @@ for _command in (
     demo,
     sample,
     build,
+    mine,
     inspect,
     plan,
     convert,

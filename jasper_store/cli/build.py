@@ -151,16 +151,20 @@ def _splits(given: str | None) -> Any:
 
 
 class _Rate(ProgressColumn):
-    """Rows in a second."""
+    """Rows, or others, in a second."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} rows/s", style="progress.data.speed")
+        return Text("" if speed is None else f"{speed:,.0f} {self._unit}/s", style="progress.data.speed")
 
 
-def rate_column() -> ProgressColumn:
-    """A column of a progress bar that says how many rows were done in a second."""
-    return _Rate()
+def rate_column(unit: str = "rows") -> ProgressColumn:
+    """A column of a progress bar that says how many rows, or others, were done in a second."""
+    return _Rate(unit)
 
 
 def follow_stages(bars: Progress) -> Callable[[str, int, int], None]:

@@ -140,7 +140,7 @@ def locate(
         CorruptFileError: a file that is needed cannot be read, or two files hold the same tensor.
         InsufficientMemoryError: the system refused the memory that headers need.
     """
-    with system_refusals(path if isinstance(path, Path) else path[0]):
+    with system_refusals(path if isinstance(path, Path) else next(iter(path), Path())):
         return _locate(path, format, schema, generation)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLD", "NotColdError", "evict", "files_under", "resident_fraction", "warm"]
 
+_POPULATE_READ = 22  # Python does not name it
 COLD = 0.01
 PAGE = mmap.PAGESIZE
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -88,10 +89,10 @@ def evict(paths: Iterable[Path]) -> str:
 
 
 def warm(paths: Iterable[Path]) -> None:
-    """Read the files from beginning to end, so that their pages are in the page cache.
+    """Read the files from beginning to end, so that their pages are in the page cache, in huge pages where that is possible.
 
-    They are evicted first: the kernel keeps what was just written in larger pages than what is read, and how a file came to
-    be must not decide how fast it is.
+    They are evicted first: the kernel keeps what was just written, or read from a large file, in larger pages than what is read
+    from a small one, and how a file came to be in memory must not decide how fast it is.
 
     Raises:
         NotColdError: they stayed in the page cache.
@@ -101,5 +102,19 @@ def warm(paths: Iterable[Path]) -> None:
     buffer = bytearray(8 << 20)
     for path in files:
         with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+            if not _populated(file.fileno(), path.stat().st_size):
+                while file.readinto(buffer):
+                    pass
+
+
+def _populated(fd: int, size: int) -> bool:
+    """Read a file through a map that asks for huge pages; False where the system does not."""
+    if not size:
+        return True
+    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as pages:
+        try:
+            pages.madvise(mmap.MADV_HUGEPAGE)
+            pages.madvise(_POPULATE_READ)
+        except OSError:
+            return False
+    return True

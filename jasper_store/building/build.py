@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from jasper_store.building.build_report import BuildReport, StageReport
+from jasper_store.building.built import make_config, plain
 from jasper_store.building.clusters import Clusters, default_count, given_of_pairs, given_of_sources, k_means
 from jasper_store.building.finder import Finder
 from jasper_store.building.gathered import Facts, Inputs, find_inputs, read_inputs
@@ -185,7 +186,7 @@ class _Build:
 
     def run(self, *, overwrite: bool) -> BuildReport:
         facts = self._read()
-        choices = [self.n_clusters, {name: _plain(part) for name, part in self.inputs.splits.items()}]
+        choices = [self.n_clusters, {name: plain(part) for name, part in self.inputs.splits.items()}]
         key = key_of(_VERSION, facts.digests, choices, self.settings.to_dict(), self.mining.to_dict())
         built = built_config(self.target)
         if built is not None and built[BUILT]["key"] == key and not overwrite:
@@ -202,7 +203,16 @@ class _Build:
             with self._stage("splits", len(groups)):
                 splits = self._split(groups, clusters.of_pairs.numpy())
             derived, counts = self._mine(facts, clusters, splits, clusters_key)
-            config = self._config(key, facts, derived, counts)
+            config = make_config(
+                key,
+                self.target.name,
+                inputs=self.inputs,
+                settings=self.settings,
+                mining=self.mining,
+                facts=facts,
+                derived=derived,
+                counts=counts,
+            )
             self._write(derived, config, overwrite=overwrite)
             self.work.remove()
         return self._report(config)
@@ -322,49 +332,6 @@ class _Build:
             with self.work.held(self.target):
                 self.work.remove()
 
-    def _config(self, key: str, facts: Facts, derived: Derived, counts: dict[str, Any]) -> dict[str, Any]:
-        inputs = self.inputs
-        sizes = {
-            "questions": len(inputs.questions),
-            "sources": len(inputs.sources),
-            "pairs": len(inputs.pairs),
-            "keywords": 0 if inputs.keywords is None else len(inputs.keywords),
-            "clusters": len(derived.clusters.centroids),
-            "dimensions": inputs.dim,
-            "negatives_per_pair": self.settings.n_neg,
-            **facts.duplicates,
-        }
-        return {
-            "embedding_dim": inputs.dim,
-            "n_neg": self.settings.n_neg,
-            "n_clusters": sizes["clusters"],
-            "dataset_name": self.target.name,
-            "split_sizes": {name: len(rows) for name, rows in derived.splits.items()},
-            # No time of day: the same inputs and settings give the same file.
-            BUILT: {
-                "by": f"jasper_store {metadata.version('jasper-store')}",
-                "key": key,
-                "settings": {**self.settings.to_dict(), "mining": self.mining.to_dict()},
-                "clusters": inputs.clusters[0] if isinstance(inputs.clusters, tuple) else "k-means",
-                "splits": {name: _plain(part) for name, part in inputs.splits.items()},
-                "inputs": facts.digests,
-                "counts": sizes,
-                "mining": counts,
-                "notes": self._notes(derived),
-            },
-        }
-
-    def _notes(self, derived: Derived) -> list[str]:
-        found = []
-        if self.inputs.relevance is None:
-            found.append("relevance: none was given, so all are 1.0")
-        if self.inputs.pair_keywords is None:
-            found.append("keywords: none were given, so steering_keyword_weighted is steering_centroid")
-        left = len(self.inputs.pairs) - sum(len(rows) for rows in derived.splits.values())
-        if left:
-            found.append(f"splits: {left} pairs are in none of those given")
-        return found
-
     def _report(self, config: dict[str, Any], *, existed: bool = False) -> BuildReport:
         built = config[BUILT]
         return BuildReport(
@@ -405,10 +372,6 @@ def _cluster_count(inputs: Inputs) -> int:
     if isinstance(inputs.clusters, tuple):
         return int(inputs.clusters[1].max()) + 1
     return default_count(len(inputs.sources)) if inputs.clusters is None else inputs.clusters
-
-
-def _plain(part: float | torch.Tensor) -> float | str:
-    return part if isinstance(part, float) else f"{len(part)} pairs"
 
 
 def _mined(found: Mined) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -105,8 +105,9 @@ def given_of_pairs(
     members = torch.unique(pairs[:, 1] * count + labels)
     means = _means(sources, members // count, members % count, count, block_rows, progress)
     of_sources = torch.full((len(sources),), -1)
-    # Of several pairs of a source the last one written stays, so they are written from the last to the first.
-    of_sources[pairs[:, 1].flip(0)] = labels.flip(0)
+    # Of several pairs of a source the last one written stays, so they are written from the last to the first. By numpy,
+    # which writes them in order; torch does so with many threads.
+    of_sources.numpy()[pairs[:, 1].numpy()[::-1]] = labels.numpy()[::-1]
     without = (of_sources < 0).nonzero().view(-1)
     for rows in torch.split(without, block_rows):
         of_sources[rows] = _nearest(unit(sources.take(rows)), means)

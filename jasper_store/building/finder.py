@@ -75,9 +75,10 @@ class Finder:
             array = np.asarray(given)
         except ValueError:  # lists of different lengths
             array = np.empty(0, object)
-        if array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8 or not array.dtype.isnative:
             raise IntegrityError(
-                f"{role}: expected an array of numbers, a tensor or a path, found {type(given).__name__} of {array.dtype}",
+                f"{role}: expected an array of numbers, a tensor or a path, found {type(given).__name__} of {array.dtype}; "
+                "convert it (.astype(np.float32))",
                 tensor=role,
             )
         return Matrix(role, array)
@@ -158,11 +159,14 @@ class Finder:
 
 
 def split_column(given: str) -> tuple[Path, str | None]:
-    """A path, and the column behind its last colon; a path that is there has none."""
-    head, colon, tail = given.rpartition(":")
-    if not colon or Path(given).exists() or not head or not tail or set("/\\") & set(tail):
-        return Path(given), None
-    return Path(head), tail
+    """A path, and the column behind a colon, as far as what lies before the colon is there: ``raw.h5:group/q``."""
+    if not Path(given).exists():
+        colons = [place for place, letter in enumerate(given) if letter == ":"]
+        for place in reversed(colons):
+            head, tail = given[:place], given[place + 1 :]
+            if head and tail and Path(head).exists():
+                return Path(head), tail
+    return Path(given), None
 
 
 def _place(given: object) -> tuple[Path, str | None] | None:

@@ -56,8 +56,8 @@ def find_clusters(given: object, pairs: int, sources: int, finder: Finder) -> tu
         IntegrityError: another shape or dtype.
         IncompatibleOptionsError: it cannot be told whether they are of pairs or of sources.
     """
-    if given is None or (isinstance(given, int) and not isinstance(given, bool)):
-        return given
+    if given is None or (isinstance(given, (int, np.integer)) and not isinstance(given, bool)):
+        return None if given is None else int(given)
     owner = None
     if isinstance(given, Mapping):
         if len(given) != 1 or next(iter(given)) not in _OWNERS:

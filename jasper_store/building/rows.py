@@ -27,7 +27,7 @@ class Matrix:
 
     def __init__(self, role: str, source: torch.Tensor | NDArray[Any] | StoredTensor) -> None:
         self.role = role
-        self._source = source
+        self._source = source.detach() if isinstance(source, torch.Tensor) else source
         self.shape = torch.Size(source.shape)
         # numpy has no bfloat16, so each of its dtypes that torch lacks is refused by from_numpy.
         self.dtype: torch.dtype = (
@@ -64,7 +64,7 @@ class Matrix:
         if isinstance(self._source, np.ndarray):
             # A copy, since torch shares no memory with arrays that are read-only or run backwards.
             return torch.from_numpy(np.array(self._source[start:stop]))
-        return self._source[start:stop].detach().cpu().contiguous()
+        return self._source[start:stop].cpu().contiguous()
 
     def blocks(self, rows: int) -> Iterator[torch.Tensor]:
         """All rows in order, so many at a time."""

@@ -170,7 +170,7 @@ class _Demo:
                 step=lambda what, done, total: bars.update(task, description=what, completed=done, total=total),
             )
         out = self.pt.parent / "report.html"
-        write_bytes(out, page(found, __version__).encode("utf-8", "replace"))
+        write_bytes(out, page(found, js.__version__).encode("utf-8", "replace"))
         kept = f"{out}: open it in a browser" if self.kept else "keep it, and the datasets, with --out"
         self._say(f"Report: the dataset {'is sound' if found.ok else 'has errors'}; {escape(kept)}")
         return {"ok": found.ok, "page": str(out) if self.kept else None}

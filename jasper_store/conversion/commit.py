@@ -149,6 +149,7 @@ class _Commit:
         self._require_alike(shards)
         config = self._config()
         self.target.mkdir()
+        sync_directory(self.root)  # before anything is moved there
         try:
             for name in self.names:
                 (self.root / SHARDS / name).rename(self.target / name)

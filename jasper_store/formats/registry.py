@@ -302,6 +302,9 @@ def _locate_directory(root: Path, asked: FormatName | None, schema: Schema) -> L
     if not any(scan.specs for scan in scans.values()):
         # Also where none of them would be part of the dataset: there is nothing else.
         raise one_error([error for scan in scans.values() for error in scan.errors.values()])
+    whole = set().union(*(scan.names() for scan in scans.values()))
+    for scan in scans.values():
+        scan.drop_halves(whole)
     wanted = set().union(*(scan.names() for scan in scans.values()))
     if schema.required:
         wanted &= known

@@ -13,7 +13,7 @@ from jasper_store.formats.flat import stem_of
 from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
     from jasper_store.formats.base import ReadFormat, Schema, TensorSpec
@@ -42,16 +42,29 @@ class Scan:
     failed: set[str] = field(default_factory=set)
 
     def names(self) -> set[str]:
-        """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over."""
-        return {base_name(name) for name in self.specs} | self.errors.keys()
+        """Base names of all tensors; a file that cannot be read counts by its name, so that it is not passed over.
+
+        One half of a ragged tensor is no whole one, and counts by its own name.
+        """
+        return {self._counted(name) for name in self.specs} | self.errors.keys()
+
+    def drop_halves(self, whole: Collection[str]) -> None:
+        """Forget halves of ragged tensors that another format has whole: a conversion beside it is under way."""
+        for name in [name for name in self.specs if self._counted(name) == name != base_name(name)]:
+            if base_name(name) in whole:
+                del self.specs[name]
+
+    def _counted(self, name: str) -> str:
+        base = base_name(name)
+        return base if {f"{base}.values", f"{base}.offsets"} <= self.specs.keys() else name
 
     def take(self, wanted: Iterable[str]) -> list[TensorSpec]:
-        """The specs of these base names; raises the errors of those that cannot be read, all in one."""
+        """The specs of these names, as :meth:`names` has them; raises the errors of those that cannot be read, all in one."""
         wanted = set(wanted)
         unreadable = sorted(wanted & self.errors.keys())
         if unreadable:
             raise one_error([self.errors[name] for name in unreadable])
-        return [spec for spec in self.specs.values() if base_name(spec.name) in wanted]
+        return [spec for name, spec in self.specs.items() if self._counted(name) in wanted]
 
 
 def one_error(errors: list[JasperStoreError]) -> JasperStoreError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import shutil
 import warnings
 from dataclasses import dataclass, field
@@ -108,8 +109,11 @@ def _check_dataloader(batch_size: int, num_workers: int, options: Mapping[str, A
 
 
 def warn_of_small_shared_memory(batch_nbytes: int, num_workers: int, options: Mapping[str, Any]) -> None:
-    """Warn if batches on their way from workers may not fit into shared memory, which would end in a bus error."""
-    if num_workers == 0:
+    """Warn if batches on their way from workers may not fit into shared memory, which would end in a bus error.
+
+    Batches of the default collation need none of it (:mod:`jasper_store.samples.shared_batch`).
+    """
+    if num_workers == 0 or (options.get("collate_fn") is None and hasattr(os, "memfd_create")):
         return
     in_flight = num_workers * (options.get("prefetch_factor") or 2) + 1
     try:

@@ -106,6 +106,7 @@ class ColumnWriter:
         self.checksums: dict[str, list[str]] = {column.name: [""] * layout.n_blocks for column in layout.columns}
         self.max_error: dict[str, float] = {}
         self.nbytes_read = 0
+        self._counted: set[str] = set()
 
     def run(self, progress: Progress) -> None:
         """Write what is not written yet.
@@ -187,6 +188,9 @@ class ColumnWriter:
         tensor = self._tensor(blocks, column)
         wanted = int(self._wanted(number, blocks).sum())
         if is_resident(tensor):
+            # It was read when the source was opened.
+            self.nbytes_read += 0 if tensor.name in self._counted else tensor.nbytes
+            self._counted.add(tensor.name)
             return read_whole(tensor, index)
         if self._kept is not None and self._kept[0] is tensor:
             return read_whole(tensor, index, self._kept[1])

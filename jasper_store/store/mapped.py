@@ -94,7 +94,8 @@ class MappedTensor(PagedTensor):
     def _require_whole_file(self) -> None:
         """Raise if the file was truncated since it was mapped: touching a page beyond its end would end the process.
 
-        Costs a quarter of a microsecond, as seeking to the end does; fstat takes three times as long. It cannot protect views returned before, nor detect a truncation after it.
+        Costs a quarter of a microsecond, as seeking to the end does; fstat takes three times as long. It cannot protect
+        views returned before, nor detect a truncation after it.
 
         Raises:
             CorruptFileError: the file ends before the end of this tensor.

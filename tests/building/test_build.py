@@ -213,6 +213,25 @@ def test_tensors_of_a_store_and_directories_of_a_dataset(tmp_path: Path) -> None
     same_bits(tmp_path / "one", tmp_path / "three")
 
 
+def test_columns_of_compressed_hdf5(tmp_path: Path) -> None:
+    inputs = raw()
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "raw.h5", "w") as file:
+        for name in ("questions", "sources", "pairs"):
+            file.create_dataset(f"x/{name}", data=inputs[name], compression="gzip", chunks=(7, inputs[name].shape[1]))
+    js.build(tmp_path / "one", **inputs)
+    columns = {name: f"{tmp_path}/raw.h5:x/{name}" for name in ("questions", "sources", "pairs")}
+    js.build(tmp_path / "two", **{**inputs, **columns})
+    same_bits(tmp_path / "one", tmp_path / "two")
+
+
+def test_tensors_that_want_gradients(tmp_path: Path) -> None:
+    inputs = raw()
+    js.build(tmp_path / "one", **inputs)
+    js.build(tmp_path / "two", **{**inputs, "sources": torch.from_numpy(inputs["sources"]).requires_grad_()})
+    same_bits(tmp_path / "one", tmp_path / "two")
+
+
 def test_pairs_by_ids(tmp_path: Path) -> None:
     inputs = raw()
     q_ids, s_ids = [f"q{i}" for i in range(40)], [f"doc-{i:03}" for i in range(60)]

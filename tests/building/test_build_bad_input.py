@@ -58,6 +58,8 @@ BAD: dict[str, tuple[Change, type[JasperStoreError], str]] = {
     "one dimension": (lambda i: {"questions": i["questions"][:, 0]}, IntegrityError, r"questions: expected embeddings, floats"),
     "integers": (lambda i: {"questions": i["questions"].astype(int)}, IntegrityError, r"questions: expected embeddings.*int64"),
     "nothing": (lambda i: {"questions": i["questions"][:0]}, IntegrityError, r"questions: expected embeddings"),
+    "another byte order": (lambda i: {"questions": i["questions"].astype(">f4")}, IntegrityError, r"questions: expected an array.*>f4; convert"),
+    "complex numbers": (lambda i: {"sources": torch.from_numpy(i["sources"]).to(torch.complex64)}, IntegrityError, r"sources: expected embeddings.*complex64"),
     "objects": (plain(questions=[[1.0, 2.0], [3.0]]), IntegrityError, r"questions: expected an array of numbers"),
     "a pair of no source": (with_pair(5, (0, 60)), IntegrityError, r"pairs: expected source rows 0 to 59, as sources= has, found 60 in pair 5"),
     "a pair of no question": (with_pair(5, (-1, 0)), IntegrityError, r"pairs: expected question rows 0 to 39.* found -1 in pair 5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,19 +138,33 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_shows_every_step(run: Run, tmp_path: Path) -> None:
     result = run("demo", "--epochs", "1", "--out", tmp_path / "kept")
     assert result.exit_code == 0, result.output
-    for words in ("Conversion", "rows/sample", "Recall@1", "predictor, untrained", "samples/s", "epoch 1/1"):
+    for words in (
+        "Stages",
+        "clusters",
+        "Report: the dataset is sound",
+        "Conversion",
+        "rows/sample",
+        "Recall@1",
+        "predictor, untrained",
+        "samples/s",
+        "epoch 1/1",
+    ):
         assert words in result.output
     # The headline: what a memory limit leaves on the disk is mapped, and served beside the others.
     assert "--memory-limit" in result.stdout
     assert "tensors mapped" in result.stdout
     with js.open(tmp_path / "kept" / "hdf5") as store:
         assert store.format == "hdf5"
+    assert "<html" in (tmp_path / "kept" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.usefixtures("quick")
 def test_demo_learns_from_real_embeddings(run_json: Callable[..., Any]) -> None:
     before = sorted(path.name for path in SAMPLE.iterdir())
     found = run_json("demo", "--epochs", "20")
+    assert found["build"]["counts"]["pairs"] == 1000
+    assert [stage["name"] for stage in found["build"]["stages"]] == ["read", "clusters", "splits", "mine", "write"]
+    assert found["report"]["ok"]
     recall = found["recall_at_1"]
     assert recall["predictor, untrained"] == recall["question alone"]
     for variant in ("centroid", "keyword_weighted", "residual"):
@@ -168,6 +183,15 @@ def test_demo_learns_from_real_embeddings(run_json: Callable[..., Any]) -> None:
     assert sorted(limited["mapped"]) == sorted(name for name, place in places.items() if place == "mmap")
     assert set(places.values()) == {"ram", "mmap"}
     assert sorted(path.name for path in SAMPLE.iterdir()) == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_demo_without_faiss_takes_the_clusters_of_the_sample(
+    run_json: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    found = run_json("demo", "--epochs", "1")
+    assert found["build"]["counts"]["clusters"] == 41
 
 
 @pytest.mark.usefixtures("quick")

@@ -383,6 +383,17 @@ def test_a_conversion_that_was_killed_is_finished_by_one_that_overwrites(tmp_pat
         assert sorted(store) == sorted(NAMES)
 
 
+def test_half_of_a_ragged_tensor_beside_its_source_is_passed_over(tmp_path):
+    """A conversion beside the source that was cut between the two files of a ragged tensor."""
+    source = write_pt(tmp_path / "pt", {"a": torch.ones(3), "words": [[1], [2, 3], []]})
+    convert(source, source)
+    (source / "words.offsets.safetensors").unlink()
+    (source / MANIFEST_NAME).unlink()
+    with open_store(source) as store:
+        assert store.ragged("words")[1].tolist() == [2, 3]
+        assert {spec.path.suffix for spec in store.specs} == {".pt"}
+
+
 # ---- what ends a writer
 
 

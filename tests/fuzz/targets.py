@@ -4,10 +4,10 @@ A target returns if the input is opened, and raises an error of ``jasper_store.e
 over 10 s of work, or over 1 GB of memory is a defect.
 """
 
-from __future__ import json
-import annotations
+from __future__ import annotations
 
 import io
+import json
 import os
 import zlib
 from dataclasses import dataclass, field
@@ -162,7 +162,9 @@ def _manifest(data: bytes, folder: Path) -> None:
         for check in known.verified:
             known.is_verified(specs, check)
         if (found := read_found(folder)) is not None and found.current_facts(folder, (".npy",)) is not None:
-            walk_specs(found.locate(folder, found.paths(folder)), {path: path.stat().st_size for path in folder.rglob("*.npy")})
+            walk_specs(
+                found.locate(folder, found.paths(folder)), {path: path.stat().st_size for path in folder.rglob("*.npy")}
+            )
         return
     generation = read_generation(folder)
     assert generation is not None

@@ -27,7 +27,7 @@ def test_arguments_come_first() -> None:
 
 
 def test_torchrun_comes_next() -> None:
-    assert find_ranks(environ=TORCHRUN) == Ranks(3, 4, "from RANK and WORLD_SIZE")
+    assert find_ranks(environ=TORCHRUN) == Ranks(3, 4, "from RANK and WORLD_SIZE", found=True)
 
 
 def test_without_distributed_the_environment_means_nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import jasper_store as js
+from jasper_store.loading import coalescing, defaults, prefetcher
 from jasper_store.loading.order import order
 from jasper_store.packing import layout, pack
 from jasper_store.samples.dataset import Dataset
@@ -45,8 +46,27 @@ def pack_and_check(graph: Graph, format: str, placement: str, number: int) -> No
                 expected.check(packed.__getitems__(torch.arange(graph.length)).tensors, positions)
                 few = [place * 7 % graph.length for place in range(5)]
                 expected.check(packed.__getitems__(few).tensors, [positions[place] for place in few])
+        check_loader(target, source.split, expected, positions, 1 + number % 3)
         wrong = [found for found in js.verify(target).errors if found.check != "finite"]  # random bits may be NaN
         assert not wrong
+
+
+def check_loader(target: Path, split: str | None, expected: Expected, positions: list[int], batch_size: int) -> None:
+    """Blocks that are read whole serve the samples of their order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coalescing, "_SAMPLES", 2)
+        patch.setattr(prefetcher, "GROUP_SAMPLES", 1)
+        patch.setattr(defaults, "_blocks_nbytes", lambda *_: 0)
+        patch.setattr(defaults, "_mapped_and_left", lambda _: (2, 1))
+        with Dataset(target, split=split, seed=SEED, use_mmap=True) as packed:
+            packed.set_epoch(EPOCH)
+            loader = js.create_loader(packed, batch_size=batch_size, drop_last=False)
+            assert loader.order == "block"
+            order_of = loader.sampler_obj.order[:].tolist()
+            assert sorted(order_of) == list(range(len(packed)))
+            for number, batch in enumerate(loader):
+                wanted = order_of[number * batch_size : (number + 1) * batch_size]
+                expected.check(batch, [positions[place] for place in wanted])
 
 
 @settings(max_examples=200, suppress_health_check=list(HealthCheck))

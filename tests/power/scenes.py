@@ -33,11 +33,13 @@ class Scene(NamedTuple):
         prepare: makes what is there before.
         job: what is cut. Run again on what a power failure left, it leads to the state after.
         cleans: whether it removes what a writer left that was cut.
+        renames: whether files are renamed one after another, so that opening may be refused until it is run again.
     """
 
     prepare: Callable[[Path], object]
     job: Callable[[Path], object]
     cleans: bool = True
+    renames: bool = False
 
 
 def nothing(root: Path) -> None:
@@ -127,9 +129,11 @@ def checked(root: Path) -> None:
         assert store.record_checks(["something"])
 
 
-def jasper(fmt: str, name: str = "set") -> Callable[[Path], None]:
+def jasper(fmt: str, name: str = "set", value: int = 0) -> Callable[[Path], None]:
     def run(root: Path) -> None:
-        synthesize(root / name, SynthOptions(pairs=80, dim=8, clusters=4, n_neg=3), format=fmt, overwrite=True)
+        synthesize(
+            root / name, SynthOptions(pairs=80, dim=8, clusters=4, n_neg=3, seed=value), format=fmt, overwrite=True
+        )
 
     return run
 
@@ -166,9 +170,17 @@ SCENES: dict[str, Scene] = {
         if fmt != "pt"
     },
     "convert beside the source": Scene(pt_files(2.0, "set"), to("safetensors", beside=True)),
-    "convert, file after file": Scene(both(write("safetensors", 1.0), pt_files(2.0)), to_holding_a_directory),
+    "convert, file after file": Scene(
+        both(write("safetensors", 1.0), pt_files(2.0)), to_holding_a_directory, renames=True
+    ),
     "a check recorded": Scene(write("safetensors", 1.0), checked, cleans=False),
     "convert a whole dataset": Scene(jasper("pt", "source"), converted_jasper("safetensors")),
+    "convert a whole dataset to npy": Scene(jasper("safetensors", "source"), converted_jasper("npy")),
+    "convert a whole dataset to pt": Scene(jasper("npy", "source"), converted_jasper("pt")),
+    "convert a whole dataset over another": Scene(
+        both(jasper("npy", "source"), jasper("safetensors", value=1)), converted_jasper("safetensors")
+    ),
     "make a dataset": Scene(nothing, jasper("npy")),
+    "make a dataset over another": Scene(jasper("npy", value=1), jasper("safetensors")),
     "the sample": Scene(nothing, the_sample),
 }

@@ -108,7 +108,7 @@ def record(tmp_path: Path, scene: Scene) -> Recording:
 
 
 def fail_at(recording: Recording, scene: Scene, root: Path, end: int, loss: Loss, seed: int, *, again: bool) -> str:
-    """What opens after a power failure: "before" or "after"; that it is one of both is asserted."""
+    """What opens after a power failure: "before" or "after", which is asserted; or "refused", where a scene allows that."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
     recording.disk.write(root, end, loss, random.Random(seed), synced_before=recording.start)
@@ -116,7 +116,8 @@ def fail_at(recording: Recording, scene: Scene, root: Path, end: int, loss: Loss
     where = f"after {end - recording.start} operations, {loss} lost, seed {seed}"
     if end == recording.end:
         assert found == recording.after, f"{where}: the job had returned, and what it wrote is not there"
-    assert found in (recording.before, recording.after), where
+    allowed = (recording.before, recording.after, *([None] if scene.renames else []))
+    assert found in allowed, where
     if found is not None:
         # Any HDF5 file counts as a JASPER dataset, which these are not.
         report = js.verify(root / "set") if "question_embs" in found else verify_files(root / "set")
@@ -127,7 +128,7 @@ def fail_at(recording: Recording, scene: Scene, root: Path, end: int, loss: Loss
         if scene.cleans and found != recording.after:
             hidden = [path.name for path in [*root.iterdir(), *(root / "set").iterdir()] if path.name[0] == "."]
             assert hidden in ([], [".shards"]), where
-    return "after" if found == recording.after else "before"
+    return "after" if found == recording.after else "before" if found == recording.before else "refused"
 
 
 def fail_everywhere(recording: Recording, scene: Scene, root: Path, points: list[int], somes: int) -> Counter[str]:

@@ -118,8 +118,8 @@ def rate(
 
 
 def _ways(js: Any, kind: Kind) -> dict[str, Callable[..., tuple[Iterator[Iterator[Batch]], dict[str, Any] | None]]]:
-    def plain_per_sample(path: Path, batch: int, *_: Any) -> Any:
-        return _again(DataLoader(kind.plain(path), batch_size=batch, shuffle=True, drop_last=True)), None
+    def plain_per_sample(path: Path, batch: int, _epoch: int, workers: int, _options: dict[str, Any]) -> Any:
+        return _again(DataLoader(kind.plain(path), batch, shuffle=True, drop_last=True, **_workers(workers))), None
 
     def per_sample(path: Path, batch: int, epoch: int, _workers: int, options: dict[str, Any]) -> Any:
         dataset = kind.open(js, path, epoch, options)
@@ -128,7 +128,7 @@ def _ways(js: Any, kind: Kind) -> dict[str, Callable[..., tuple[Iterator[Iterato
 
     def dataloader(path: Path, batch: int, epoch: int, workers: int, options: dict[str, Any]) -> Any:
         dataset = kind.open(js, path, epoch, options)
-        loader = DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True, num_workers=workers)
+        loader = DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True, **_workers(workers))
         return _again(loader), _placements(dataset)
 
     def create_loader(path: Path, batch: int, epoch: int, workers: int, options: dict[str, Any]) -> Any:
@@ -143,6 +143,11 @@ def _ways(js: Any, kind: Kind) -> dict[str, Callable[..., tuple[Iterator[Iterato
         "dataloader": dataloader,
         "create_loader": create_loader,
     }
+
+
+def _workers(count: int) -> dict[str, Any]:
+    """Options of a DataLoader; workers stay from epoch to epoch, so that no start is measured."""
+    return {"num_workers": count, "persistent_workers": count > 0}
 
 
 def _placements(dataset: Any) -> dict[str, Any]:

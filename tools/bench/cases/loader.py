@@ -21,7 +21,11 @@ TITLE = "Whole batches from RAM"
 WORKERS = (0, 1, 2)
 COPIES = ("ram", "fresh", "kept")
 SLOW_WAYS = ("plain-per-sample", "per-sample")
+WORKER_WAYS = ("plain-per-sample", "dataloader")
+"""Ways that are measured with workers besides create_loader, with the most that it has."""
 FAST_WAYS = ("dataloader", "create_loader")
+RAM_TARGETS = {("create_loader", 32): 0.75, ("dataloader", 32): 0.5}
+"""Least shares of the copy from RAM to RAM, where they are not 0.7."""
 LABELS = {
     "plain-per-sample": "a plain dataset, per sample, default collation",
     "per-sample": "this dataset, per sample, default collation",
@@ -71,7 +75,9 @@ def run(context: Context) -> CaseResult:
 
 def _ways(batches: tuple[int, ...], workers: tuple[int, ...]) -> list[Key]:
     keys = [(way, batch, 0) for batch in batches for way in LABELS]
-    return keys + [("create_loader", batch, count) for batch in batches for count in workers]
+    keys += [("create_loader", batch, count) for batch in batches for count in workers]
+    most = max(workers, default=0)
+    return keys + [(way, batch, most) for batch in batches for way in WORKER_WAYS if most]
 
 
 def measure(
@@ -164,5 +170,27 @@ def targets(name: str, batches: tuple[int, ...], runs: dict[Key, list[spawn.Resu
             )
             for kind, words in (("ram", "RAM to RAM"), ("fresh", "RAM to a new batch")):
                 base = _rate(runs, key, f"copy_{kind}_bytes_per_s")
-                made.append(target(what, f"`copy_` of as many bytes, {words}", flow, base, 0.7))
+                least = RAM_TARGETS.get((way, batch), 0.7) if kind == "ram" else 0.7
+                made.append(target(what, f"`copy_` of as many bytes, {words}", flow, base, least))
+        made += _worker_targets(name, batch, runs)
     return made
+
+
+def _worker_targets(name: str, batch: int, runs: dict[Key, list[spawn.Result] | str]) -> list[Target]:
+    """Of the most workers: against none, and of a plain DataLoader against one over a per-sample dataset."""
+    count = max((workers for way, size, workers in runs if way == "create_loader" and size == batch), default=0)
+    if not count:
+        return []
+    ours, plain, slow = (_rate(runs, (way, batch, count)) for way in ("create_loader", *reversed(WORKER_WAYS)))
+    made = [
+        target(
+            f"{name}: {LABELS['dataloader']}, batch {batch}, {count} workers",
+            f"{LABELS['plain-per-sample']}, {count} workers",
+            plain,
+            slow,
+            5.0,
+        )
+    ]
+    none = _rate(runs, ("create_loader", batch, 0))
+    what = f"{name}: {LABELS['create_loader']}, batch {batch}, {count} workers"
+    return [target(what, "the same without workers", ours, none, 0.5), *made]

@@ -17,6 +17,7 @@ __all__ = ["COLUMNS", "NAME", "RAM", "TITLE", "measure", "row", "run"]
 
 NAME = "warm"
 TITLE = "Random rows, warm"
+SMALL = 32
 RAM = "index_select"
 RAM_LABEL = "`torch.index_select` on a tensor in RAM"
 COLUMNS = (
@@ -42,23 +43,35 @@ def run(context: Context) -> CaseResult:
     for asset in dict.fromkeys(reader.asset for reader in readers):
         paths = {name: str(context.assets.ensure(name, {base, asset})) for name in (base, asset)}
         group = [reader.key for reader in readers if reader.asset == asset]
-        for batch in settings.batches:
+        for batch in _batches(settings.batches):
             for repeat in range(settings.repeats):
                 # The yardstick runs beside this library's own file only; every group holds one of its readers.
                 keys = [RAM, *group] if asset == base else group
                 for key in keys if repeat % 2 == 0 else reversed(keys):
                     measure(context, key, paths[base if key == RAM else asset], batch, runs, failed)
-    rows = [row(key, batch, runs, failed) for batch in settings.batches for key in (RAM, *READERS)]
+    rows = [row(key, batch, runs, failed) for batch in _batches(settings.batches) for key in (RAM, *READERS)]
     result.tables.append(Table(TITLE, COLUMNS, rows))
-    for batch in settings.batches:
+    for batch in _batches(settings.batches):
         rates = {key: median([one.value["rows_per_s"] for one in runs.get((key, batch), [])]) for key in (OURS, RAM)}
-        result.targets.append(target(f"warm mapped rows, batch {batch}", RAM_LABEL, rates[OURS], rates[RAM], 0.9))
+        result.targets.append(
+            target(f"warm mapped rows, batch {batch}", RAM_LABEL, rates[OURS], rates[RAM], _least(batch))
+        )
     result.notes.append(
         f"{min(settings.max_rows, settings.rows // 2):,} of {settings.rows:,} rows in a global shuffle, again and again; "
         "the first pass meets fresh page tables, the rate is the median of the later ones. Sums are compared after the "
         "clock. Nothing is capped."
     )
     return result
+
+
+def _batches(batches: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of the row readers, and a small one, where the calls around a gather count most."""
+    return tuple(sorted({SMALL, *batches}))
+
+
+def _least(batch: int) -> float:
+    """The share of the RAM tensor's rate that is the target."""
+    return 0.95 if batch <= SMALL else 1.0
 
 
 def measure(

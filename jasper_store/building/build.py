@@ -6,7 +6,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 from os import PathLike
 from pathlib import Path
 from typing import Any

@@ -37,7 +37,11 @@ def data(tmp_path: Path) -> Path:
 
 def files(path: Path) -> dict[str, bytes]:
     """Every file but the manifest, in which readers note what they have checked."""
-    return {each.name: each.read_bytes() for each in path.iterdir() if each.name[0] != "." and each.name != "jasper_store.json"}
+    return {
+        each.name: each.read_bytes()
+        for each in path.iterdir()
+        if each.name[0] != "." and each.name != "jasper_store.json"
+    }
 
 
 @pytest.mark.filterwarnings("ignore:use_mmap=True")

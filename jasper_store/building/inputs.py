@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from jasper_store.building.tiers import PROPORTIONS, TierNumbers, quotas, tier_numbers
-from jasper_store.building.vectors import RowSource
+from jasper_store.building.vectors import RowSource, require_matrix
 from jasper_store.errors import IncompatibleOptionsError, IntegrityError
 
 __all__ = ["Method", "MiningInputs", "MiningSettings", "check_inputs"]
@@ -141,8 +141,10 @@ def check_inputs(inputs: MiningInputs, settings: MiningSettings) -> None:
     Raises:
         IntegrityError: what contradicts what.
     """
+    require_matrix(inputs.questions, "questions")
+    require_matrix(inputs.sources, "sources")
     questions, sources = tuple(inputs.questions.shape), tuple(inputs.sources.shape)
-    if len(questions) == len(sources) == 2 and questions[1] != sources[1]:
+    if questions[1] != sources[1]:
         msg = (
             f"expected questions and sources of one dimension, found {list(questions)} and {list(sources)}; embed both with "
             "the same model"

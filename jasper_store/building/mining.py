@@ -249,14 +249,18 @@ class _Run:
 
     def _settled(self, pairs: np.ndarray, keep: int) -> Chosen:
         """Choose for pairs of one block, from ever longer lists until nothing can change."""
+        chosen = self._chosen_of_lists(pairs, keep)
+        self._again(chosen, lambda some: self._settled_in_parts(pairs[some], keep * _GROWTH))
+        return chosen
+
+    def _chosen_of_lists(self, pairs: np.ndarray, keep: int) -> Chosen:
+        """Choose from lists of one length: from their fronts, and from all of them where that was not enough."""
         problem = self._problem
         lists = sweep(problem, pairs, keep, self._plan.sizes, self._advance)
         front = keep if problem.settings.ranks else max(problem.quotas[:3]) + _FRONT_SPARE
         chosen = choose(problem, pairs, lists, front)
         if front < keep:
             self._again(chosen, lambda some: choose(problem, pairs[some], lists.of(some), keep))
-        del lists
-        self._again(chosen, lambda some: self._settled_in_parts(pairs[some], keep * _GROWTH))
         return chosen
 
     def _again(self, chosen: Chosen, better: Callable[[np.ndarray], Chosen]) -> None:

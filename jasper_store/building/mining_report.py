@@ -45,7 +45,10 @@ class MiningReport:
         what = f"{self.n_pairs:,} pairs with {self.settings['n_neg']} negatives each"
         if self.existed:
             return f"{self.path}: up to date: {what}, mined from the same content with the same settings; nothing was written"
-        lines = [f"{self.path}: {what}, in {self.seconds:.1f} s", f"positives: mean cosine {self.positive_similarity:.3f}"]
+        lines = [
+            f"{self.path}: {what}, in {self.seconds:.1f} s",
+            f"positives: mean cosine {self.positive_similarity:.3f}",
+        ]
         for kind, count in self.kinds.items():
             mean = self.similarity_of_kinds[kind]
             lines.append(f"{kind}: {count:,} negatives" + ("" if mean is None else f", mean cosine {mean:.3f}"))

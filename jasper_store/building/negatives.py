@@ -316,5 +316,7 @@ def _publish(
 
 def _compression(store: TensorStore) -> str | None:
     """The compression of an HDF5 file, which is written anew as a whole."""
-    filters = " ".join(spec.location.filters for name in store if isinstance((spec := store[name].spec).location, Chunked))
+    filters = " ".join(
+        spec.location.filters for name in store if isinstance((spec := store[name].spec).location, Chunked)
+    )
     return next((known for known in ("gzip", "lzf") if known in filters), None)

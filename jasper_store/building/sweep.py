@@ -202,10 +202,10 @@ class _Sweep:
         edges = np.flatnonzero(np.append(True, clusters[1:] != clusters[:-1]))
         for first, last in zip(edges.tolist(), [*edges[1:].tolist(), high - low], strict=True):
             for kind, begin, end in self._problem.clusters.runs(int(clusters[first])):
-                begin, end = max(begin, start), min(end, stop)
-                if begin < end:
-                    part = product[first:last, begin - start : end - start]
-                    self._offer(kind, part, low + first, begin)
+                inside, outside = max(begin, start), min(end, stop)
+                if inside < outside:
+                    part = product[first:last, inside - start : outside - start]
+                    self._offer(kind, part, low + first, inside)
                     part.fill_(-torch.inf)
 
     def _offer(self, kind: int, product: torch.Tensor, low: int, start: int) -> None:

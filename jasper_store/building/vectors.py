@@ -12,7 +12,7 @@ import xxhash
 from jasper_store.building.similarity import dots
 from jasper_store.errors import IntegrityError
 
-__all__ = ["RowSource", "Vectors", "scan"]
+__all__ = ["RowSource", "Vectors", "require_matrix", "scan"]
 
 _BLOCK_NBYTES: Final = 8 << 20
 
@@ -61,21 +61,28 @@ class Vectors:
         return values.div_(torch.from_numpy(self.norms[rows])[:, None]).to(torch.float32)
 
 
-def scan(source: RowSource, name: str, *, hash_rows: bool) -> Vectors:
-    """Read all rows once: check them, measure their lengths, and hash them.
-
-    Args:
-        source: the rows.
-        name: what they are called in errors.
-        hash_rows: whether to hash each row, too.
+def require_matrix(source: RowSource, name: str) -> None:
+    """Refuse what has another shape than [n, D] with D of at least 1.
 
     Raises:
-        IntegrityError: another shape than [n, D] with D of at least 1, rows that are no floating numbers, a row with NaN
-            or Inf, or one of zeros.
+        IntegrityError: it has.
     """
     if len(source.shape) != 2 or int(source.shape[1]) < 1:
         msg = f"{name}: expected embeddings of shape [n, D], found {list(source.shape)}; pass a row for each text"
         raise IntegrityError(msg, tensor=name)
+
+
+def scan(source: RowSource, name: str, *, hash_rows: bool) -> Vectors:
+    """Read all rows once: check them, measure their lengths, and hash them.
+
+    Args:
+        source: the rows, [n, D].
+        name: what they are called in errors.
+        hash_rows: whether to hash each row, too.
+
+    Raises:
+        IntegrityError: rows that are no floating numbers, a row with NaN or Inf, or one of zeros.
+    """
     count = int(source.shape[0])
     norms = np.empty(count)
     hashes = np.empty((count, 2), np.uint64) if hash_rows else None

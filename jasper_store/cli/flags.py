@@ -11,6 +11,7 @@ from collections.abc import Container
 __all__ = ["in_flags"]
 
 _FLAGS = {
+    "absolute_margin": "--absolute-margin",
     "batch_size": "--batch-size",
     "budget": "--budget",
     "clusters": "--clusters",
@@ -23,7 +24,9 @@ _FLAGS = {
     "keep_similarities": "--keep-similarities",
     "keyword_weights": "--keyword-weights",
     "keywords": "--keywords",
+    "max_similarity": "--max-similarity",
     "memory_limit": "--memory-limit",
+    "method": "--method",
     "n_neg": "--n-neg",
     "normalize_residual": "--normalize-residual",
     "num_workers": "--workers",
@@ -32,6 +35,8 @@ _FLAGS = {
     "pairs": "--pairs",
     "question_ids": "--question-ids",
     "questions": "--questions",
+    "ranks": "--ranks",
+    "relative_margin": "--relative-margin",
     "relevance": "--relevance",
     "repeated_pairs": "--repeated-pairs",
     "seconds": "--seconds",
@@ -42,6 +47,8 @@ _FLAGS = {
     "splits": "--splits",
     "storage_format": "--format",
     "tensors": "--tensor",
+    "tier_numbers": "--tier-numbers",
+    "tiers": "--tiers",
 }
 _SWITCHES = {
     "use_mmap=True": "--mmap",

@@ -98,7 +98,7 @@ def mine(
     )
 
 
-def _numbers(text: str | None, kind: type[float] | type[int], flag: str) -> tuple[Any, ...] | None:
+def _numbers(text: str | None, kind: type[float | int], flag: str) -> tuple[Any, ...] | None:
     try:
         return None if text is None else tuple(kind(part) for part in text.split(","))
     except ValueError as exc:

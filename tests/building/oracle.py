@@ -101,7 +101,9 @@ def oracle(
             one.far = positions[one.kind[positions] == 2]
             if not len(one.far):
                 one.far = positions
-        one.choose(quotas_of(settings.n_neg, settings.tiers, pair_clusters is not None), float(similarity[question, source]))
+        one.choose(
+            quotas_of(settings.n_neg, settings.tiers, pair_clusters is not None), float(similarity[question, source])
+        )
         found.append(one.chosen)
     rows, kinds = (np.array([[each[at] for each in chosen] for chosen in found]) for at in (0, 1))
     values = np.array([[similarity[pairs[pair, 0], each[0]] for each in chosen] for pair, chosen in enumerate(found)])

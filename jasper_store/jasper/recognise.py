@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def is_jasper(path: Path) -> bool:
             return False
         read_config(path)
     except JasperStoreError:
-        stems = {entry.name.split(".")[0] for entry in path.iterdir()}
+        stems = {name.split(".")[0] for name in os.listdir(path)}  # noqa: PTH208 - of ten thousand files, in a third of the time
         grown = read_generation(path)
         if grown is not None:
             stems |= {base_name(name) for name in (*grown.tensors, *grown.whole)}

@@ -188,7 +188,8 @@ class _Chooser:
         self._taken |= picked
         task, column = picked.nonzero()
         self._append(task, found.rows[task, column], found.kinds[task, column], found.similarities[task, column])
-        return wanted - picked.sum(axis=1)
+        left: np.ndarray = wanted - picked.sum(axis=1)
+        return left
 
     def _certify(self, picked: np.ndarray, wanted: np.ndarray, kind: int | None) -> None:
         """Mark pairs of which a source that is no candidate might have been taken."""
@@ -217,7 +218,7 @@ class _Chooser:
 
     def _draw(self, wanted: np.ndarray) -> np.ndarray:
         """Draw random sources of far clusters that no rule leaves out; how many are missing of each pair."""
-        left = wanted.copy()
+        left: np.ndarray = wanted.copy()
         for attempt in range(_ATTEMPTS + int(wanted.max(initial=0))):
             # As many attempts as the pair's own count allows: other pairs of the block change nothing.
             task = np.flatnonzero((left > 0) & (attempt < _ATTEMPTS + wanted))
@@ -247,7 +248,8 @@ class _Chooser:
     def _is_new(self, task: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Whether a source is no negative of the pair yet, no positive, and has not the bytes of one."""
         taken = (self._rows[task] == rows[:, None]).any(axis=1)
-        return ~taken & ~self._problem.is_excluded(self._pairs[task], rows)
+        found: np.ndarray = ~taken & ~self._problem.is_excluded(self._pairs[task], rows)
+        return found
 
     def _in_first_ranks(self, task: np.ndarray, rows: np.ndarray) -> np.ndarray:
         ranks = self._problem.settings.ranks

@@ -31,4 +31,5 @@ def numbers(seed: int, pairs: np.ndarray, attempt: int) -> np.ndarray:
 def _mixed(value: np.ndarray) -> np.ndarray:
     value = (value ^ (value >> np.uint64(30))) * _MIX_1
     value = (value ^ (value >> np.uint64(27))) * _MIX_2
-    return value ^ (value >> np.uint64(31))
+    found: np.ndarray = value ^ (value >> np.uint64(31))
+    return found

@@ -261,7 +261,7 @@ def _tensors(mined: Mined, *, similarities: bool) -> dict[str, torch.Tensor]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128(tensor.contiguous().cpu().numpy()).hexdigest()
+    return xxhash.xxh3_128(tensor.contiguous().cpu().numpy().data).hexdigest()
 
 
 def _facts(mined: Mined, settings: MiningSettings) -> dict[str, Any]:

@@ -132,7 +132,8 @@ class Problem:
         """Whether a source is a positive of the pair's question, or has the bytes of one; bool [n]."""
         keys = self.pair_question[pairs] * self._n_groups + self.groups.of_row[sources]
         at = np.searchsorted(self._positive_keys, keys)
-        return self._positive_keys[np.minimum(at, len(self._positive_keys) - 1)] == keys
+        found: np.ndarray = self._positive_keys[np.minimum(at, len(self._positive_keys) - 1)] == keys
+        return found
 
     # --- similarities -----------------------------------------------------------------------------------------
 
@@ -146,11 +147,13 @@ class Problem:
 
     def ceilings(self, pairs: np.ndarray) -> np.ndarray:
         """Cosine that a negative of each pair may have at most, float64 [n]; inf without a rule."""
-        return self._ceilings(pairs).min(axis=0)
+        found: np.ndarray = self._ceilings(pairs).min(axis=0)
+        return found
 
     def binding_rule(self, pairs: np.ndarray) -> np.ndarray:
         """Which rule sets the ceiling of each pair: 0 maximum, 1 absolute margin, 2 relative margin."""
-        return self._ceilings(pairs).argmin(axis=0)
+        found: np.ndarray = self._ceilings(pairs).argmin(axis=0)
+        return found
 
     def _ceilings(self, pairs: np.ndarray) -> np.ndarray:
         settings = self.settings

@@ -48,7 +48,8 @@ def _folded(values: torch.Tensor) -> torch.Tensor:
 
 def cosines(products: np.ndarray, left_norms: np.ndarray, right_norms: np.ndarray) -> np.ndarray:
     """Cosines [n], float32, from dot products and norms in float64; all rounded as IEEE 754 says, 0 without a sign."""
-    return (products / (left_norms * right_norms)).astype(np.float32) + np.float32(0)
+    found: np.ndarray = (products / (left_norms * right_norms)).astype(np.float32) + np.float32(0)
+    return found
 
 
 def product_error(dim: int) -> float:
@@ -72,4 +73,5 @@ def sort_keys(similarities: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """
     bits = np.ascontiguousarray(similarities).view(np.uint32)
     ascending = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
-    return (~ascending).astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64)
+    found: np.ndarray = (~ascending).astype(np.uint64) << np.uint64(32) | rows.astype(np.uint64)
+    return found

@@ -127,7 +127,8 @@ class Clusters:
         """
         total = len(self.rows)
         if not len(self.adjacent):
-            return (numbers % np.uint64(total)).astype(np.int64)
+            found: np.ndarray = (numbers % np.uint64(total)).astype(np.int64)
+            return found
         near = np.concatenate([clusters[:, None], self.adjacent[clusters]], axis=1)
         near[clusters < 0] = -1
         near = np.sort(near, axis=1)  # runs of higher clusters lie behind

@@ -95,7 +95,7 @@ def above(product: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, tor
     heavy = torch.empty(0, dtype=torch.int64, device=product.device)
     found = []
     if groups:
-        grouped = product[:, :whole].unflatten(1, (_GROUP, groups))
+        grouped = product[:, :whole].unflatten(1, (_GROUP, groups))  # type: ignore[no-untyped-call]
         reaching = grouped.amax(dim=1) > floor[:, None]
         many = reaching.sum(dim=1) > max(groups // _HEAVY, 4)
         if bool(many.any()):

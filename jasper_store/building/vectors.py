@@ -95,7 +95,7 @@ def scan(source: RowSource, name: str, *, hash_rows: bool) -> Vectors:
         norms[start:stop] = np.sqrt(dots(values, values))
         _require_directions(norms[start:stop], start, name)
         data = values.contiguous().view(torch.uint8).numpy()
-        digest.update(data)
+        digest.update(data.data)
         if hashes is not None:
             hashes[start:stop] = _row_hashes(data)
     digest.update(f"{count} {source.shape[1]}".encode())

@@ -73,7 +73,7 @@ def mine(
             relative_margin=relative_margin,
             absolute_margin=absolute_margin,
             max_similarity=max_similarity,
-            ranks=_numbers(ranks, int, "--ranks"),  # type: ignore[arg-type]
+            ranks=_numbers(ranks, int, "--ranks"),
             tier_numbers=tier_numbers,  # type: ignore[arg-type]
             method=method,  # type: ignore[arg-type]
             memory_limit=memory_limit,

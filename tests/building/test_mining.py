@@ -222,7 +222,7 @@ def test_bad_settings() -> None:
         ({"tier_numbers": "magic"}, "'jasper'"),
     ):
         with pytest.raises(IncompatibleOptionsError, match=words):
-            MiningSettings(**wrong)  # type: ignore[arg-type]
+            MiningSettings(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def in_child(
         try:
             torch.set_num_threads(1)
             if early:
-                mining.Checkpoints = _Killed  # type: ignore[misc]
+                mining.Checkpoints = _Killed  # type: ignore[attr-defined]
             mine(inputs_of(**given), MiningSettings(n_neg=6), memory_limit=limit, workdir=workdir)
             code = 0
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,13 @@ def counts(said: str) -> dict[str, int]:
 def test_threads_children_and_calls_that_fail(tmp_path: Path) -> None:
     assert gcc is not None
     build_harness(tmp_path / "harness", [gcc], "-O1")
-    done = run_harness([str(tmp_path / "harness")], 1)
-    assert (done.returncode, done.stderr) == (0, "")
-    did = counts(done.stdout)
+    did: Counter[str] = Counter()
+    for _ in range(20):  # what happens is drawn; on a busy machine little of it fits into a second
+        done = run_harness([str(tmp_path / "harness")], 1)
+        assert (done.returncode, done.stderr) == (0, "")
+        did.update(counts(done.stdout))
+        if all(did.values()):
+            break
     assert {"gathers", "refused", "in", "readings", "abandoned", "of", "children", "faults"} <= did.keys()
     assert all(did.values())
 

@@ -23,7 +23,14 @@ from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_mem
 from jasper_store.loading.ranks import Ranks, find_ranks
 from jasper_store.loading.samplers import EpochSampler
 from jasper_store.loading.state import LoaderState
-from jasper_store.loading.worker_gathers import UnitSampler, UnitWorker, WorkerGathers, batches_per_unit, unwrapped
+from jasper_store.loading.worker_gathers import (
+    UnitSampler,
+    UnitWorker,
+    WorkerGathers,
+    batches_per_unit,
+    forget_with,
+    unwrapped,
+)
 from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
 from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
@@ -232,6 +239,8 @@ class Loader(DataLoader[Any]):
             units._iterator = None  # noqa: SLF001 - of this class
         sampler: Any = units.batch_sampler
         iterator: Any = DataLoader.__iter__(units)
+        if self._iterator is None:
+            forget_with(iterator)
         if self.persistent_workers:
             self._units, self._iterator = units, iterator
         return WorkerGathers(self.dataset_obj, iterator, sampler)

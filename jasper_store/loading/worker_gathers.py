@@ -7,6 +7,7 @@ memory, and the trainer serves parts of it.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from jasper_store.samples.dataset import Dataset
 
-__all__ = ["UnitSampler", "UnitWorker", "WorkerGathers", "batches_per_unit", "unwrapped"]
+__all__ = ["UnitSampler", "UnitWorker", "WorkerGathers", "batches_per_unit", "forget_with", "unwrapped"]
 
 _HOST: Final = torch.device("cpu")
 _SAMPLES: Final = 512
@@ -111,6 +112,11 @@ def unwrapped(made: tuple[object, Batch]) -> tuple[object, dict[str, torch.Tenso
     return version, batch.tensors
 
 
+def forget_with(iterator: Any) -> None:
+    """Unmap what its workers have left when PyTorch's iterator, which ends them and waits for them, is gone."""
+    weakref.finalize(iterator, forget_dead_workers).atexit = False
+
+
 class WorkerGathers:
     """Units as they come from PyTorch's iterator.
 
@@ -143,5 +149,5 @@ class WorkerGathers:
         return Unit(indices, sizes, self._dataset.gather(indices), version)
 
     def close(self) -> None:
-        """Unmap what workers have left that ended with this pass."""
-        forget_dead_workers()
+        """End the workers, unless the loader keeps them for the next pass."""
+        self.iterator = iter(())  # PyTorch's ends its workers when nothing refers to it

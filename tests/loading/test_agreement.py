@@ -28,6 +28,8 @@ from jasper_store.loading import agreement
 
 what, data, other = sys.argv[1:]
 rank = int(os.environ["RANK"])
+def say(line):
+    os.write(1, f"{line}\n".encode())  # at once: ranks share the output, and print may write the line and its end apart
 agreement.WAIT_SECONDS, agreement._GRACE_SECONDS = 60.0, 20.0
 group = "nogroup" not in what
 if group:
@@ -48,9 +50,9 @@ try:
     checks = next(agreement._CHECKS)
     js.set_epoch(loader, 1)
     served += sum(len(batch["relevance"]) for batch in loader)
-    print(f"rank {rank} served {served}; checks {checks} {next(agreement._CHECKS)}", flush=True)
+    say(f"rank {rank} served {served}; checks {checks} {next(agreement._CHECKS)}")
 except js.errors.RankError as exc:
-    print(f"rank {rank} refused: {exc}", flush=True)
+    say(f"rank {rank} refused: {exc}")
 if group and "dead" not in what:
     dist.barrier()
     dist.destroy_process_group()

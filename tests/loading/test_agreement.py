@@ -29,7 +29,7 @@ from jasper_store.loading import agreement
 what, data, other = sys.argv[1:]
 rank = int(os.environ["RANK"])
 def say(line):
-    os.write(1, f"{line}\n".encode())  # at once: ranks share the output, and print may write the line and its end apart
+    os.write(1, (line + chr(10)).encode())  # at once: ranks share the output, and print may write the line and its end apart
 agreement.WAIT_SECONDS, agreement._GRACE_SECONDS = 60.0, 20.0
 group = "nogroup" not in what
 if group:

@@ -1,4 +1,4 @@
-"""``mine_negatives``: hard negatives of a dataset that is there, mined, and replaced in one step."""
+"""``mine_negatives``: hard negatives of a dataset that is there, mined, and put in place."""
 
 from __future__ import annotations
 
@@ -75,8 +75,9 @@ def mine_negatives(
     """Mine hard negatives from the embeddings of a dataset, and write them into it.
 
     For each pair other sources are chosen that are similar to the question and are no answer to it. The values are a pure
-    function of content, settings and seed. The new tensors and ``config.json`` replace the old ones in one step, so that a
-    running loader takes them by ``reload_negatives()``. A call that was killed is run again with the same arguments, and
+    function of content, settings and seed. Where the dataset has negatives, the new tensors and
+    ``config.json`` replace them in one step if the system can (Linux), so that a running loader takes them by
+    ``reload_negatives()``. A call that was killed is run again with the same arguments, and
     continues. A call with the same content and settings as the last one finds that out, and writes nothing.
 
     Args:
@@ -297,7 +298,7 @@ def _with_mined(
 def _publish(
     path: Path, store: TensorStore, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], staging: Path
 ) -> None:
-    """Write the tensors and ``config.json``, prove them, and replace the old ones in one step."""
+    """Write and prove the tensors and ``config.json``; they replace the old ones, in one step if that can be done."""
     with DatasetWriter(staging, overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.append(name, tensor)

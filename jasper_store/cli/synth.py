@@ -45,7 +45,7 @@ def synth(
       jasper-store synth data/ --pairs 200k
       jasper-store synth big/ --pairs 10M --dim 384 --n-neg 5 --clusters 1k --format hdf5
     """
-    from jasper_store.jasper.synth import SynthOptions, synthesize
+    from jasper_store.building.synth import SynthOptions, synthesize
 
     options = SynthOptions(pairs=pairs, dim=dim, n_neg=n_neg, clusters=clusters, seed=seed)
     began = time.perf_counter()

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from jasper_store.building.synth import SynthOptions
 from jasper_store.cli import synth
-from jasper_store.jasper.synth import SynthOptions
 from tests.cli.test_commands import COMMANDS
 
 _CHILD = """

@@ -486,7 +486,7 @@ def test_a_conversion_that_failed_is_finished_by_the_next(tmp_path):
 
 
 def test_overwriting_exchanges_the_directory(tmp_path, monkeypatch):
-    """Whoever opens it finds the old dataset or the new one; other files stay, and open files are kept."""
+    """An opening finds the old dataset or the new one; other files stay, and open files are kept."""
     one = base(tmp_path / "one", stop=10)
     two = base(tmp_path / "two", stop=20)
     js.convert(one, tmp_path / "set", "npy")

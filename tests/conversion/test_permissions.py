@@ -64,7 +64,7 @@ def test_writing_over_a_dataset_keeps_who_may_read_it(tmp_path):
             writer.append("a", torch.ones(2))
             assert writer._staging is not None
             if round_:
-                # Nobody else reads what is being written, either.
+                # While it is written, too, only its owner can read it.
                 assert stat.S_IMODE(writer._staging.stat().st_mode) == 0o700
                 writer.append("new", torch.ones(2))
         if not round_:

@@ -1,4 +1,4 @@
-"""Verifying a dataset whose tensors have shapes that nobody expects ends in a report."""
+"""Verifying a dataset whose tensors have unexpected shapes ends in a report."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 import jasper_store as js
-from jasper_store.jasper.synth import SynthOptions, synthesize
+from jasper_store.building.synth import SynthOptions, synthesize
 from jasper_store.loading.loader import Loader
 
 BATCH = 256

@@ -1,6 +1,6 @@
 """A file system in memory, mounted through /dev/fuse, that keeps a list of everything that was done to it.
 
-The kernel itself hands over each operation, so nothing escapes: writes through a map, O_DIRECT, io_uring,
+The kernel itself reports each operation, so nothing escapes: writes through a map, O_DIRECT, io_uring,
 copy_file_range, a system call that no library makes. It needs root, Linux and /dev/fuse, and no package.
 
 Run as a script: ``recorder.py MOUNTPOINT LOG``. It prints ``ready`` when the directory is mounted, and writes the list of
@@ -27,7 +27,7 @@ _HEADER = struct.Struct("<IIQQIIIHH")
 _ATTR = struct.Struct("<6Q10I")
 _ENTRY = struct.Struct("<4Q2I")
 _MAX_WRITE = 1 << 20
-_LONG = 3600  # seconds that the kernel may keep a name: nobody else changes this file system
+_LONG = 3600  # seconds that the kernel may keep a name: nothing else changes this file system
 _EXCHANGE = 2
 _NOREPLACE = 1
 _BIG_WRITES, _MAX_PAGES = 1 << 5, 1 << 22

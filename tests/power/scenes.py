@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 
 import jasper_store as js
+from jasper_store.building.synth import SynthOptions, synthesize
 from jasper_store.cli.sample import sample
 from jasper_store.conversion.commit import commit
 from jasper_store.conversion.compact import compact
 from jasper_store.conversion.converter import convert
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.formats.generation import read_generation
-from jasper_store.jasper.synth import SynthOptions, synthesize
 from jasper_store.store.opening import open_store
 from tests.conversion.samples import FORMAT_NAMES, write_pt
 from tests.conversion.zygote import fill

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import jasper_store as js
+from jasper_store.building import synth
+from jasper_store.building.synth import SynthOptions, synthesize
 from jasper_store.errors import IncompatibleOptionsError
-from jasper_store.jasper import synth
-from jasper_store.jasper.synth import SynthOptions, synthesize
 
 
 @pytest.fixture(scope="module")

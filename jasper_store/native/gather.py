@@ -138,12 +138,14 @@ class SourceGather:
     Args:
         source: its ``numbers`` must not be empty.
         mapped: the source is a map of a file; see :meth:`Jobs.run`.
+        keep: what keeps the addresses of ``source`` valid, where its tensor does not.
     """
 
-    __slots__ = ("_kernel", "_like", "_numbers", "_spare", "source")
+    __slots__ = ("_keep", "_kernel", "_like", "_numbers", "_spare", "source")
 
-    def __init__(self, source: Source, *, mapped: bool = False) -> None:
+    def __init__(self, source: Source, *, mapped: bool = False, keep: object = None) -> None:
         self.source = source
+        self._keep = keep
         self._kernel = library().jasper_gather_mapped if mapped else kernel()
         self._numbers = array.array("q", (*source.numbers, 0, 1, 0, 0, 0, 0))
         self._spare: list[tuple[array.array[int], int]] = []  # packed gathers that no thread uses, and their addresses

@@ -12,7 +12,7 @@ from jasper_store.native.gather import MapFaultError
 from jasper_store.paging import madvise as paging
 from jasper_store.paging.row_prefetcher import CHUNK_ROWS, RowPrefetcher
 from jasper_store.store.resident import HostTensor, empty_rows
-from jasper_store.store.rows import as_rows, out_of_range
+from jasper_store.store.rows import host_rows, out_of_range
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,11 +136,10 @@ class PagedTensor(HostTensor):
             ClosedError: the store was closed.
         """
         self._require_open()
-        ahead = as_rows(rows, self.name).cpu()
         if self._prefetcher is None:
             self._prefetch_small()
         else:
-            self._prefetcher.prefetch_ahead(ahead)
+            self._prefetcher.prefetch_ahead(host_rows(rows, self.name))
 
     @property
     def prefetching(self) -> bool:

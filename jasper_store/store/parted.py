@@ -11,7 +11,7 @@ import torch
 
 from jasper_store.formats.base import Parts
 from jasper_store.native import gather
-from jasper_store.native.gather import Jobs, Source
+from jasper_store.native.gather import Jobs, Source, SourceGather
 from jasper_store.paging import madvise as paging, residency
 from jasper_store.paging.mapping import mappable, view
 from jasper_store.paging.row_prefetcher import RowPrefetcher
@@ -53,7 +53,6 @@ class PartedTensor(PagedTensor):
         self._row_nbytes = spec.row_nbytes
         self._maps = PartMaps(spec.name, place.files, place.file_of, place.offsets, place.starts, spec.row_nbytes)
         self._memory = Source(nothing, tuple(self.row_shape), spec.row_nbytes, (0, _ANYWHERE, spec.row_nbytes, 1))
-        self._placed: tuple[object, Source | None] = (None, None)
         large = spec.nbytes > SMALL_TENSOR
         self._prefetch_whole = not large
         self._prefetcher = (
@@ -65,6 +64,8 @@ class PartedTensor(PagedTensor):
     # ---- rows
 
     def _gather_plain(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if self._plain and (out is None or out.is_contiguous()) and self._all_mapped() is not None:
+            return super()._gather_plain(source, rows, out)
         direct = self._plain and out is not None and out.is_contiguous()
         found = out if direct else None
         if found is None:
@@ -76,32 +77,30 @@ class PartedTensor(PagedTensor):
 
     def _copy_rows(self, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Rows as they are stored, to contiguous memory."""
-        source, held = self._all_mapped()
-        where = rows
-        if source is None:
-            where, bad, held = self._maps.locate(rows)
-            if bad >= 0:
+        kernel = self._all_mapped()
+        if kernel is not None:
+            if not kernel.run(rows, len(rows), target):
                 raise refused(rows, self.n_rows, self.name)
-            if gather.kernel() is None:
-                self._copy_by_parts(rows, target)
-                return
-            source = self._memory
-        jobs = Jobs()
-        jobs.add(source, where, target)
-        if jobs.run(mapped=True) is not None:
+            return
+        where, bad, held = self._maps.locate(rows)
+        if bad >= 0:
             raise refused(rows, self.n_rows, self.name)
+        if gather.kernel() is None:
+            self._copy_by_parts(rows, target)
+            return
+        jobs = Jobs()
+        jobs.add(self._memory, where, target)
+        jobs.run(mapped=True)
         del held  # until now the maps had to stay
 
-    def _all_mapped(self) -> tuple[Source | None, object]:
-        """What the kernel gathers from if all parts are mapped, and what keeps it valid."""
-        placed = self._maps.placed()
-        if placed is None or gather.kernel() is None:
-            return None, None
-        known, source = self._placed
-        if known is not placed:
-            source = self._memory._replace(numbers=placed.numbers)
-            self._placed = (placed, source)
-        return source, placed
+    def _all_mapped(self) -> SourceGather | None:
+        """What gathers from all parts, once all are mapped: they stay so until the tensor is closed."""
+        if self._kernel is None:
+            placed = self._maps.placed()
+            if placed is not None and gather.kernel() is not None:
+                source = self._memory._replace(numbers=placed.numbers)
+                self._kernel = SourceGather(source, mapped=True, keep=placed)
+        return self._kernel
 
     def _copy_by_parts(self, rows: torch.Tensor, target: torch.Tensor) -> None:
         """Without the kernel: part by part."""
@@ -247,4 +246,3 @@ class PartedTensor(PagedTensor):
         """Release the maps; existing views stay valid and keep theirs as long as they live."""
         super().close()
         self._maps.close()
-        self._placed = (None, None)

@@ -8,7 +8,7 @@ import torch
 
 from jasper_store.native.gather import Source, SourceGather, source_of
 from jasper_store.paging.buffers import BufferPool
-from jasper_store.store.rows import as_rows, out_of_range, refused, require_in_range
+from jasper_store.store.rows import as_rows, host_rows, out_of_range, refused, require_in_range
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ class HostTensor(StoredTensor):
         source = self._source
         if source is None:
             raise self._closed_error()
-        if type(rows) is not torch.Tensor or rows.dtype is not torch.int64 or rows.ndim != 1 or rows.is_cuda:
-            rows = as_rows(rows, self.name).cpu()
+        rows = host_rows(rows, self.name)
         if out is not None:
             self._check_out(out, len(rows))
         return self._gather(source, rows, out)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Rows: TypeAlias = torch.Tensor | np.ndarray | Sequence[int] | range
 
-__all__ = ["as_rows", "out_of_range", "refused", "require_in_range", "wrap_negative"]
+__all__ = ["as_rows", "host_rows", "out_of_range", "refused", "require_in_range", "wrap_negative"]
 
 _INTEGERS = frozenset(
     {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
@@ -43,6 +43,17 @@ def as_rows(rows: Rows, name: str) -> torch.Tensor:
         msg = f"{name}: rows are named by a 1-D list or tensor, got shape {list(rows.shape)}; flatten it first"
         raise IndexError(msg)
     return rows.long()
+
+
+def host_rows(rows: Rows, name: str) -> torch.Tensor:
+    """:func:`as_rows` in host memory, at no cost for what is that already.
+
+    Raises:
+        IndexError: as :func:`as_rows`.
+    """
+    if type(rows) is torch.Tensor and rows.dtype is torch.int64 and rows.ndim == 1 and not rows.is_cuda:
+        return rows
+    return as_rows(rows, name).cpu()
 
 
 def wrap_negative(rows: torch.Tensor, n_rows: int) -> torch.Tensor:

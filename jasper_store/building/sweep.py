@@ -25,6 +25,7 @@ from jasper_store.building.problem import Problem
 from jasper_store.building.similarity import product_error
 from jasper_store.building.tiers import ADJACENT, IN_CLUSTER, OTHER
 from jasper_store.building.topk import Reservoir, above
+from jasper_store.native.topk import offer, offers
 
 __all__ = ["BlockSizes", "Lists", "sweep"]
 
@@ -124,6 +125,7 @@ class _Sweep:
         self._ceilings = torch.from_numpy(rounded).to(device)
         self._limited = bool(np.isfinite(ceilings).any())
         self._above = torch.zeros(len(tasks), dtype=torch.int64, device=device)
+        self._compiled = offers(device)
         self._group_units(problem.cluster_of(tasks), problem.pair_question[tasks])
         self._list_excluded()
 
@@ -218,6 +220,9 @@ class _Sweep:
             start: position of the first source.
         """
         pool = self._pools[kind]
+        if self._compiled:
+            offer(pool, product, self._first_task[low : low + len(product) + 1], start, self._ceilings, self._above)
+            return
         begin, end = self._first_task[low], self._first_task[low + len(product)]
         floor = pool.floor[begin:end]
         if not self._one_to_one:

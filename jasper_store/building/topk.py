@@ -22,15 +22,19 @@ class Reservoir:
     """For each row the best columns so far. What was dropped of a row is not above its floor.
 
     Attributes:
+        keep: how many are kept of each row.
+        values: float32 [rows, capacity], -inf where there is none.
+        columns: int32 [rows, capacity].
+        fill: how many there are, int64 [rows].
         floor: float32 [rows].
     """
 
     def __init__(self, rows: int, keep: int, device: torch.device) -> None:
         self.keep = keep
         self._capacity = keep + max(keep, 16)
-        self._values = torch.full((rows, self._capacity), -torch.inf, device=device)
-        self._columns = torch.full((rows, self._capacity), -1, dtype=torch.int32, device=device)
-        self._fill = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.values = torch.full((rows, self._capacity), -torch.inf, device=device)
+        self.columns = torch.full((rows, self._capacity), -1, dtype=torch.int32, device=device)
+        self.fill = torch.zeros(rows, dtype=torch.int64, device=device)
         self.floor = torch.full((rows,), -torch.inf, device=device)
 
     @staticmethod
@@ -41,11 +45,11 @@ class Reservoir:
     def add(self, rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor) -> None:
         """Add candidates [n], sorted by row."""
         while rows.numel():
-            place = self._fill[rows] + _rank(rows)
+            place = self.fill[rows] + _rank(rows)
             fits = place < self._capacity
-            self._values[rows[fits], place[fits]] = values[fits]
-            self._columns[rows[fits], place[fits]] = columns[fits].to(torch.int32)
-            self._fill.index_add_(0, rows[fits], torch.ones_like(rows[fits]))
+            self.values[rows[fits], place[fits]] = values[fits]
+            self.columns[rows[fits], place[fits]] = columns[fits].to(torch.int32)
+            self.fill.index_add_(0, rows[fits], torch.ones_like(rows[fits]))
             rest = ~fits
             rows, columns, values = rows[rest], columns[rest], values[rest]
             if rows.numel():
@@ -54,21 +58,21 @@ class Reservoir:
                 rows, columns, values = rows[better], columns[better], values[better]
 
     def _cut(self, rows: torch.Tensor) -> None:
-        values, at = self._values[rows].topk(self.keep, dim=1)
-        columns = self._columns[rows].gather(1, at)
-        self._values[rows] = -torch.inf
-        self._values[rows, : self.keep] = values
-        self._columns[rows, : self.keep] = columns
-        self._fill[rows] = self.keep
+        values, at = self.values[rows].topk(self.keep, dim=1)
+        columns = self.columns[rows].gather(1, at)
+        self.values[rows] = -torch.inf
+        self.values[rows, : self.keep] = values
+        self.columns[rows, : self.keep] = columns
+        self.fill[rows] = self.keep
         self.floor[rows] = torch.maximum(self.floor[rows], values[:, -1])
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Values and columns [rows, keep] by falling value, -inf and -1 behind the last."""
-        full = (self._fill > self.keep).nonzero().view(-1)
+        full = (self.fill > self.keep).nonzero().view(-1)
         if full.numel():
             self._cut(full)
-        values, at = self._values[:, : self.keep].sort(dim=1, descending=True)
-        columns = self._columns[:, : self.keep].gather(1, at)
+        values, at = self.values[:, : self.keep].sort(dim=1, descending=True)
+        columns = self.columns[:, : self.keep].gather(1, at)
         return values, columns.masked_fill(values == -torch.inf, -1).to(torch.int64)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 12
+_ABI: Final = 13
 _LOG: Final = logging.getLogger("jasper_store")
 
 
@@ -61,4 +61,6 @@ def library() -> Any:
     found.jasper_begin_runs.restype = ctypes.c_int
     found.jasper_finish_read.argtypes = [address]
     found.jasper_finish_read.restype = signed
+    found.jasper_offer.argtypes = [address]
+    found.jasper_offer.restype = None
     return found

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings as example_settings, strategies as st
 
-from jasper_store.building import mining
+from jasper_store.building import mining, sweep
 from jasper_store.building.checkpoints import Checkpoints
 from jasper_store.building.mining import Mined, MiningSettings, mine
 from jasper_store.errors import IncompatibleOptionsError, InsufficientMemoryError, IntegrityError
@@ -58,6 +60,11 @@ def no_negative(inputs: dict[str, Any]) -> bool:
     return any((sources[:, None] == own[None]).all(axis=2).any(axis=1).all() for own in positives)
 
 
+def operations(compiled: bool) -> Any:
+    """Have products looked through by compiled code where it was built, or by torch's operations."""
+    return contextlib.nullcontext() if compiled else mock.patch.object(sweep, "offers", return_value=False)
+
+
 margins = st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.3, 1.0]))
 
 
@@ -73,6 +80,7 @@ margins = st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.3, 1.0]))
     highest=st.one_of(st.none(), st.sampled_from([-0.5, 0.0, 0.4, 0.9])),
     duplicate=st.one_of(st.none(), st.sampled_from([0.3, 0.9, 0.999])),
     ranks=st.one_of(st.none(), st.sampled_from([(0, 5), (3, 9), (2, 200), (40, 50)])),
+    compiled=st.booleans(),
 )
 def test_equals_the_oracle(
     seed: int,
@@ -85,6 +93,7 @@ def test_equals_the_oracle(
     highest: float | None,
     duplicate: float | None,
     ranks: tuple[int, int] | None,
+    compiled: bool,
 ) -> None:
     inputs = task(seed, *sizes, clusters)
     settings = MiningSettings(
@@ -102,7 +111,8 @@ def test_equals_the_oracle(
         with pytest.raises(IntegrityError, match="found none for"):
             mine(inputs_of(**inputs), settings, memory_limit=PLENTY)
         return
-    found = mine(inputs_of(**inputs), settings, memory_limit=PLENTY)
+    with operations(compiled):
+        found = mine(inputs_of(**inputs), settings, memory_limit=PLENTY)
     wanted = oracle(**inputs, settings=settings)
     assert np.array_equal(found.negatives, wanted.rows)
     assert np.array_equal(found.tiers, wanted.kinds + 1)
@@ -148,6 +158,14 @@ def test_memory_and_threads_change_no_bit(settings: MiningSettings) -> None:
             assert same(mine(inputs, settings, memory_limit=limit), wanted)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("settings", [MiningSettings(n_neg=6), MiningSettings(n_neg=4, ranks=(5, 40))])
+def test_compiled_code_changes_no_bit(settings: MiningSettings) -> None:
+    inputs = inputs_of(**larger())
+    with operations(compiled=False):
+        wanted = mine(inputs, settings, memory_limit=PLENTY)
+    assert same(mine(inputs, settings, memory_limit=PLENTY), wanted)
 
 
 def test_injected_duplicates_and_false_negatives_stay_out() -> None:

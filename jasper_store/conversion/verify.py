@@ -20,7 +20,7 @@ from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.verify_parts import part_headers
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
 from jasper_store.formats.base import Chunked, Schema, SupportsReference
-from jasper_store.formats.files import dtype_name, system_refusals
+from jasper_store.formats.files import dtype_name, is_file, system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.parts import join
 from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
@@ -191,7 +191,8 @@ class _Check:
         if not path.exists() or not (self.files or listed):
             msg = f"{path}: expected a dataset directory or one file of a known format, found nothing of the kind"
             raise DatasetNotFoundError(msg, path=path)
-        self.missing = [] if grown is not None else [file for file in listed if not file.exists()]
+        listed_names = self.manifest.files if path.is_dir() and grown is None else ()
+        self.missing = [name for name in listed_names if not is_file(self.root / name)]
         self.grown = grown
         self.skipped: list[Skipped] = []
         self.jobs: list[_Job] = []
@@ -242,13 +243,13 @@ class _Check:
                     self._add("warning", file.name, "manifest", text)
                 self._structure(file, specs)
         self._name_skipped(every)
-        for file in self.missing:
-            lost = self.manifest.files[file.name].tensors.keys() - names
-            text = f"{file}: the manifest lists it, and it is not there"
+        for name in self.missing:
+            lost = self.manifest.files[name].tensors.keys() - names
+            text = f"{self.root / name}: the manifest lists it, and it is not there"
             if lost:
-                self._add("error", file.name, "missing", f"{text}; no other file holds {', '.join(sorted(lost))}")
+                self._add("error", name, "missing", f"{text}; no other file holds {', '.join(sorted(lost))}")
             else:
-                self._add("warning", file.name, "missing", f"{text}; other files hold its tensors")
+                self._add("warning", name, "missing", f"{text}; other files hold its tensors")
 
     def _parts(self, generation: Generation) -> None:
         """Compare the headers of all files with what the manifest says of the parts in them."""

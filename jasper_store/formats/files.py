@@ -39,6 +39,8 @@ __all__ = [
     "check_shape",
     "create_file",
     "dtype_name",
+    "is_directory",
+    "is_file",
     "open_for_reading",
     "read_at",
     "read_file",
@@ -65,6 +67,16 @@ _READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``"float32"``."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file. ``False`` for a name that no file can have (too long, say), where pathlib may raise."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory; as :func:`is_file`."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.files import open_for_reading, read_at, shown
+from jasper_store.formats.files import is_file, open_for_reading, read_at, shown
 from jasper_store.formats.parts import join
 
 if TYPE_CHECKING:
@@ -183,8 +183,11 @@ def read_index(path: Path) -> dict[str, Path]:
             _refuse(path, f"names of files in its directory, found {shown(name, 100)}")
         files[name] = path.parent / name
     for name in sorted(files):
-        if not files[name].is_file():
-            _refuse(path, f"the file {name}, which it names, found none: the download is not complete, or it is stale")
+        if not is_file(files[name]):
+            _refuse(
+                path,
+                f"the file {name[:100]!r}, which it names, found none: the download is not complete, or it is stale",
+            )
     return {tensor: files[name] for tensor, name in names.items()}
 
 

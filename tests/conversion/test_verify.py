@@ -101,6 +101,17 @@ def test_a_file_that_is_gone_and_held_by_another_format_is_a_warning(datasets, t
     assert [found.check for found in report.warnings] == ["missing"]
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".npy", "d/" * 3000 + "x.npy", "folder/x.npy"])
+def test_a_file_that_is_gone_by_a_name_of_any_kind(datasets, tmp_path, name):
+    data = shutil.copytree(datasets["npy"], tmp_path / "data")
+    manifest = json.loads((data / MANIFEST_NAME).read_text())
+    manifest["files"][name] = manifest["files"]["half.npy"]
+    (data / "half.npy").unlink()
+    (data / MANIFEST_NAME).write_text(json.dumps(manifest))
+    found = verify_files(data).errors
+    assert {(each.tensor, each.check) for each in found} == {(name, "missing"), ("half.npy", "missing")}
+
+
 def test_a_file_replaced_by_another_of_its_kind(datasets, tmp_path):
     data = shutil.copytree(datasets["npy"], tmp_path / "data")
     np.save(data / "embs.npy", np.zeros((3, 3), np.float32))

@@ -430,7 +430,7 @@ def test_a_directory_of_one_file(tmp_path, datasets):
     }
     assert {one.name for one in located.skipped} == {"id", "cache-0123456789abcdef", "left-over"}
     (root / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(CorruptFileError, match=r"lists the file data-00000-of-00001\.arrow, which is not there"):
+    with pytest.raises(CorruptFileError, match=r"lists the file 'data-00000-of-00001\.arrow', which is not there"):
         locate(root, "auto", Schema())
 
 
@@ -500,7 +500,15 @@ def test_splits_beside_each_other_as_in_the_cache_of_the_hub(tmp_path, datasets)
 
 
 @pytest.mark.parametrize(
-    "state", ["[]", "{", '{"_data_files": 3}', '{"_data_files": [{"filename": "../x.arrow"}]}', '{"_data_files": [{}]}']
+    "state",
+    [
+        "[]",
+        "{",
+        '{"_data_files": 3}',
+        '{"_data_files": [{"filename": "../x.arrow"}]}',
+        '{"_data_files": [{}]}',
+        '{"_data_files": [{"filename": "' + 300 * "a" + '"}]}',
+    ],
 )
 def test_a_state_that_makes_no_sense(tmp_path, state):
     write(tmp_path / "x.arrow", pa.table({"n": [1]}))

@@ -476,7 +476,8 @@ def test_a_bad_index_is_refused(tmp_path: Path) -> None:
         ("[", "a JSON object"),
         ('{"weight_map": [1]}', "a JSON object"),
         (json.dumps({"weight_map": {"a": "../x.safetensors"}}), "files in its directory"),
-        (json.dumps({"weight_map": {"a": "gone.safetensors"}}), r"the file gone\.safetensors"),
+        (json.dumps({"weight_map": {"a": "gone.safetensors"}}), r"the file 'gone\.safetensors'"),
+        (json.dumps({"weight_map": {"a": 300 * "a"}}), "the file 'aaa"),
         (json.dumps({"weight_map": {**good["weight_map"], "more": "model-00001-of-00003.safetensors"}}), "'more'"),
     ):
         index.write_text(text)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Skipped
-from jasper_store.formats.files import open_for_reading, read_at, shown
+from jasper_store.formats.files import is_directory, is_file, open_for_reading, read_at, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,7 +41,7 @@ def splits_of(root: Path) -> list[str]:
         raise CorruptFileError(
             f"{path}: expected a list of splits, found {shown(splits, 80)}; save it again.", path=path
         )
-    return [split for split in splits if (root / split).is_dir()]
+    return [split for split in splits if is_directory(root / split)]
 
 
 def dataset_files(root: Path, files: Mapping[Path, str]) -> tuple[dict[Path, str], list[Skipped]]:
@@ -115,9 +115,10 @@ def _named(path: Path) -> list[str] | None:
             path=path,
         )
     for name in names:
-        if not (path.parent / name).is_file():
+        if not is_file(path.parent / name):
             raise CorruptFileError(
-                f"{path}: lists the file {name}, which is not there; restore it, or save the dataset again.", path=path
+                f"{path}: lists the file {shown(name, 100)}, which is not there; restore it, or save the dataset again.",
+                path=path,
             )
     return names
 

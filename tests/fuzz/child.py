@@ -1,17 +1,20 @@
-"""One target in a process that may end at any input; ``__main__`` starts it.
+"""Targets, each in a process that may end at any input; ``__main__`` starts this one.
 
-``python -m tests.fuzz.child TARGET MODE SECONDS FOLDER``. ``MODE`` is ``guided``: atheris changes inputs and keeps those that reach
-new code in the corpus; or ``bulk``: inputs of the corpus are changed at random, many times as fast since nothing is traced.
+``python -m tests.fuzz.child MODE SECONDS FOLDER TARGET...``. ``MODE`` is ``guided``: atheris changes inputs and keeps those that
+reach new code in the corpus; or ``bulk``: inputs of the corpus are changed at random, many times as fast since nothing is
+traced. ``SECONDS`` are those of one target.
 
-What the parent has to know is in a shared file: the counts, and the input that is being read, which is all that is left after a
-crash. No alarm of the clock is set, since a machine that stands still for a while makes no input slow: this process's own
-work is limited.
+The parsers are imported once, which takes longer than thousands of inputs; each target then is a fork, and another one where an
+input ended it. What the parent has to know is in a shared file: the counts, and the input that is being read, which is all
+that is left after a crash. No alarm of the clock is set, since a machine that stands still for a while makes no input slow:
+the process's own work is limited.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import importlib
+import os
 import random
 import resource
 import signal
@@ -32,6 +35,7 @@ NBYTES = 1 << 30
 GROWTH_NBYTES = 512 << 20
 _FUZZERS_NBYTES = 512 << 20
 """What atheris may take for itself."""
+_SHM = Path("/dev/shm")
 _TRACED = ["jasper_store.formats", "jasper_store.store.manifest", "jasper_store.samples", "jasper_store.jasper.config"]
 _NUMBERS = [0, 1, 2, 4, 7, 8, 16, 32, 64, 127, 128, 255, 256, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
 _NUMBERS += [2**32, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 16, 2**64 - 1]
@@ -39,17 +43,63 @@ _NUMBERS += [2**32, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 16, 2**64 - 1]
 
 def main() -> None:
     """See the module's text."""
-    name, mode, seconds, where = sys.argv[1:]
+    mode, seconds, where, *names = sys.argv[1:]
     kept = Path(where)
-    counts = Counts(kept / f"{name}.counts")
-    counts.starts += 1
-    shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None, prefix="jasper-fuzz-") as scratch:
-        run = _guided if mode == "guided" else _bulk
+    kept.mkdir(parents=True, exist_ok=True)
+    targets = _import(mode)
+    for name in names:
+        end = time.monotonic() + int(seconds)
+        ended = False
+        while not ended and (left := end - time.monotonic()) > 1:
+            # In memory where there is such a file system. libFuzzer ends its process without cleaning up.
+            with tempfile.TemporaryDirectory(dir=_SHM if _SHM.is_dir() else None, prefix="jasper-fuzz-") as scratch:
+                ended = _forked(targets[name], name, mode, left, kept, Path(scratch))
+
+
+def _import(mode: str) -> Any:
+    """The targets. Where they are guided, atheris has to see how the parsers are imported."""
+    if mode != "guided":
+        return importlib.import_module("tests.fuzz.targets").TARGETS
+    import atheris
+
+    with atheris.instrument_imports(include=_TRACED):
+        return importlib.import_module("tests.fuzz.targets").TARGETS
+
+
+def _forked(target: Any, name: str, mode: str, seconds: float, kept: Path, scratch: Path) -> bool:
+    """Fuzz one target in a fork; what ended it is kept. Whether it ended by itself."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        status = 1
         try:
-            run(name, int(seconds), kept, counts, Path(scratch))
-        finally:
-            counts.end()
+            with (kept / f"{name}.log").open("ab") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            counts = Counts(kept / f"{name}.counts")
+            counts.starts += 1
+            run = _guided if mode == "guided" else _bulk
+            run(target, name, seconds, kept, counts, scratch)
+            status = 0
+        except SystemExit as exc:  # atheris ends so
+            status = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent hears of it
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(status)  # destructors of a damaged library's objects do not run
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    counts = Counts(kept / f"{name}.counts")
+    if not status:
+        counts.end()
+        return True
+    if not counts.current():
+        log_text = (kept / f"{name}.log").read_text(errors="replace")
+        raise RuntimeError(f"the process for {name!r} could not start: {log_text[-2000:]}")
+    how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+    counts.found += keep(kept / "found" / name, counts.current(), how, f"see {name}.log\n")
+    counts.end()
+    return False
 
 
 def _reader(target: Any, name: str, kept: Path, counts: Counts, scratch: Path) -> Callable[[bytes], None]:
@@ -83,11 +133,9 @@ def _reader(target: Any, name: str, kept: Path, counts: Counts, scratch: Path) -
     return one
 
 
-def _guided(name: str, seconds: int, kept: Path, counts: Counts, scratch: Path) -> None:
+def _guided(target: Any, name: str, seconds: float, kept: Path, counts: Counts, scratch: Path) -> None:
     import atheris
 
-    with atheris.instrument_imports(include=_TRACED):
-        target = importlib.import_module("tests.fuzz.targets").TARGETS[name]
     counts.guided = True
     corpus, sound = kept / "corpus" / name, kept / "seeds" / name
     for folder in (corpus, sound):
@@ -104,22 +152,21 @@ def _guided(name: str, seconds: int, kept: Path, counts: Counts, scratch: Path) 
         "-malloc_limit_mb=0",
         "-detect_leaks=0",
     ]
-    options = [f"-max_len={target.most}", f"-max_total_time={seconds}", f"-dict={tokens}", "-reload=0"]
+    options = [f"-max_len={target.most}", f"-max_total_time={int(seconds)}", f"-dict={tokens}", "-reload=0"]
     options += [f"-artifact_prefix={kept}/", "-print_final_stats=1"]
     one = _reader(target, name, kept, counts, scratch)
     atheris.Setup([sys.argv[0], *limits, *options, str(corpus), str(sound)], one)
     atheris.Fuzz()
 
 
-def _bulk(name: str, seconds: int, kept: Path, counts: Counts, scratch: Path) -> None:
-    target = importlib.import_module("tests.fuzz.targets").TARGETS[name]
+def _bulk(target: Any, name: str, seconds: float, kept: Path, counts: Counts, scratch: Path) -> None:
     counts.guided = False
     corpus = kept / "corpus" / name
     inputs = [*target.seeds(), *(path.read_bytes() for path in (corpus.iterdir() if corpus.is_dir() else ()))]
     one = _reader(target, name, kept, counts, scratch)
     rng = random.Random(counts.starts)
-    end = time.process_time() + seconds
-    while time.process_time() < end:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         for _ in range(64):
             one(changed(rng.choice(inputs), rng, target.tokens, inputs)[: target.most])
 

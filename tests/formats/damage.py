@@ -27,6 +27,8 @@ from tests.formats.conformance import read
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from jasper_store.formats.base import TensorSpec
+
 # Values this large can only come from a damaged shape; reading them would measure patience, not safety.
 READ_AT_MOST = 1 << 26
 
@@ -57,15 +59,21 @@ def opened(name: str, path: Path) -> str:
     return "refused" if error_of(name, path) else "opened"
 
 
-def error_of(name: str, path: Path) -> CorruptFileError | None:
-    """Open a file and read its values as a consumer would; the error if it is refused."""
+def error_of(
+    name: str, path: Path, seen: Callable[[TensorSpec, torch.Tensor], object] = lambda spec, values: None
+) -> CorruptFileError | None:
+    """Open a file and read its values as a consumer would; the error if it is refused.
+
+    ``seen`` is called with each tensor of at most ``READ_AT_MOST`` bytes.
+    """
     size = path.stat().st_size
     try:
         fmt = next(fmt for known, fmt in readable().items() if known == name)
         specs = fmt.locate(path, Schema())
         # A damaged type may become one that is skipped; strings are read as a conversion would.
-        assert all(skip.reason for skip in skipped_in(fmt, path, Schema()))
-        for texts in fmt.texts(path, Schema()) if isinstance(fmt, SupportsTexts) else ():
+        skipped = skipped_in(fmt, path, Schema())
+        assert all(skip.reason for skip in skipped)
+        for texts in fmt.texts(path, Schema()) if skipped and isinstance(fmt, SupportsTexts) else ():
             with contextlib.suppress(IntegrityError):
                 assert sum(len(lengths) for _, lengths in texts.blocks()) == texts.rows
         for spec in specs:
@@ -77,21 +85,29 @@ def error_of(name: str, path: Path) -> CorruptFileError | None:
                     last = sum((n - 1) * step for n, step in zip(spec.shape, strides, strict=True))
                     assert spec.location.offset + (last + 1) * spec.dtype.itemsize <= size
                 assert spec.location.offset >= 0
-            if isinstance(spec.location, Chunked) and spec.row_nbytes <= READ_AT_MOST:
-                with contextlib.closing(ChunkedReader(spec)) as reader:
-                    rows = torch.empty((2, *spec.shape[1:]), dtype=spec.dtype)
-                    reader.read_rows(torch.tensor([0, spec.n_rows - 1]), rows)
-            if isinstance(spec.location, Parts):
+            if isinstance(spec.location, Chunked):
+                if spec.row_nbytes <= READ_AT_MOST:
+                    with contextlib.closing(ChunkedReader(spec)) as reader:
+                        rows = torch.empty((2, *spec.shape[1:]), dtype=spec.dtype)
+                        reader.read_rows(torch.tensor([0, spec.n_rows - 1]), rows)
+                        if spec.nbytes <= READ_AT_MOST:
+                            values = torch.empty(spec.shape, dtype=spec.dtype)
+                            reader.read_block(0, spec.n_rows, values)
+                            seen(spec, values)
+            elif isinstance(spec.location, Parts):
                 ends = spec.location.offsets + np.diff(spec.location.starts) * spec.row_nbytes
                 assert spec.location.offsets.min() >= 0
                 assert ends.max() <= size
             elif isinstance(spec.location, Streamed):
                 if spec.nbytes <= READ_AT_MOST:
                     with contextlib.closing(ByteStream(spec)) as stream:
-                        stream.fill(torch.empty(spec.shape, dtype=spec.dtype))
+                        values = torch.empty(spec.shape, dtype=spec.dtype)
+                        stream.fill(values)
+                        seen(spec, values)
             elif spec.nbytes <= READ_AT_MOST or isinstance(spec.location, Inline):
                 values = read(spec)
                 assert tuple(values.shape) == spec.shape
+                seen(spec, values)
     except CorruptFileError as exc:
         return exc
     return None

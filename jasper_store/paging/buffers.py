@@ -3,7 +3,8 @@
 The C library returns a block of some megabytes to the kernel as soon as it is freed. Allocating the next one costs a
 page fault and a page of zeros for each 4 KiB, more than the gather that fills it (measured in docs/notes-paging.md).
 The pool keeps the block and reuses it once nothing refers to it: neither the tensor, nor a view of it, nor a NumPy
-array that shares its memory.
+array that shares its memory. A block whose size does not come again is given back after a while, and all free ones when
+a store is closed: a process that trains for days holds what its present loaders use.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ _MAX_NBYTES: Final = 256 << 20
 _MAX_FREE_NBYTES: Final = 128 << 20
 """Bytes of free blocks that are kept, the ones released last: a loader fills one batch while the trainer uses
 another."""
+_MAX_IDLE_NBYTES: Final = 2 << 30
+"""A free block is given back once so many bytes were allocated since its release: to allocate it anew then costs little
+beside them."""
 
 
 class BufferPool:
@@ -40,15 +44,27 @@ class BufferPool:
 
     Args:
         max_free_nbytes: bytes of free blocks to keep, at most.
+        max_idle_nbytes: bytes that are allocated after a block was released, until it is given back unused.
     """
 
-    def __init__(self, max_free_nbytes: int = _MAX_FREE_NBYTES) -> None:
-        # In the order of their release. Every change is one atomic operation of the interpreter.
-        self._free: deque[mmap.mmap] = deque()
+    def __init__(self, max_free_nbytes: int = _MAX_FREE_NBYTES, max_idle_nbytes: int = _MAX_IDLE_NBYTES) -> None:
+        # In the order of their release, each with the bytes that were allocated until then. Every change is one atomic
+        # operation of the interpreter.
+        self._free: deque[tuple[mmap.mmap, int]] = deque()
         self._in_use: dict[int, weakref.ref[memoryview]] = {}
-        # An attribute, not the constant: blocks are also released while the interpreter ends, when the names of this
+        self._allocated = 0  # threads may lose some of each other's bytes: blocks are then kept a little longer
+        # Attributes, not the constants: blocks are also released while the interpreter ends, when the names of this
         # module are gone.
-        self._max_free_nbytes = max_free_nbytes
+        self._max_free_nbytes, self._max_idle_nbytes = max_free_nbytes, max_idle_nbytes
+
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes of the blocks that are kept and not in use."""
+        return sum(len(block) for block, _ in tuple(self._free))
+
+    def clear(self) -> None:
+        """Give the free blocks back. Those in use are kept as before once they are released."""
+        self._free.clear()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised host tensor, like ``torch.empty``, possibly over memory that was used before."""
@@ -56,6 +72,7 @@ class BufferPool:
         if not _MIN_NBYTES <= nbytes <= _MAX_NBYTES or sys.platform != "linux":
             return torch.empty(tuple(shape), dtype=dtype)
         size = -(-nbytes // _GRANULARITY) * _GRANULARITY
+        self._allocated += size
         block = self._pop_free(size)
         if block is None:
             try:
@@ -70,21 +87,21 @@ class BufferPool:
 
     def _pop_free(self, size: int) -> mmap.mmap | None:
         """The free block of this size that was released last, which may still be in the processor's cache."""
-        for block in reversed(tuple(self._free)):
-            if len(block) == size:
+        for entry in reversed(tuple(self._free)):
+            if len(entry[0]) == size:
                 try:
-                    self._free.remove(block)
+                    self._free.remove(entry)
                 except ValueError:
                     continue  # another thread took it
-                return block
+                return entry[0]
         return None
 
     def _release(self, key: int, block: mmap.mmap) -> None:
         self._in_use.pop(key, None)
-        self._free.append(block)
-        held = sum(map(len, tuple(self._free)))
+        self._free.append((block, self._allocated))
+        held = self.free_nbytes
         try:
-            while held > self._max_free_nbytes:
-                held -= len(self._free.popleft())
+            while held > self._max_free_nbytes or self._allocated - self._free[0][1] > self._max_idle_nbytes:
+                held -= len(self._free.popleft()[0])
         except IndexError:
             pass  # another thread removed them; contextlib.suppress may be gone when the last batch is released

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jasper_store.formats.base import TensorSpec
     from jasper_store.store.rows import Rows
 
-__all__ = ["SMALL_TAKE", "DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows", "pinned_rows"]
+__all__ = ["SMALL_TAKE", "DeviceTensor", "HostTensor", "ResidentTensor", "empty_rows", "give_back", "pinned_rows"]
 
 # torch can gather these only as the signed type of the same width.
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -32,6 +32,11 @@ def empty_rows(shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> torch
     if nbytes < SMALL_TAKE:
         return torch.empty(shape, dtype=dtype, device=_HOST)
     return _BUFFERS.empty(shape, dtype)
+
+
+def give_back() -> None:
+    """Return to the system the memory that is kept for results and not in use, as when what it was for is closed."""
+    _BUFFERS.clear()
 
 
 def pinned_rows(shape: tuple[int, ...], dtype: torch.dtype, _nbytes: int) -> torch.Tensor:

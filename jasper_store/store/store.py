@@ -24,6 +24,7 @@ from jasper_store.store.explain import explain, memory_of, summary
 from jasper_store.store.ids import Ids
 from jasper_store.store.ragged import RaggedTensor
 from jasper_store.store.reopen import ReopenSpec, digest_of, identities_of
+from jasper_store.store.resident import give_back
 from jasper_store.store.tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -334,6 +335,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         stacks, self._stacks = self._stacks, {}
         for tensor in (*tensors.values(), *stacks.values()):
             tensor.close()
+        give_back()
 
     def __enter__(self) -> Self:
         self._require_open()

@@ -5,6 +5,7 @@ Run as a script: ``soak.py ROOT MINUTES LEG_SECONDS RELOAD_SECONDS PAIRS [CGROUP
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -27,7 +28,11 @@ DIM = 128
 
 
 class Held(NamedTuple):
-    """What a process has after a leg, with everything closed."""
+    """What a process has after a leg, with everything closed.
+
+    ``resident_kib`` includes files that are mapped, ``anonymous_kib`` does not; ``trimmed_kib`` is what is left of it
+    once the C library has returned what is free to the system.
+    """
 
     leg: int
     ranks: int
@@ -35,7 +40,9 @@ class Held(NamedTuple):
     samples: int
     epochs: int
     reloads: int
+    resident_kib: int
     anonymous_kib: int
+    trimmed_kib: int
     descriptors: int
     threads: int
     maps: int
@@ -48,6 +55,13 @@ def status(key: str) -> int:
     """A number of ``/proc/self/status``."""
     text = Path("/proc/self/status").read_text(encoding="ascii")
     return int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{key}:")))
+
+
+def trim() -> None:
+    """Let glibc return memory that is free; other C libraries have no such call."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:
+        give_back(0)
 
 
 def count(folder: str) -> int:
@@ -136,10 +150,12 @@ class Soak:
     def held(self, number: int, ranks: int, workers: int) -> Held:
         gc.collect()
         me = psutil.Process()
+        resident, anonymous = status("VmRSS"), status("RssAnon")
+        trim()
         locks = [path for path in self.root.rglob(".*") if path.name.endswith((".lock", ".tmp", ".staging"))]
         return Held(
             number, ranks, workers, self.samples, self.epochs, self.reloads,
-            status("RssAnon"), count("/proc/self/fd"), me.num_threads(), len(me.memory_maps(grouped=False)),
+            resident, anonymous, status("RssAnon"), count("/proc/self/fd"), me.num_threads(), len(me.memory_maps(grouped=False)),
             len(me.children(recursive=True)), shared_memory(), len(locks),
         )  # fmt: skip
 

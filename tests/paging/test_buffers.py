@@ -59,8 +59,32 @@ def test_free_memory_is_limited() -> None:
         held = [pool.empty((ROWS * size,), torch.float32) for _ in range(5)]
         del held
     gc.collect()
-    assert 0 < sum(map(len, pool._free)) <= 30 << 20
+    assert 0 < pool.free_nbytes <= 30 << 20
     assert pool._in_use == {}
+
+
+@linux
+def test_blocks_of_sizes_that_come_no_more_are_given_back() -> None:
+    # Batches change their size with the number of ranks and at the end of an epoch: each size was kept up to the limit.
+    pool = BufferPool(max_idle_nbytes=20 << 20)
+    for size in range(2, 9):
+        pool.empty((ROWS * size,), torch.float32)
+    assert pool.free_nbytes > 20 << 20
+    for _ in range(21):
+        pool.empty((ROWS,), torch.float32)
+    assert pool.free_nbytes == 1 << 20
+
+
+@linux
+def test_what_is_cleared_is_kept_again_afterwards() -> None:
+    pool = BufferPool()
+    used = pool.empty((ROWS,), torch.float32).fill_(3)
+    pool.empty((ROWS * 2,), torch.float32)
+    pool.clear()
+    assert pool.free_nbytes == 0
+    assert bool((used == 3).all())
+    del used
+    assert pool.free_nbytes == 1 << 20
 
 
 @linux

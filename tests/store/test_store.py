@@ -23,6 +23,7 @@ from jasper_store.errors import (
 from jasper_store.formats.base import Schema
 from jasper_store.memory.budget import Bound, Budget
 from jasper_store.paging.madvise import madvise_batcher
+from jasper_store.store import resident
 from jasper_store.store.opening import open_store, plan_store
 from tests.builders import build_pt_dataset, jasper_tensors
 from tests.store.samples import WRITERS, tensors, write_safetensors
@@ -188,6 +189,18 @@ class TestOpening:
             store.close()
             assert open_files() == before
             assert not MAPS.exists() or str(dataset) not in MAPS.read_text()
+
+    def test_closing_gives_back_memory_that_was_kept_for_results(self, tmp_path):
+        rows = torch.arange(1 << 19).view(-1, 64)
+        write_safetensors(tmp_path, {"rows": rows})
+        store = open_store(tmp_path, use_mmap=True)
+        for _ in range(3):
+            taken = store["rows"].take(torch.arange(len(rows)))
+        free, other = resident._BUFFERS.free_nbytes, store["rows"].take([5])
+        store.close()
+        assert resident._BUFFERS.free_nbytes < max(free, 1)
+        assert torch.equal(taken, rows)
+        assert torch.equal(other, rows[5:6])
 
     def test_closed(self, dataset):
         with open_store(dataset) as store:

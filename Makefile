@@ -44,7 +44,7 @@ TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 MINUTES ?= 10
 FUZZ ?= build/fuzz
 
-fuzz: $(STAMP) ## fuzz all parsers for MINUTES=10, guided by coverage, and print the counts of all runs so far
+fuzz: $(STAMP) ## fuzz all parsers for MINUTES=10 of processor time, guided by coverage, and print the counts of all runs so far
 	@$(PIP) atheris || echo "no atheris for this Python: inputs are changed at random only"
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ) $(TARGETS)
 

@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("folder", type=Path, help="where corpora, counts and findings are kept, and taken up again")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; all by default")
-    parser.add_argument("--minutes", type=float, default=10, help="in all")
+    parser.add_argument("--minutes", type=float, default=10, help="of processor time, in all")
     given = parser.parse_args()
     modes = {"guided": _GUIDED, "bulk": 1 - _GUIDED} if importlib.util.find_spec("atheris") else {"bulk": 1}
     names = sorted(given.targets or TARGETS, key=lambda name: _inputs(name, given.folder))

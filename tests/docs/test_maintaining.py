@@ -16,6 +16,12 @@ def test_every_dependency_has_an_oldest_release() -> None:
         assert len(minimum(requirements)) == len(requirements)
 
 
+def test_no_torch_is_allowed_that_executes_what_a_checkpoint_says() -> None:
+    """CVE-2025-32434: before 2.6 torch.load did so even with weights_only=True."""
+    (pin,) = (pin for pin in minimum(read_project()["dependencies"]) if pin.startswith("torch=="))
+    assert tuple(map(int, pin.removeprefix("torch==").split("."))) >= (2, 6)
+
+
 def test_bounds_become_pins() -> None:
     assert minimum(["a-b>=1.2", "c[d]>=3 ; python_version < '3.11'"]) == ["a-b==1.2", "c==3 ; python_version < '3.11'"]
     with pytest.raises(ValueError, match="expected name>=version"):

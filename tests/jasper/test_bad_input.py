@@ -59,7 +59,9 @@ def test_missing_config(directory: Path) -> None:
     refuse(directory, DatasetNotFoundError, "config")
 
 
-@pytest.mark.parametrize("text", ["", "{", "not json", "[1, 2]", '"text"', "\xff\xfe", "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "not json", "[1, 2]", '"text"', "\xff\xfe", "[" * 100_000, '{"n": ' + "9" * 5000 + "}"]
+)
 def test_config_that_is_not_json(directory: Path, text: str) -> None:
     (directory / "config.json").write_text(text, encoding="latin-1")
     refuse(directory, CorruptFileError, "JSON")

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -340,6 +341,33 @@ def test_two_processes_lose_nothing(dataset):
     children = [subprocess.Popen([sys.executable, "-c", UPDATES, str(dataset), name]) for name in ("a", "b")]
     assert [child.wait(120) for child in children] == [0, 0]
     assert set(read(dataset).verified) == {f"{name} {i}" for name in ("a", "b") for i in range(20)}
+    assert sorted(p.name for p in dataset.iterdir()) == ["a.safetensors", "b.safetensors", MANIFEST_NAME]
+
+
+@pytest.mark.filterwarnings("ignore:.*lock")
+def test_writers_of_one_process_number_and_without_locks_corrupt_nothing(dataset, monkeypatch):
+    """As in two containers on a file system of a network; threads have one number too."""
+
+    def refuse(fd, operation):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    found, corrupt = specs(dataset), []
+
+    def update(name):
+        for i in range(30):
+            try:
+                assert manifests.record_checks(dataset, found, [f"{name} {i}"])
+            except CorruptFileError as exc:
+                corrupt.append(exc)
+
+    threads = [threading.Thread(target=update, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not corrupt
+    assert read(dataset).verified  # of two updates at the same time one may be lost
     assert sorted(p.name for p in dataset.iterdir()) == ["a.safetensors", "b.safetensors", MANIFEST_NAME]
 
 

@@ -1,7 +1,7 @@
 """Fuzzes all targets, or some, one after another, and prints the counts of all runs so far.
 
 ``python -m tests.fuzz --minutes 10 FOLDER [TARGET...]``. Without atheris, inputs are changed at random only. Ends with status 1 if
-anything was found.
+anything was found. ``--page docs/reliability.md FOLDER`` writes the counts into the documentation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.fuzz import table
 from tests.fuzz.records import Counts
 from tests.fuzz.targets import TARGETS
 
@@ -27,7 +28,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where corpora, counts and findings are kept, and taken up again")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--minutes", type=float, default=10, help="of processor time, in all")
+    parser.add_argument("--page", type=Path, help="write the counts of FOLDER into this page, and fuzz nothing")
     given = parser.parse_args()
+    if given.page is not None:
+        table.write(given.folder, given.page)
+        return
     modes = {"guided": _GUIDED, "bulk": 1 - _GUIDED} if importlib.util.find_spec("atheris") else {"bulk": 1}
     names = sorted(given.targets or TARGETS, key=lambda name: _inputs(name, given.folder))
     for mode, part in modes.items():

@@ -12,12 +12,12 @@ import pytest
 
 from tests.fuzz.child import changed
 from tests.fuzz.records import Counts, keep
+from tests.fuzz.table import FAILED, TITLES, write
 from tests.fuzz.targets import TARGETS
 
 pytest.importorskip("resource", reason="limits of a child process are POSIX")
 pytest.importorskip("pyarrow")
 
-FAILED = Path(__file__).with_name("failed")
 CHANGED = 200
 
 
@@ -59,6 +59,21 @@ def test_nothing_but_errors_of_the_tree(tmp_path: Path, library: bool) -> None:
 
 def test_every_failed_input_belongs_to_a_target() -> None:
     assert {path.parent.name for path in FAILED.glob("*/*.bin")} <= TARGETS.keys()
+
+
+def test_the_table_has_a_row_for_each_target(tmp_path: Path) -> None:
+    assert TITLES.keys() == TARGETS.keys()
+    counts = Counts(tmp_path / "names.counts")
+    counts.untraced = 1234
+    counts.end()
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- fuzz:table -->\nold\n<!-- /fuzz -->\nafter\n")
+    write(tmp_path, page)
+    lines = page.read_text().splitlines()
+    assert len(lines) == len(TARGETS) + 9
+    assert lines[-5] == "| numbered file names | 0 | 1 234 | 0 | 2 |"
+    assert lines[-4].startswith("| all | 0 | 1 234 | 0 | ")
+    assert (lines[0], lines[-1]) == ("before", "after")
 
 
 def test_counts_and_findings_outlive_a_process(tmp_path: Path) -> None:

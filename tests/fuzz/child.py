@@ -25,6 +25,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.fuzz.mutate import changed
 from tests.fuzz.records import Counts, keep
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ _FUZZERS_NBYTES = 512 << 20
 """What atheris may take for itself."""
 _SHM = Path("/dev/shm")
 _TRACED = ["jasper_store.formats", "jasper_store.store.manifest", "jasper_store.samples", "jasper_store.jasper.config"]
-_NUMBERS = [0, 1, 2, 4, 7, 8, 16, 32, 64, 127, 128, 255, 256, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1]
-_NUMBERS += [2**32, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 16, 2**64 - 1]
 
 
 def main() -> None:
@@ -181,37 +180,6 @@ def _bulk(target: Any, name: str, seconds: float, kept: Path, counts: Counts, sc
     while time.process_time() < end:
         for _ in range(64):
             one(changed(rng.choice(inputs), rng, target.tokens, inputs)[: target.most])
-
-
-def changed(data: bytes, rng: random.Random, tokens: tuple[bytes, ...], others: list[bytes]) -> bytes:
-    """One to six changes: bits, bytes, numbers, tokens, pieces that go, come again or come from another input."""
-    out = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
-        at = int(rng.random() * (len(out) + 1))
-        n = rng.choice((1, 1, 2, 4, 8, 16, 64))
-        what = int(rng.random() * 8)
-        if what == 0 and at < len(out):
-            out[at] ^= 1 << int(rng.random() * 8)
-        elif what == 1 and at < len(out):
-            out[at] = int(rng.random() * 256)
-        elif what == 2:
-            width = rng.choice((1, 2, 4, 8))
-            number = (rng.choice(_NUMBERS) % 256**width).to_bytes(width, rng.choice(("little", "big")))
-            out[at : at + width] = number
-        elif what == 3:
-            del out[at : at + n]
-        elif what == 4:
-            out[at:at] = out[at : at + n] * rng.choice((1, 2, 20))
-        elif what == 5 and tokens:
-            out[at : at + rng.choice((0, n))] = rng.choice(tokens)
-        elif what == 6:
-            other = rng.choice(others)
-            begin = int(rng.random() * (len(other) + 1))
-            out[at : at + n] = other[begin : begin + n]
-        else:
-            begin = int(rng.random() * (len(out) + 1))
-            out[at : at + n] = out[begin : begin + n]
-    return bytes(out)
 
 
 if __name__ == "__main__":

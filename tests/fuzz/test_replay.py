@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz.child import changed
+from tests.fuzz.mutate import changed
 from tests.fuzz.records import Counts, keep
 from tests.fuzz.table import FAILED, TITLES, write
 from tests.fuzz.targets import TARGETS

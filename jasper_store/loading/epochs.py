@@ -72,5 +72,5 @@ def warn_same_epoch(epoch: int) -> None:
         f"a second pass begins with epoch {epoch} again, so it serves the same batches in the same order with the same"
         " steering; call jasper_store.set_epoch(loader, epoch) before each epoch",
         JasperStoreWarning,
-        stacklevel=4,  # the caller that asked for the first batch
+        stacklevel=5,  # the caller that asked for the first batch
     )

@@ -400,7 +400,7 @@ class _EpochIterator:
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())
         self._next_ready: Callable[[], Any] | None = None
-        self._progress: _Progress
+        self._progress = _Progress(0, 0, 0, Meter())
         self._watch: Stopwatch
 
     def __iter__(self) -> Iterator[Any]:
@@ -410,6 +410,20 @@ class _EpochIterator:
         return self._length
 
     def __next__(self) -> Any:
+        next_ready, progress = self._next_ready, self._progress
+        if next_ready is not None and not progress.superseded:
+            # Meter's clocks cost more than returning a batch that was gathered already.
+            began = perf_counter()
+            batch = next_ready()
+            if batch is not None:
+                watch, progress.delivered = self._watch, progress.delivered + 1
+                watch.ended = ended = perf_counter()
+                watch.wait.add_quick(ended - began)
+                return batch
+        return self._gathered_now()
+
+    def _gathered_now(self) -> Any:
+        """The next batch, where it is not ready; the first one begins the pass."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._batches, self._progress, self._watch = waiting.begin_pass()
@@ -425,16 +439,8 @@ class _EpochIterator:
         if not watch.began:
             watch.began = perf_counter()
         try:
-            batch = None
-            if self._next_ready is not None:
-                # Meter's clocks cost more than returning a batch that was gathered already.
-                began = perf_counter()
-                batch = self._next_ready()
-            if batch is not None:
-                watch.wait.add_quick(perf_counter() - began)
-            else:
-                with watch.wait:
-                    batch = next(self._batches)
+            with watch.wait:
+                batch = next(self._batches)
         except StopIteration:
             self._progress.finished = True
             self._release()

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from jasper_store.errors import IncompatibleOptionsError
+from jasper_store.native.library import library
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -68,9 +69,20 @@ class _Feistel:
         self.keys = tuple(keys)
         self.bits = (n - 1).bit_length() // 2
         self.right = -(-n >> self.bits)
+        self._packed = np.array([n, self.bits, self.right, len(self.keys), *self.keys], dtype=np.int64)
 
     def apply(self, x: _Numbers) -> _Numbers:
         """Images of int64 values in [0, n); the argument is kept."""
+        compiled = library()
+        if compiled is not None and isinstance(x, np.ndarray):
+            x = np.ascontiguousarray(x, dtype=np.int64)
+            images = np.empty_like(x)
+            compiled.jasper_shuffle(self._packed.ctypes.data, x.ctypes.data, len(x), images.ctypes.data)
+            return images
+        return self.by_arrays(x)
+
+    def by_arrays(self, x: _Numbers) -> _Numbers:
+        """The same by numpy or torch, on any device, also where the library was not built."""
         out = self._rounds(x)
         if self.right << self.bits == self.n:
             return out

@@ -12,7 +12,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 13
+_ABI: Final = 14
 _LOG: Final = logging.getLogger("jasper_store")
 
 
@@ -48,6 +48,8 @@ def library() -> Any:
     found.jasper_locate_rows.restype = signed
     found.jasper_parts_of_rows.argtypes = [address, address, signed, number, address]
     found.jasper_parts_of_rows.restype = None
+    found.jasper_shuffle.argtypes = [address, address, number, address]
+    found.jasper_shuffle.restype = None
     found.jasper_open_reader.argtypes = []
     found.jasper_open_reader.restype = address
     found.jasper_close_reader.argtypes = [address]

@@ -15,10 +15,12 @@ from hypothesis import given, strategies as st
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.order import (
     MAX_LENGTH,
+    ROUNDS,
     TABLE_LIMIT,
     BlockOrder,
     Order,
     SequentialOrder,
+    _Feistel,
     block_order,
     order,
 )
@@ -259,3 +261,16 @@ def test_a_device_computes_the_same() -> None:
         found = permutation.at(some)
         assert found.device == some.device
         assert torch.equal(found.cpu(), permutation.at(some.cpu()))
+
+
+@pytest.mark.parametrize(
+    "n", [2, 3, 17, 4097, 10_000, 65536, 65537, 2**31 - 1, 2**31 + 7, 2**40 + 12345, MAX_LENGTH - 1, MAX_LENGTH]
+)
+def test_the_compiled_shuffle_gives_the_same_numbers_as_arrays(n: int) -> None:
+    rng = np.random.default_rng(n)
+    network = _Feistel(n, rng.integers(0, 1 << 62, ROUNDS).tolist())
+    numbers = np.arange(n) if n < 20_000 else rng.integers(0, n, 20_000)
+    for some in (numbers, numbers[::3], numbers[:0]):
+        kept = some.copy()
+        assert np.array_equal(network.apply(some), network.by_arrays(kept))
+        assert np.array_equal(some, kept)

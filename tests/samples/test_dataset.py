@@ -393,6 +393,19 @@ def test_the_epoch_reaches_persistent_workers(data: Path, start: str) -> None:
         del loader
 
 
+def test_collations_that_look_at_a_sample_get_a_whole_one(ds: js.Dataset) -> None:
+    """PyTorch's default collation is answered with the tensors as they are; any other one may look for the keys."""
+    from torch.utils.data._utils.collate import collate, default_collate_fn_map
+
+    with ds:
+        batch = ds.__getitems__([3, 1, 2])
+        assert default_collate(batch) is batch.tensors
+        assert set(batch[0]) == set(batch.tensors)
+        tensors_alone = {torch.Tensor: default_collate_fn_map[torch.Tensor]}
+        assert_same(collate(batch, collate_fn_map=tensors_alone), batch.tensors)
+        assert_same(collate(batch, collate_fn_map=default_collate_fn_map), batch.tensors)
+
+
 def default_collate_batches(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 

@@ -23,7 +23,9 @@ __all__ = ["CASES", "measure"]
 
 # More than the kernel's own threads and the harness need beside a measurement.
 BUSY = 0.15
-OWN_SETTINGS = frozenset({"readers", "convert_gb", "disk_budget", "generic_rows", "growth_pairs", "sparse_gib", "fio"})
+OWN_SETTINGS = frozenset(
+    {"readers", "convert_gb", "disk_budget", "generic_rows", "growth_pairs", "packed_pairs", "sparse_gib", "fio"}
+)
 # Row files first, datasets after them: the disk budget holds one kind at a time.
 CASES = (
     "cold",

@@ -23,6 +23,7 @@ class Settings:
         rows: rows of the plain row files.
         dim: float32 values a row.
         pairs: pairs of the generated JASPER dataset.
+        packed_pairs: pairs of the dataset that is packed.
         n_neg: hard negatives a pair.
         generic_rows: rows of the generated dataset of embeddings and labels.
         batches: batch sizes of the row readers.
@@ -46,6 +47,7 @@ class Settings:
     rows: int = 2_000_000
     dim: int = 384
     pairs: int = 200_000
+    packed_pairs: int = 350_000
     n_neg: int = 5
     generic_rows: int = 1_000_000
     batches: tuple[int, ...] = (256, 2048)
@@ -93,6 +95,7 @@ def quick(settings: Settings) -> Settings:
         settings,
         rows=60_000,
         pairs=8_000,
+        packed_pairs=8_000,
         generic_rows=20_000,
         loader_batches=(32, 256),
         seconds=0.6,

@@ -2,8 +2,9 @@
 
     python tools/mining_rate.py [--questions 100000] [--sources 100000] [--clusters 224] [--peer] [--out docs/bench/mining.json]
 
-Everything is measured in one process on the same arrays: the product alone, in blocks, one half before and one half after;
-then mining, from reading the arrays to the finished negatives. ``--peer`` measures semantic_search instead of the product. It
+Everything is measured in one process on the same arrays: mining, from reading the arrays to the finished negatives, and the
+product alone in blocks of the fastest shape. The product takes turns with mining, as often as a sixty-fourth of the products is
+mined, so that a machine whose speed changes changes both. ``--peer`` measures semantic_search instead of the product. It
 returns the ``n_neg`` most similar sources of each question and applies no rule. A run is added to the JSON file.
 """
 
@@ -67,6 +68,23 @@ def product_seconds(questions: torch.Tensor, sources: torch.Tensor, block: tuple
     return time.perf_counter() - began
 
 
+class Reference:
+    """Makes the same products as mining has made since the last turn, and measures that; a progress callback of mining."""
+
+    def __init__(self, questions: torch.Tensor, sources: torch.Tensor, turns: int = 64) -> None:
+        self.block = fastest_block(questions, sources)
+        self.seconds = 0.0
+        self._questions, self._sources, self._turns = questions, sources, turns
+        self._done = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Measure the products of questions that mining is ahead."""
+        reached = len(self._questions) * (done * self._turns // total) // self._turns
+        if reached > self._done:
+            self.seconds += product_seconds(self._questions[self._done : reached], self._sources, self.block)
+            self._done = reached
+
+
 def fastest_block(questions: torch.Tensor, sources: torch.Tensor) -> tuple[int, int]:
     """The block of which a product is made in the least time."""
     some, among = questions[:4096], sources[:16384]
@@ -110,9 +128,7 @@ def main() -> None:
         "clusters": options.clusters,
         "threads": torch.get_num_threads(),
     }
-    half = len(questions) // 2
-    block = fastest_block(questions, sources)
-    product = 0.0 if options.peer else product_seconds(questions[:half], sources, block)
+    reference = None if options.peer else Reference(questions, sources)
     inputs = MiningInputs(
         Rows(questions),
         Rows(sources),
@@ -122,16 +138,16 @@ def main() -> None:
     )
     settings = MiningSettings(options.n_neg, (3, 4, 3, 2) if options.clusters else (0, 0, 1, 0))
     began = time.perf_counter()
-    mined = mine(inputs, settings, memory_limit=options.memory)
-    run["mine_seconds"] = time.perf_counter() - began
+    mined = mine(inputs, settings, memory_limit=options.memory, progress=reference)
+    run["mine_seconds"] = time.perf_counter() - began - (reference.seconds if reference else 0.0)
     assert mined.negatives.shape == (len(pairs), options.n_neg)
-    if options.peer:
+    if reference is None:
         run["semantic_search"] = peer_runs(questions, sources, options.n_neg)
         best = min(each["seconds"] for each in run["semantic_search"])
         run["semantic_search_over_mine"] = best / run["mine_seconds"]
     else:
-        run["product_block"] = block
-        run["product_seconds"] = product + product_seconds(questions[half:], sources, block)
+        run["product_block"] = reference.block
+        run["product_seconds"] = reference.seconds
         flop = 2 * options.questions * options.sources * options.dim
         run["product_gflops"] = flop / run["product_seconds"] / 1e9
         run["mine_over_product_rate"] = run["product_seconds"] / run["mine_seconds"]

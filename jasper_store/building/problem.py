@@ -17,7 +17,8 @@ from jasper_store.errors import IntegrityError
 
 __all__ = ["Problem"]
 
-_EXACT_ROWS = 1 << 12
+_EXACT_NBYTES = 2 << 20
+"""Of rows whose cosines are computed at a time, as float32."""
 
 
 class Problem:
@@ -195,7 +196,8 @@ def _steps(total: int, step: int) -> Iterator[tuple[int, int]]:
 
 def _cosines_of(left: Vectors, left_rows: np.ndarray, right: Vectors, right_rows: np.ndarray) -> np.ndarray:
     found = np.empty(len(left_rows), np.float32)
-    for start, stop in _steps(len(left_rows), _EXACT_ROWS):
+    step = max(_EXACT_NBYTES // (4 * left.dim), 1)
+    for start, stop in _steps(len(left_rows), step):
         lefts, rights = left_rows[start:stop], right_rows[start:stop]
         products = dots(left.raw(lefts), right.raw(rights))
         found[start:stop] = cosines(products, left.norms[lefts], right.norms[rights])

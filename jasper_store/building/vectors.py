@@ -14,7 +14,7 @@ from jasper_store.errors import IntegrityError
 
 __all__ = ["RowSource", "Vectors", "require_matrix", "scan"]
 
-_BLOCK_NBYTES: Final = 8 << 20
+_BLOCK_NBYTES: Final = 2 << 20
 
 
 class RowSource(Protocol):

@@ -6,7 +6,7 @@ it crashes, the next child goes on behind that copy. With ``verify`` behind the 
 than the file's must be found by ``verify``.
 
 ``python -m tests.formats.flips --all LIBVER SHARE OF`` verifies all copies of :func:`sample` with one bit flipped, or one of
-so many shares of them.
+so many shares of them. A copy takes some 30 ms; an odd number of shares gives each of them every bit of a byte.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 Patch = tuple[int, str]
 SECONDS = 10
 NBYTES = 2 << 30
+_WAITING_SECONDS = 3600
+"""For a copy that waits instead of working: long, because a machine may stand still for minutes."""
 OUTCOMES = ("refused", "opened", "unchanged", "found")
 _SILENT = 3
 """Status of a child that opened other values than the file's, which verify did not find."""
@@ -127,7 +129,7 @@ def _child(content: bytes, todo: list[Patch], shared: mmap.mmap, copy: Path, jud
                 new = bytes.fromhex(patch)
                 os.pwrite(file.fileno(), new, at)
                 signal.setitimer(signal.ITIMER_PROF, SECONDS)
-                signal.alarm(20 * SECONDS)
+                signal.alarm(_WAITING_SECONDS)
                 outcome = judge(copy)
                 if outcome == "silent":
                     os._exit(_SILENT)

@@ -53,7 +53,7 @@ test-min: ## the tests with the oldest allowed dependencies (torch at its pin, o
 	@$(PYTHON) tools/minimum.py --torch $(TORCH) > build/minimum.txt
 	@test -x $(MIN_VENV)/bin/python || $(PYTHON) -m venv $(MIN_VENV)
 	@$(MIN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint build/minimum.txt --editable '.[build,hdf5plugin,state,test]'
+		--constraint build/minimum.txt --editable '.[arrow,build,hdf5plugin,hub,state,test]'
 	@$(MIN_VENV)/bin/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning, Accelerate and Ray

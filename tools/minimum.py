@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-EXTRAS = ("arrow", "build", "hdf5plugin", "state", "test")
+EXTRAS = ("arrow", "build", "hdf5plugin", "hub", "state", "test")
 """What the tests import beyond the dependencies themselves."""
 
 _BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[\w,-]+\])?>=(?P<version>[\w.]+)(?P<rest>\s*;.*)?$")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = ("newest", "oldest")
-EXTRAS = "arrow,hdf5plugin,state,test"
+EXTRAS = "arrow,build,hdf5plugin,hub,state,test"
 
 
 def supported() -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from jasper_store.packing.layout import PAGE
+from jasper_store.paging.syscalls import fallocate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,6 +128,7 @@ def _open(path: Path) -> int:
 def _allocate(path: Path, size: int) -> None:
     """Give a file its size, and its room on the disk where the system can; what it holds stays."""
     with path.open("ab") as file:
-        if hasattr(os, "posix_fallocate") and size:
-            os.posix_fallocate(file.fileno(), 0, size)
+        refused = fallocate(file.fileno(), size) if size else 0
+        if refused not in {0, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise OSError(refused, os.strerror(refused), str(path))
         os.ftruncate(file.fileno(), size)

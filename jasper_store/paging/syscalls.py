@@ -12,7 +12,7 @@ import functools
 import platform
 import sys
 
-__all__ = ["cachestat", "madvise", "mincore", "pidfd_open", "process_madvise"]
+__all__ = ["cachestat", "fallocate", "madvise", "mincore", "pidfd_open", "process_madvise"]
 
 # System calls added since Linux 5.1 have one number on every architecture but alpha and mips.
 _PIDFD_OPEN = 434
@@ -65,6 +65,20 @@ def mincore(address: int, nbytes: int, vector: int) -> int:
     if library is None:
         return errno.ENOSYS
     return 0 if library.mincore(address, nbytes, vector) == 0 else ctypes.get_errno()
+
+
+def fallocate(fd: int, nbytes: int) -> int:
+    """Call fallocate for a file's first bytes, which grows it to them; 0 or an error number.
+
+    Where the file system has no such call, ``posix_fallocate`` writes a byte to each block instead; this one says so.
+    """
+    call = getattr(libc(), "fallocate", None)
+    if call is None or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return errno.ENOSYS
+    while call(ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        if ctypes.get_errno() != errno.EINTR:
+            return ctypes.get_errno()
+    return 0
 
 
 def _syscall(number: int, *arguments: ctypes.c_long | ctypes.c_void_p | ctypes.c_ulong) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -154,6 +155,16 @@ def test_no_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConversionError, match=r"packing needs .* found 5 bytes free"):
         js.pack(source, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("refused", [errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_allocation(
+    source: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    """As NFS before 4.2 or many a FUSE: posix_fallocate ended packing there ("Bad file descriptor")."""
+    monkeypatch.setattr("jasper_store.packing.block_file.fallocate", lambda *_: refused)
+    js.pack(source, tmp_path / "packed")
+    assert (tmp_path / "packed" / PART).read_bytes() == whole
 
 
 MEASURED = """

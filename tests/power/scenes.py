@@ -18,6 +18,7 @@ from jasper_store.conversion.converter import convert
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.formats.generation import read_generation
 from jasper_store.store.opening import open_store
+from tests.building.raw import raw
 from tests.conversion.samples import FORMAT_NAMES, write_pt
 from tests.conversion.zygote import fill
 
@@ -150,6 +151,35 @@ def converted_jasper(fmt: str) -> Callable[[Path], None]:
     return run
 
 
+def built(fmt: str, seed: int = 0) -> Callable[[Path], None]:
+    def run(root: Path) -> None:
+        js.build(root / "set", **raw(seed=seed), format=fmt, overwrite=True)
+
+    return run
+
+
+def mined(*, similarities: bool = False) -> Callable[[Path], object]:
+    return lambda root: js.mine_negatives(root / "set", seed=1, similarities=similarities)
+
+
+def packed(root: Path) -> None:
+    """Pack, also over a packed dataset of another seed."""
+    js.pack(root / "source", root / "set", seed=3, overwrite=True)
+
+
+def packed_before(root: Path) -> None:
+    js.pack(root / "source", root / "set", seed=2)
+
+
+def packed_again(root: Path) -> None:
+    """The columns of other negatives, unless that was done before the power failed."""
+    js.pack(root / "source", root / "set", columns=["negative_embs", "negative_tiers"])
+
+
+def other_negatives(root: Path) -> None:
+    js.mine_negatives(root / "source", 3, seed=5)
+
+
 SCENES: dict[str, Scene] = {
     **{f"write {fmt}": Scene(nothing, write(fmt, 1.0)) for fmt in FORMAT_NAMES},
     **{f"write {fmt} over another": Scene(write("npy", 1.0), write(fmt, 2.0)) for fmt in FORMAT_NAMES},
@@ -183,4 +213,11 @@ SCENES: dict[str, Scene] = {
     "make a dataset": Scene(nothing, jasper("npy")),
     "make a dataset over another": Scene(jasper("npy", value=1), jasper("safetensors")),
     "the sample": Scene(nothing, the_sample),
+    **{f"build {fmt}": Scene(nothing, built(fmt)) for fmt in ("safetensors", "hdf5")},
+    "build over another": Scene(built("npy", seed=1), built("safetensors")),
+    **{f"mine {fmt}": Scene(jasper(fmt), mined()) for fmt in ("safetensors", "hdf5")},
+    "mine, with similarities": Scene(jasper("npy"), mined(similarities=True)),
+    "pack": Scene(jasper("safetensors", "source"), packed),
+    "pack over another": Scene(both(jasper("safetensors", "source"), packed_before), packed),
+    "pack columns": Scene(both(jasper("safetensors", "source"), packed_before, other_negatives), packed_again),
 }

@@ -61,13 +61,15 @@ def recorded(mountpoint: Path, log: Path) -> Iterator[Path]:
 
 def contents(root: Path) -> Contents:
     """What opens, every value of it read; what does not open is ``None`` whatever the reason."""
+    config = root / "config.json"
+    known = json.loads(config.read_bytes()) if config.exists() else {}
+    # Any HDF5 file counts as a JASPER dataset, which those of other scenes are not.
+    opener = js.open if "embedding_dim" in known else open_store
     try:
-        with open_store(root, use_mmap=True) as store:
+        with opener(root, use_mmap=True) as store:
             found: dict[str, Any] = {spec.name: checksum_of(store[spec.name][:]) for spec in store.specs}
     except JasperStoreError:
         return None
-    config = root / "config.json"
-    known = json.loads(config.read_bytes()) if config.exists() else {}
     return found | {"config": {key: value for key, value in known.items() if key != "created_at"}}
 
 
@@ -119,8 +121,7 @@ def fail_at(recording: Recording, scene: Scene, root: Path, end: int, loss: Loss
     allowed = (recording.before, recording.after, *([None] if scene.renames else []))
     assert found in allowed, where
     if found is not None:
-        # Any HDF5 file counts as a JASPER dataset, which these are not.
-        report = js.verify(root / "set") if "question_embs" in found else verify_files(root / "set")
+        report = js.verify(root / "set") if "embedding_dim" in found["config"] else verify_files(root / "set")
         assert report.ok, f"{where}: {report}"
     if again:
         scene.job(root)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkabl
 
 import xxhash
 
+from jasper_store.formats.file_list import texts_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
@@ -105,7 +107,7 @@ class Parts:
         starts: first row of each part, and in the end the number of rows, int64 [parts + 1]; ascending from 0.
     """
 
-    files: tuple[Path, ...]
+    files: Sequence[Path]
     file_of: np.ndarray
     offsets: np.ndarray
     starts: np.ndarray
@@ -121,7 +123,7 @@ class Parts:
     def __repr__(self) -> str:
         # What stands here goes into the digest of a store: all of it, and in few bytes.
         facts = xxhash.xxh3_64(b"".join(a.tobytes() for a in (self.file_of, self.offsets, self.starts))).hexdigest()
-        names = xxhash.xxh3_64("\0".join(map(str, self.files)).encode()).hexdigest()
+        names = xxhash.xxh3_64("\0".join(texts_of(self.files)).encode()).hexdigest()
         return f"Parts({len(self)} in {len(self.files)} files from {self.path}, {facts}, {names})"
 
 
@@ -205,9 +207,14 @@ class TensorSpec:
         return self.location.path
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> Sequence[Path]:
         """All files that hold the values."""
         return self.location.files if isinstance(self.location, Parts | Streamed | Encoded) else (self.location.path,)
+
+    @property
+    def path_texts(self) -> tuple[str, ...]:
+        """The same as texts: of ten thousand files, in a hundredth of the time."""
+        return texts_of(self.paths)
 
     @property
     def n_rows(self) -> int:

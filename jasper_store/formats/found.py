@@ -92,35 +92,33 @@ class FoundParts:
             suffixes: endings of the names that count.
         """
         files = self.layout.files
-        names: list[str] = []
-        facts: list[FileFacts] = []
+        places = dict(zip(files.names, range(len(files.names)), strict=True))
+        ordered: list[FileFacts] = [(0, 0, 0, 0)] * len(places)
+        seen = 0
         with os.scandir(root) as entries:
             for entry in entries:
                 name = entry.name
-                if name[0] in "._" or not name.lower().endswith((*suffixes, INDEX_SUFFIX)):
-                    continue
-                one = entry.stat()
-                names.append(name)
-                facts.append((one.st_size, one.st_mtime_ns, one.st_ino, one.st_dev))
-        if len(names) != len(files.names):
+                at = places.get(name)
+                if at is not None:
+                    one = entry.stat()
+                    ordered[at] = (one.st_size, one.st_mtime_ns, one.st_ino, one.st_dev)
+                    seen += 1
+                elif name[0] not in "._" and name.lower().endswith((*suffixes, INDEX_SUFFIX)):
+                    return None
+        if seen < len(places):
             return None
-        places = dict(zip(names, range(len(names)), strict=True))
-        at = [places.get(name, -1) for name in files.names]
-        if -1 in at:
-            return None
-        ordered = [facts[i] for i in at]
         # Columns are compared, and plain tuples are kept: objects by the ten thousand make the garbage collector run.
         same = [one[0] for one in ordered] == files.sizes.tolist() and [
             one[1] for one in ordered
         ] == files.mtimes.tolist()
         return ordered if same else None
 
-    def paths(self, root: Path) -> list[Path]:
-        """The files in a directory, in order."""
+    def paths(self, root: Path) -> list[str]:
+        """The files in a directory, in order, as texts."""
         prefix = str(root / "_")[:-1]
-        return [Path(prefix + name) for name in self.layout.files.names]
+        return [prefix + name for name in self.layout.files.names]
 
-    def locate(self, root: Path, paths: Sequence[Path]) -> list[TensorSpec]:
+    def locate(self, root: Path, paths: Sequence[str]) -> list[TensorSpec]:
         """The tensors, given :meth:`paths`."""
         return self.layout.specs_at(root, dict(enumerate(paths)), 1)
 

@@ -21,6 +21,7 @@ import xxhash
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError
 from jasper_store.formats.base import Extent, FormatName, Parts, TensorSpec
+from jasper_store.formats.file_list import FileList
 from jasper_store.formats.files import check_shape, dtype_name, read_file, shown
 
 if TYPE_CHECKING:
@@ -168,20 +169,21 @@ class Generation:
         paths = self._checked_paths(root, number)
         specs = self.specs_at(root, paths, number)
         for file in sorted({whole.file for whole in self.whole.values()}):
-            fmt = format_for(paths[file])
-            there = {spec.name: spec for spec in fmt.locate(paths[file], schema)} if fmt is not None else {}
+            path = Path(paths[file])
+            fmt = format_for(path)
+            there = {spec.name: spec for spec in fmt.locate(path, schema)} if fmt is not None else {}
             for name, whole in self.whole.items():
                 if whole.file == file:
-                    specs.append(_whole_spec(name, whole, there, paths[file]))
+                    specs.append(_whole_spec(name, whole, there, path))
         return specs
 
-    def specs_at(self, root: Path, paths: Mapping[int, Path], number: int) -> list[TensorSpec]:
-        """The tensors in parts of a generation, given the path of each of its files by its number."""
+    def specs_at(self, root: Path, paths: Mapping[int, str], number: int) -> list[TensorSpec]:
+        """The tensors in parts of a generation, given the path of each of its files, as a text, by its number."""
         return [_spec(name, tensor, paths, root, number) for name, tensor in self.tensors.items()]
 
-    def _checked_paths(self, root: Path, number: int) -> dict[int, Path]:
+    def _checked_paths(self, root: Path, number: int) -> dict[int, str]:
         prefix = f"{root}{os.sep}"
-        paths: dict[int, Path] = {}
+        paths: dict[int, str] = {}
         for file in self.files_of(number).tolist():
             name, expected = self.files.names[file], int(self.files.sizes[file])
             where = prefix + name
@@ -200,7 +202,7 @@ class Generation:
                     "or replaced; copy the dataset again"
                 )
                 raise CorruptFileError(msg, path=root / name)
-            paths[file] = Path(where)
+            paths[file] = where
         return paths
 
     # ---- JSON
@@ -314,7 +316,7 @@ def _hash(column: NDArray[np.int64]) -> str:
     return xxhash.xxh3_64_hexdigest(column.tobytes())
 
 
-def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, Path], root: Path, number: int) -> TensorSpec:
+def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, str], root: Path, number: int) -> TensorSpec:
     at = tensor.visible(number)
     if not len(at):
         msg = (
@@ -327,14 +329,14 @@ def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, Path], root: Path
     filled = at[rows > 0]
     if len(filled) <= 1:
         only = (filled if len(filled) else at)[0]
-        place = Extent(paths[int(tensor.file_of[only])], int(tensor.offsets[only]))
+        place = Extent(Path(paths[int(tensor.file_of[only])]), int(tensor.offsets[only]))
         return TensorSpec(name, tensor.dtype, shape, place)
     numbers, first, inverse = np.unique(tensor.file_of[filled], return_index=True, return_inverse=True)
     order = np.argsort(first)  # files in the order in which their first rows come
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tensor.rows[filled])])
-    files = tuple(paths[file] for file in numbers[order].tolist())
+    files = FileList(paths[file] for file in numbers[order].tolist())
     return TensorSpec(name, tensor.dtype, shape, Parts(files, rank[inverse], tensor.offsets[filled], starts))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from jasper_store.errors import CorruptFileError
-from jasper_store.formats.base import Extent, Parts, Streamed, TensorSpec
+from jasper_store.formats.base import Extent, Inline, Parts, Streamed, TensorSpec
+from jasper_store.formats.file_list import FileList, texts_of
 from jasper_store.formats.files import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 __all__ = ["join", "parts_of"]
 
@@ -25,7 +26,8 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
         specs: at least one; each an extent, or parts already.
 
     Returns:
-        A spec whose location is :class:`~jasper_store.formats.base.Parts`, or an ``Extent`` if only one has rows; of
+        Of offsets that are in memory, such as those of ragged Arrow columns, the offsets of all rows, in memory. Else a
+        spec whose location is :class:`~jasper_store.formats.base.Parts`, or an ``Extent`` if only one has rows; of
         streams, a stream of all files.
 
     Raises:
@@ -33,6 +35,8 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
             bytes in its file (compressed, in Fortran order, a list); the message names its file.
     """
     first = specs[0]
+    if len(specs) > 1 and all(_is_inline_offsets(spec) for spec in specs):
+        return _joined_offsets(name, specs)
     for spec in specs:
         _check(name, first, spec)
     rows = sum(spec.n_rows for spec in specs)
@@ -42,25 +46,25 @@ def join(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
         return TensorSpec(name, first.dtype, shape, _streams(filled))
     if len(filled) == 1:
         return TensorSpec(name, first.dtype, shape, filled[0].location)
-    numbers: dict[Path, int] = {}
+    numbers: dict[str, int] = {}
     file_of: list[np.ndarray] = []
     offsets: list[np.ndarray] = []
     counts: list[np.ndarray] = []
     for spec in filled:
         place = spec.location
         if isinstance(place, Parts):
-            own = np.array([numbers.setdefault(path, len(numbers)) for path in place.files], np.int64)
+            own = np.array([numbers.setdefault(text, len(numbers)) for text in texts_of(place.files)], np.int64)
             file_of.append(own[place.file_of])
             offsets.append(place.offsets)
             counts.append(np.diff(place.starts))
         else:
             assert isinstance(place, Extent)
-            file_of.append(np.array([numbers.setdefault(place.path, len(numbers))], np.int64))
+            file_of.append(np.array([numbers.setdefault(str(place.path), len(numbers))], np.int64))
             offsets.append(np.array([place.offset], np.int64))
             counts.append(np.array([spec.n_rows], np.int64))
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(counts))])
     return TensorSpec(
-        name, first.dtype, shape, Parts(tuple(numbers), np.concatenate(file_of), np.concatenate(offsets), starts)
+        name, first.dtype, shape, Parts(FileList(numbers), np.concatenate(file_of), np.concatenate(offsets), starts)
     )
 
 
@@ -73,6 +77,23 @@ def parts_of(spec: TensorSpec) -> Iterator[TensorSpec]:
     for number, (file, offset) in enumerate(zip(place.file_of, place.offsets, strict=True)):
         rows = int(place.starts[number + 1] - place.starts[number])
         yield TensorSpec(spec.name, spec.dtype, (rows, *spec.shape[1:]), Extent(place.files[file], int(offset)))
+
+
+def _is_inline_offsets(spec: TensorSpec) -> bool:
+    place = spec.location
+    return isinstance(place, Inline) and spec.name.endswith(".offsets") and spec.shape == (len(place.values),) != (0,)
+
+
+def _joined_offsets(name: str, specs: Sequence[TensorSpec]) -> TensorSpec:
+    """Offsets of ragged rows in several files, of which each begins anew, as those of all rows."""
+    ends = [0]
+    pieces = [torch.zeros(1, dtype=torch.int64)]
+    for spec in specs:
+        assert isinstance(spec.location, Inline)
+        pieces.append(spec.location.values[1:] + ends[-1])
+        ends.append(ends[-1] + int(spec.location.values[-1]))
+    values = torch.cat(pieces)
+    return TensorSpec(name, values.dtype, tuple(values.shape), Inline(specs[0].path, values))
 
 
 def _streams(specs: Sequence[TensorSpec]) -> Streamed:

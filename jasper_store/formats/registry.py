@@ -78,7 +78,7 @@ class Located:
         specs: one per tensor, names unique.
         warnings: what the caller should tell the user, e.g. that a file is older than the one it was made from.
         generation: number of the generation, where a manifest names the parts; 0 for files as they lie.
-        facts: what the system said of the files, where it was asked.
+        facts: what the system said of the files, by their paths as texts, where it was asked.
         skipped: what lies in the files or beside them and is no tensor, or none that is read.
     """
 
@@ -88,7 +88,7 @@ class Located:
     warnings: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
     generation: int = 0
-    facts: Mapping[Path, FileFacts] = field(default_factory=dict)
+    facts: Mapping[str, FileFacts] = field(default_factory=dict)
 
 
 def readable() -> Mapping[FormatName, ReadFormat]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -98,14 +99,17 @@ def is_jasper(path: Path) -> bool:
     if not path.is_dir():
         return False
     config = path / CONFIG_NAME
-    try:
-        if config.is_file() and CONFIG_KEY in load_config(config):
-            return False
-        read_config(path)
-    except JasperStoreError:
-        stems = {name.split(".")[0] for name in os.listdir(path)}  # noqa: PTH208 - of ten thousand files, in a third of the time
-        grown = read_generation(path)
-        if grown is not None:
-            stems |= {base_name(name) for name in (*grown.tensors, *grown.whole)}
-        return bool(stems & TENSORS.keys()) or ((path / "dataset.h5").is_file() and config.is_file())
-    return True
+    there = config.is_file()
+    if there:
+        with contextlib.suppress(JasperStoreError):
+            if CONFIG_KEY in load_config(config):
+                return False
+            read_config(path)
+            return True
+    grown = read_generation(path)
+    if grown is not None and not TENSORS.keys().isdisjoint(map(base_name, (*grown.tensors, *grown.whole))):
+        return True
+    # Not by paths: of ten thousand files, in a third of the time.
+    if any(name.split(".", 1)[0] in TENSORS for name in os.listdir(path)):  # noqa: PTH208
+        return True
+    return there and (path / "dataset.h5").is_file()

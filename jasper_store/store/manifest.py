@@ -152,24 +152,25 @@ class Manifest:
         if not self.files and self.generation is None:
             return []
         stale: list[str] = []
-        by_path: dict[Path, list[TensorSpec]] = {}
+        by_path: dict[str, list[TensorSpec]] = {}
         parts = self._part_numbers()
         seen: set[int] = set()
         for spec in specs:
-            for path in spec.paths:
-                number = parts.get(str(path))
+            for text in spec.path_texts:
+                number = parts.get(text)
                 if number is None:
-                    by_path.setdefault(path, []).append(spec)
+                    by_path.setdefault(text, []).append(spec)
                 elif number not in seen:
                     seen.add(number)
-                    self._check_part(path, number)
-        for path, held in by_path.items():
-            entry = self.files.get(key_of(self.directory, path) or "") if self.files else None
+                    self._check_part(text, number)
+        for text, held in by_path.items() if self.files else ():
+            path = Path(text)
+            entry = self.files.get(key_of(self.directory, path) or "")
             if entry is None:
                 continue
             if not entry.fingerprint.matches(path):
                 raise _replaced(path, entry.fingerprint)
-            stale += [text for source in entry.made_from if (text := self._stale(path, source))]
+            stale += [found for source in entry.made_from if (found := self._stale(path, source))]
             for spec in held:
                 if not isinstance(spec.location, Parts):  # an entry says what its file holds, not the whole
                     _compare(spec, entry.tensors.get(spec.name))
@@ -182,7 +183,7 @@ class Manifest:
         prefix = str(self.directory / "_")[:-1]  # as a path writes itself: nothing for "."
         return {prefix + name: number for number, name in enumerate(self.generation.files.names)}
 
-    def _check_part(self, path: Path, number: int) -> None:
+    def _check_part(self, path: str, number: int) -> None:
         assert self.generation is not None
         files = self.generation.files
         facts = os.stat(path)  # noqa: PTH116 - ten thousand of them: twice as fast as Path.stat
@@ -190,7 +191,7 @@ class Manifest:
             return
         known = FileFingerprint(int(files.sizes[number]), int(files.mtimes[number]), files.samples[number])
         if not known.matches(path):
-            raise _replaced(path, known)
+            raise _replaced(Path(path), known)
 
     def _stale(self, path: Path, source: SourceFile) -> str:
         origin = self.directory / source.path
@@ -228,7 +229,7 @@ class Manifest:
 
         Of a generation it is enough that it is the same one: opening has compared its files, which never change.
         """
-        paths = dict.fromkeys(path for spec in specs for path in spec.paths)
+        paths = dict.fromkeys(path for spec in specs for path in spec.path_texts)
         if self.holds_generation(paths):
             assert self.generation is not None
             return self.verified_parts.get(check) == self.generation.digest()
@@ -236,7 +237,7 @@ class Manifest:
             return self.found.passed[check] == self.found.layout.digest() and self._are_as_found(paths)
         marks = self.verified.get(check, {})
         for path in paths:
-            fingerprint = marks.get(key_of(self.directory, path) or "")
+            fingerprint = marks.get(key_of(self.directory, Path(path)) or "")
             try:
                 if fingerprint is None or not fingerprint.matches(path):
                     return False
@@ -244,23 +245,24 @@ class Manifest:
                 return False
         return True
 
-    def holds_generation(self, paths: Collection[Path]) -> bool:
-        """Whether these files are those of the newest generation: none less, none more."""
+    def holds_generation(self, paths: Collection[str]) -> bool:
+        """Whether these files, by their paths as texts, are those of the newest generation: none less, none more."""
         if self.generation is None:
             return False
         parts = self._part_numbers()
-        found = {parts.get(str(path), -1) for path in paths}
+        found = {parts.get(path, -1) for path in paths}
         return found == set(self.generation.files_of(self.generation.number).tolist())
 
-    def _are_as_found(self, paths: Collection[Path]) -> bool:
+    def _are_as_found(self, paths: Collection[str]) -> bool:
         """Whether these are the files that were found, unchanged."""
         assert self.found is not None
         files = self.found.layout.files
-        expected = dict(zip(files.names, zip(files.sizes.tolist(), files.mtimes.tolist(), strict=True), strict=True))
+        names = self.found.paths(self.directory)
+        expected = dict(zip(names, zip(files.sizes.tolist(), files.mtimes.tolist(), strict=True), strict=True))
         try:
             for path in paths:
                 facts = os.stat(path)  # noqa: PTH116 - as in _check_part
-                if path.parent != self.directory or expected.pop(path.name, None) != (facts.st_size, facts.st_mtime_ns):
+                if expected.pop(path, None) != (facts.st_size, facts.st_mtime_ns):
                     return False
         except OSError:
             return False

@@ -207,14 +207,14 @@ def record_checks(
         CorruptFileError: the manifest that is there cannot be understood.
     """
     directory = Path(directory)
-    paths = dict.fromkeys(path for spec in specs for path in spec.paths)
+    paths = dict.fromkeys(path for spec in specs for path in spec.path_texts)
     try:
         known = read(directory)
         if known is not None and known.generation is not None:
             return _record_parts(directory, known, paths, checks)
         marks = {}
         for path in paths:
-            key = key_of(directory, path)
+            key = key_of(directory, Path(path))
             if key is None:
                 return False
             marks[key] = FileFingerprint.of(path)
@@ -232,7 +232,7 @@ def remember_parts(located: Located) -> bool:
     Returns:
         Whether it was worth it and could be written.
     """
-    paths = {path for spec in located.specs for path in spec.paths}
+    paths = {path for spec in located.specs for path in spec.path_texts}
     if len(paths) < MANY or located.generation:
         return False
     return record_checks(located.root, located.specs, ["headers"], located.format)
@@ -249,7 +249,7 @@ def _with_checks(
     return replace(old, found=replace(found, passed={**same, **dict.fromkeys(checks, mark)}))
 
 
-def _record_parts(directory: Path, known: Manifest, paths: Collection[Path], checks: Sequence[str]) -> bool:
+def _record_parts(directory: Path, known: Manifest, paths: Collection[str], checks: Sequence[str]) -> bool:
     """Record that the newest generation passed some checks; not if the tensors are those of an older one."""
     if known.generation is None or not known.holds_generation(paths):
         return False

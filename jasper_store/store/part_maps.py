@@ -69,7 +69,7 @@ class PartMaps:
         *,
         max_maps: int = MAX_MAPS,
     ) -> None:
-        self._name, self._files, self._file_of, self._offsets = name, tuple(files), file_of, offsets
+        self._name, self._files, self._file_of, self._offsets = name, files, file_of, offsets
         self._row_nbytes, self._max_maps = row_nbytes, max_maps
         self.table = PartTable(starts, row_nbytes)
         # Parts by file, so that mapping a file finds its parts at once.

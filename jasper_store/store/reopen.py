@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 __all__ = ["ReopenSpec", "digest_of", "identities_of"]
 
 
-def identities_of(specs: Sequence[TensorSpec], known: Mapping[Path, FileFacts] | None = None) -> dict[Path, FileFacts]:
-    """Identity of every file that the tensors lie in, as it is now, but for those that are known already."""
+def identities_of(specs: Sequence[TensorSpec], known: Mapping[str, FileFacts] | None = None) -> dict[str, FileFacts]:
+    """Identity of every file that the tensors lie in, by its path as a text, as it is now, but for those known already."""
     known = known or {}
     return {
         path: known.get(path) or FileIdentity.of(path)
-        for path in dict.fromkeys(path for spec in specs for path in spec.paths)
+        for path in dict.fromkeys(path for spec in specs for path in spec.path_texts)
     }
 
 
-def digest_of(specs: Sequence[TensorSpec], identities: Mapping[Path, FileFacts]) -> str:
+def digest_of(specs: Sequence[TensorSpec], identities: Mapping[str, FileFacts]) -> str:
     """Short text that changes whenever a file does, or where a tensor lies in it; the same on every node."""
     digest = xxhash.xxh3_64()
     for spec in sorted(specs, key=lambda spec: spec.name):
         location = "" if isinstance(spec.location, Inline) else repr(spec.location)
         # Other nodes number the inodes and devices of a shared file system in their own way.
-        each = [identities[path] for path in spec.paths]
+        each = [identities[path] for path in spec.path_texts]
         found = np.array([one[0] for one in each] + [one[1] for one in each], np.int64)
         facts = (spec.name, str(spec.dtype), spec.shape, location, xxhash.xxh3_64(found.tobytes()).hexdigest())
         digest.update(repr(facts).encode())

@@ -74,7 +74,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         located: Located,
         plan: Plan,
         *,
-        identities: Mapping[Path, FileFacts],
+        identities: Mapping[str, FileFacts],
         manifest: Manifest | None = None,
         progress: Progress | None = None,
     ) -> None:

@@ -605,6 +605,16 @@ def test_a_verified_directory_of_many_files_opens_without_their_headers(
     assert not read
 
 
+def test_a_verified_directory_of_many_files_opens_without_an_object_for_each(many: Path) -> None:
+    """The garbage collector walks through what an opening keeps: a tenth of a second at each third opening, once."""
+    assert js.verify(many).ok
+    gc.collect()
+    before = sum(type(each) is type(many) for each in gc.get_objects())
+    with open_store(many, use_mmap=True) as store:
+        assert sum(type(each) is type(many) for each in gc.get_objects()) < before + 50
+        assert len(store.specs[0].paths) == 100
+
+
 @pytest.mark.parametrize("change", ["replaced", "added", "removed", "touched"])
 def test_what_was_remembered_counts_only_while_nothing_changes(
     many: Path, monkeypatch: pytest.MonkeyPatch, change: str

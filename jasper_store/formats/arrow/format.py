@@ -16,6 +16,7 @@ from jasper_store.errors import CorruptFileError
 from jasper_store.formats.arrow.columns import ColumnError, Columns
 from jasper_store.formats.arrow.flatbuffer import FlatbufferError
 from jasper_store.formats.arrow.messages import batches_of, open_messages
+from jasper_store.formats.arrow.ragged import ragged_of, why_not_ragged
 from jasper_store.formats.arrow.schema import columns_of
 from jasper_store.formats.arrow.texts import texts_of
 from jasper_store.formats.base import Extent, Parts, Skipped, TensorSpec
@@ -45,15 +46,16 @@ class ArrowFormat:
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
         """See :meth:`jasper_store.formats.base.ReadFormat.locate`. Tensors are named by their columns.
 
-        Of a column of lists with offsets, the offsets are read, in bounded memory: they prove that all have one length.
+        Of a column of lists with offsets, the offsets are read. If they prove that all lists have one length, it is one
+        tensor. Else it is a ragged one, whose offsets are kept in memory.
         """
         key = _MEMO.key(path)
         found, skipped = _read(path)
         _MEMO.put(key, skipped)
-        return [_spec(path, parts) for parts in found]
+        return found
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: columns of no numbers, and of lists of several lengths."""
+        """See :class:`jasper_store.formats.base.SupportsSkipped`: columns of no numbers, and lists that are no rows."""
         key = _MEMO.key(path)
         known = _MEMO.get(key)
         return _MEMO.put(key, _read(path)[1]) if known is None else known
@@ -67,8 +69,8 @@ class ArrowFormat:
         return texts_of(path, columns, rows, _opened)
 
 
-def _read(path: Path) -> tuple[list[ColumnParts], list[Skipped]]:
-    """Columns with the places of their parts, and those that are passed over."""
+def _read(path: Path) -> tuple[list[TensorSpec], list[Skipped]]:
+    """Columns as tensors, and those that are passed over."""
     with _opened(path) as (file, size):
         messages = open_messages(file, size)
         if messages.schema.integer(0, 2) != 0:
@@ -80,14 +82,21 @@ def _read(path: Path) -> tuple[list[ColumnParts], list[Skipped]]:
         columns = Columns(file, size, [c for c in found if c.dtype is not None])
         for batch in batches_of(file, size, messages):
             columns.add(batch)
+        specs = [_spec(path, parts) for parts in columns.parts]
         for column, lengths in columns.unequal:
-            skipped.append(Skipped(column.name, path, f"a column of lists of different lengths ({lengths})"))
-        name, times = (
-            Counter(parts.column.name for parts in columns.parts).most_common(1)[0] if columns.parts else ("", 0)
-        )
+            ragged: list[TensorSpec] = []
+            why = why_not_ragged(column)
+            if why:
+                why = f"{why}, of different lengths ({lengths})"
+            else:
+                ragged, why = ragged_of(path, file, size, messages, column)
+            specs += ragged
+            if why:
+                skipped.append(Skipped(column.name, path, f"a column of {why}"))
+        name, times = Counter(spec.name for spec in specs).most_common(1)[0] if specs else ("", 0)
         if times > 1:
             _refuse(path, f"{times} columns are called {name!r:.100}", "rename them")
-        return columns.parts, skipped
+        return specs, skipped
 
 
 def _spec(path: Path, parts: ColumnParts) -> TensorSpec:

@@ -23,14 +23,15 @@ static inline uint64_t jasper_part_of(const struct parts *parts, int64_t row)
 {
     const uint64_t span = (uint64_t)row >> parts->shift;
     uint64_t low = (uint64_t)parts->spans[span], high = (uint64_t)parts->spans[span + 1];
-    while (low < high) {
-        const uint64_t middle = (low + high + 1) / 2;
+    while (high - low > 1) {
+        const uint64_t middle = low + (high - low) / 2;
         if (parts->starts[middle] <= row)
             low = middle;
         else
             high = middle - 1;
     }
-    return low;
+    /* Of random rows, a processor cannot predict this choice, so it is none: GCC makes a conditional move of it. */
+    return parts->starts[high] <= row ? high : low;
 }
 
 #endif

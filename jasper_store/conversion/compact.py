@@ -34,7 +34,8 @@ from jasper_store.files.atomic import (
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import LOCK_NAME, exclusive
 from jasper_store.formats.base import Extent, Parts, Schema
-from jasper_store.formats.generation import Generation, PartFiles
+from jasper_store.formats.generation import Generation
+from jasper_store.formats.part_columns import PartFiles
 from jasper_store.formats.registry import FORMATS, format_for
 from jasper_store.memory import budget
 from jasper_store.memory.budget import format_bytes

@@ -13,7 +13,8 @@ from jasper_store.files.atomic import map_os_errors
 from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.formats.base import Extent, Parts
 from jasper_store.formats.files import dtype_name
-from jasper_store.formats.generation import Generation, PartedTensor, PartFiles, WholeTensor
+from jasper_store.formats.generation import Generation
+from jasper_store.formats.part_columns import PartedTensor, PartFiles, WholeTensor
 from jasper_store.formats.parts import parts_of
 from jasper_store.formats.registry import base_name, locate
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest, key_of

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from jasper_store.formats.base import Schema
-    from jasper_store.formats.generation import Generation, PartedTensor
+    from jasper_store.formats.generation import Generation
+    from jasper_store.formats.part_columns import PartedTensor
 
 __all__ = ["Problem", "part_headers"]
 

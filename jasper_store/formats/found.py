@@ -16,8 +16,9 @@ import numpy as np
 
 from jasper_store.formats.base import Extent, Parts
 from jasper_store.formats.files import read_file
-from jasper_store.formats.generation import MANIFEST_NAME, Generation, PartedTensor, PartFiles, parse_json
+from jasper_store.formats.generation import MANIFEST_NAME, Generation, parse_json
 from jasper_store.formats.numbered import INDEX_SUFFIX
+from jasper_store.formats.part_columns import PartedTensor, PartFiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ import xxhash
 from jasper_store.errors import ConversionError
 from jasper_store.files.atomic import remove, require_space
 from jasper_store.files.fingerprint import FileFingerprint
-from jasper_store.formats.generation import PartedTensor, PartFiles
+from jasper_store.formats.part_columns import PartedTensor, PartFiles
 from jasper_store.packing.block_file import BlockFiles
 from jasper_store.packing.plan import INDEX_STEP
 from jasper_store.packing.progress import Progress

@@ -16,7 +16,8 @@ from jasper_store.conversion.narrow import parse_dtype
 from jasper_store.errors import ConversionError, UnknownNameError
 from jasper_store.files.atomic import map_os_errors, remove, sync_directory, temporary_name, untrack, write_bytes
 from jasper_store.files.lock import LOCK_NAME, exclusive
-from jasper_store.formats.generation import Generation, PartFiles
+from jasper_store.formats.generation import Generation
+from jasper_store.formats.part_columns import PartFiles
 from jasper_store.packing.columns import ORIGIN
 from jasper_store.packing.layout import lay_out
 from jasper_store.packing.parts import part_files, parted, refuse_changes, write_parts

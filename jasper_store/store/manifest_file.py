@@ -18,7 +18,8 @@ from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import exclusive
 from jasper_store.formats.files import read_file
 from jasper_store.formats.found import MANY, FoundParts, parse_found
-from jasper_store.formats.generation import Generation, parse_json, safe_name
+from jasper_store.formats.generation import Generation, parse_json
+from jasper_store.formats.part_columns import safe_name
 from jasper_store.store.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,

@@ -29,7 +29,8 @@ from jasper_store.errors import (
 )
 from jasper_store.files import atomic
 from jasper_store.formats.base import Schema
-from jasper_store.formats.generation import Generation, PartedTensor, PartFiles, read_generation
+from jasper_store.formats.generation import Generation, read_generation
+from jasper_store.formats.part_columns import PartedTensor, PartFiles
 from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file
 from jasper_store.store.manifest import MANIFEST_NAME, Manifest

@@ -18,8 +18,8 @@ from jasper_store.errors import (
     UnknownNameError,
 )
 from jasper_store.files.fingerprint import FileIdentity
-from jasper_store.formats.base import SupportsRagged
 from jasper_store.formats.files import check_name
+from jasper_store.formats.protocols import SupportsRagged
 from jasper_store.formats.registry import (
     AUTO_ORDER,
     READ_ONLY,
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from jasper_store.formats.base import Format, FormatName, Schema, TensorSpec
+    from jasper_store.formats.base import FormatName, Schema, TensorSpec
+    from jasper_store.formats.protocols import Format
     from jasper_store.formats.registry import Located
 
 __all__ = ["FileTask", "SourceFacts", "Sources", "find_sources", "make_tasks", "select", "target_of"]

@@ -13,15 +13,17 @@ from jasper_store.conversion.narrow import Narrowing
 from jasper_store.conversion.rows import read_blocks
 from jasper_store.conversion.writeback import WINDOW_NBYTES, WriteBehind, drop_pages
 from jasper_store.errors import ConversionError
-from jasper_store.formats.base import Chunked, Extent, SupportsRagged, SupportsReference
+from jasper_store.formats.base import Chunked, Extent
 from jasper_store.formats.files import DATA_START
+from jasper_store.formats.protocols import SupportsRagged, SupportsReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from jasper_store.conversion.plan import FileTask
-    from jasper_store.formats.base import Format, Schema, TensorSpec
+    from jasper_store.formats.base import Schema, TensorSpec
+    from jasper_store.formats.protocols import Format
 
 __all__ = ["Options", "Stream", "Written", "compressed_nbytes", "matched", "require_reference", "write_file"]
 
@@ -33,7 +35,7 @@ class Options:
     Attributes:
         fmt: the target's format.
         schema: names and HDF5 paths.
-        compression: as :meth:`jasper_store.formats.base.Format.writer` takes it.
+        compression: as :meth:`jasper_store.formats.protocols.Format.writer` takes it.
         dtype: dtype to narrow floating tensors to; ``None`` keeps every value.
         drop: whether to keep the page cache free of what was read and written.
     """

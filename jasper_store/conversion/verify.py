@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from jasper_store.conversion.checksum import checksum
 from jasper_store.conversion.verify_parts import part_headers
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, JasperStoreError
-from jasper_store.formats.base import Chunked, Schema, SupportsReference
+from jasper_store.formats.base import Chunked, Schema
 from jasper_store.formats.files import dtype_name, is_file, system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.parts import join
+from jasper_store.formats.protocols import SupportsReference
 from jasper_store.formats.registry import FORMATS, base_name, format_for, skipped_in
 from jasper_store.formats.texts import text_names
 from jasper_store.memory import budget
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from jasper_store.formats.base import ReadFormat, Skipped, TensorSpec
+    from jasper_store.formats.base import Skipped, TensorSpec
     from jasper_store.formats.generation import Generation
+    from jasper_store.formats.protocols import ReadFormat
 
 __all__ = ["Finding", "Severity", "VerifyReport", "Visitor", "verify_files"]
 

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from jasper_store.formats.base import FileWriter, Format, TensorSpec
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.protocols import FileWriter, Format
 
 __all__ = ["DirectoryWriter"]
 

@@ -47,7 +47,7 @@ class FlatWriter:
         self._file: BinaryIO | None = create_file(path)
 
     def begin(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None, rows: int | None) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`; exactly once."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`; exactly once."""
         require_open(self._file is not None, self._path)
         if self._tensor is not None:
             msg = f"{self._path}: this format holds one tensor a file; {self._tensor.name!r} is in it already."
@@ -58,20 +58,20 @@ class FlatWriter:
         self._tensor = tensor
 
     def append(self, rows: torch.Tensor) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         tensor, file = self._current()
         data = tensor_bytes(tensor.take(rows))
         write_at(file, self._end, data.data)
         self._end += data.nbytes
 
     def end(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         tensor, _ = self._current()
         tensor.finish()
         self._header = self._make_header(self._path, tensor.name, tensor.dtype, tensor.shape, self._end - DATA_START)
 
     def close(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         file = self._file
         if file is None:
             return
@@ -82,7 +82,7 @@ class FlatWriter:
         self.abort()
 
     def abort(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         file, self._file = self._file, None
         if file is not None:
             file.close()

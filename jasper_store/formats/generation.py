@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from jasper_store.formats.base import ReadFormat, Schema
+    from jasper_store.formats.base import Schema
+    from jasper_store.formats.protocols import ReadFormat
 
 __all__ = [
     "MANIFEST_NAME",

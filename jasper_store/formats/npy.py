@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.base import FormatName, Schema
+    from jasper_store.formats.protocols import FileWriter
     from jasper_store.formats.texts import Block
 
 __all__ = ["MAX_PREFIX", "NpyFormat", "dtype_of", "parse_header", "strides_of"]
@@ -72,7 +73,7 @@ class NpyFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.Format.locate`. The array is named by its file."""
+        """See :meth:`jasper_store.formats.protocols.Format.locate`. The array is named by its file."""
         name = stem_of(path, self.suffixes)
         header, data_start, size = _read_header(path)
         if _is_text(header["descr"]):
@@ -82,7 +83,7 @@ class NpyFormat:
         return [TensorSpec(name, dtype, shape, Extent(path, data_start, strides_of(header, shape)))]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002 - names need no schema
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: an array of strings, or of Python objects."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: an array of strings, or of Python objects."""
         header, data_start, size = _read_header(path)
         description = header["descr"]
         if not _is_text(description):
@@ -116,7 +117,7 @@ class NpyFormat:
         return [Texts(name, (path,), rows, partial(_read_texts, path, name, stored, rows, data_start))]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
-        """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
+        """See :meth:`jasper_store.formats.protocols.Format.writer`; one tensor, rows may be unknown until the end."""
         if compression is not None:
             msg = f".npy has no compression, found compression={compression!r}; use None, or format='hdf5'."
             raise IncompatibleOptionsError(msg, path=path)

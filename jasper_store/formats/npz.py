@@ -41,7 +41,7 @@ class NpzFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.ReadFormat.locate`."""
+        """See :meth:`jasper_store.formats.protocols.ReadFormat.locate`."""
         key = _MEMO.key(path)
         specs, skipped = _read(path)
         _MEMO.put(key, skipped)
@@ -51,7 +51,7 @@ class NpzFormat:
         return [TensorSpec(stem_of(path, self.suffixes), only.dtype, only.shape, only.location)]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: strings, bytes, structured arrays and objects."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: strings, bytes, structured arrays and objects."""
         key = _MEMO.key(path)
         known = _MEMO.get(key)
         return _MEMO.put(key, _read(path)[1]) if known is None else known

@@ -55,7 +55,7 @@ class ParquetFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.ReadFormat.locate`.
+        """See :meth:`jasper_store.formats.protocols.ReadFormat.locate`.
 
         Of columns of lists the first row is read, which says how long they are. That all are is seen when they are read.
 
@@ -70,7 +70,7 @@ class ParquetFormat:
             return [_spec(path, file, field.name, field.type) for field in fields]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: columns of no numbers."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: columns of no numbers."""
         with _opened(path) as file:
             reasons = {field.name: _no_number(field.type) for field in file.schema_arrow}
         return [Skipped(name, path, f"a column of {reason}") for name, reason in reasons.items() if reason]

@@ -69,14 +69,14 @@ class PickleFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.ReadFormat.locate`."""
+        """See :meth:`jasper_store.formats.protocols.ReadFormat.locate`."""
         key = _MEMO.key(path)
         found = list(_named(path, self.suffixes))
         _MEMO.put(key, _others(path, found))
         return [_spec(path, name, value) for name, value in found if _is_numbers(value)]
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: ids, and whatever else is no array of numbers."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: ids, and whatever else is no array of numbers."""
         key = _MEMO.key(path)
         known = _MEMO.get(key)
         return _MEMO.put(key, _others(path, _named(path, self.suffixes))) if known is None else known

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError, UnknownNameError
 from jasper_store.formats.arrow.directory import dataset_files, splits_of
 from jasper_store.formats.arrow.format import ArrowFormat
-from jasper_store.formats.base import Skipped, Streamed, SupportsSkipped
+from jasper_store.formats.base import Skipped, Streamed
 from jasper_store.formats.files import system_refusals
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.found import read_found
@@ -24,6 +24,7 @@ from jasper_store.formats.numbered import group, merge
 from jasper_store.formats.parquet import ParquetFormat
 from jasper_store.formats.parts import join
 from jasper_store.formats.pickled import PickleFormat
+from jasper_store.formats.protocols import SupportsSkipped
 from jasper_store.formats.pt.format import PtFormat
 from jasper_store.formats.safetensors import SafetensorsFormat
 from jasper_store.formats.scan import Scan, base_name, one_error, scan_files, with_stem
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import FileFacts, Format, FormatName, ReadFormat, Schema, TensorSpec
+    from jasper_store.formats.base import FileFacts, FormatName, Schema, TensorSpec
+    from jasper_store.formats.protocols import Format, ReadFormat
 
 __all__ = [
     "AUTO_ORDER",

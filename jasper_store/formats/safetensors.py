@@ -20,7 +20,8 @@ from jasper_store.formats.flat import FlatWriter, stem_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.base import FormatName, Schema
+    from jasper_store.formats.protocols import FileWriter
 
 __all__ = ["SafetensorsFormat", "header_entry"]
 
@@ -57,7 +58,7 @@ class SafetensorsFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.Format.locate`. A single tensor is named by its file."""
+        """See :meth:`jasper_store.formats.protocols.Format.locate`. A single tensor is named by its file."""
         specs = self.locate_keys(path)
         if len(specs) != 1:
             return specs
@@ -75,7 +76,7 @@ class SafetensorsFormat:
         ]
 
     def compare_with_reference(self, path: Path) -> list[str]:
-        """See :class:`jasper_store.formats.base.SupportsReference`: the safetensors library, which maps the file."""
+        """See :class:`jasper_store.formats.protocols.SupportsReference`: the safetensors library, which maps the file."""
         from safetensors import SafetensorError
 
         header, _, _ = _read_header(path)
@@ -92,7 +93,7 @@ class SafetensorsFormat:
         ]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
-        """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
+        """See :meth:`jasper_store.formats.protocols.Format.writer`; one tensor, rows may be unknown until the end."""
         if compression is not None:
             msg = f"safetensors has no compression, found compression={compression!r}; use None, or format='hdf5'."
             raise IncompatibleOptionsError(msg, path=path)

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jasper_store.errors import CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError
-from jasper_store.formats.base import SupportsKeys
 from jasper_store.formats.flat import stem_of
 from jasper_store.formats.numbered import INDEX_SUFFIX, Numbered, group, merge, pick, read_index
+from jasper_store.formats.protocols import SupportsKeys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from jasper_store.errors import JasperStoreError
-    from jasper_store.formats.base import ReadFormat, Schema, TensorSpec
+    from jasper_store.formats.base import Schema, TensorSpec
+    from jasper_store.formats.protocols import ReadFormat
 
 __all__ = ["Scan", "base_name", "one_error", "scan_files", "with_stem"]
 

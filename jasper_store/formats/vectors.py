@@ -40,7 +40,7 @@ class FaissFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.ReadFormat.locate`."""
+        """See :meth:`jasper_store.formats.protocols.ReadFormat.locate`."""
         name = stem_of(path, self.suffixes)
         with open_for_reading(path) as (file, size):
             head = read_at(file, 0, _FAISS.size + _METRIC_ARGUMENT + 8)
@@ -76,7 +76,7 @@ class BinFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.ReadFormat.locate`. The dtype is in the file's name alone."""
+        """See :meth:`jasper_store.formats.protocols.ReadFormat.locate`. The dtype is in the file's name alone."""
         name = stem_of(path, self.suffixes)
         with open_for_reading(path) as (file, size):
             head = read_at(file, 0, _BIN.size)

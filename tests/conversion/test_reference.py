@@ -12,7 +12,7 @@ from jasper_store.conversion.verify import verify_files
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import ConversionError
 from jasper_store.formats import safetensors as module
-from jasper_store.formats.base import SupportsReference
+from jasper_store.formats.protocols import SupportsReference
 from jasper_store.formats.registry import FORMATS
 from tests.conversion.samples import write_pt
 

@@ -20,9 +20,10 @@ from jasper_store.errors import (
     IncompatibleOptionsError,
     IntegrityError,
 )
-from jasper_store.formats.base import Chunked, Extent, FileWriter, Format, FormatName, Inline, Schema, TensorSpec
+from jasper_store.formats.base import Chunked, Extent, FormatName, Inline, Schema, TensorSpec
 from jasper_store.formats.files import tensor_bytes
 from jasper_store.formats.hdf5.chunks import ChunkedReader
+from jasper_store.formats.protocols import FileWriter, Format
 from jasper_store.formats.registry import FORMATS
 
 if TYPE_CHECKING:

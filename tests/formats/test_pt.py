@@ -13,8 +13,9 @@ from hypothesis import given, strategies as st
 from isal import isal_zlib
 
 from jasper_store.errors import CorruptFileError, IntegrityError
-from jasper_store.formats.base import Extent, Inline, Schema, SupportsRagged
+from jasper_store.formats.base import Extent, Inline, Schema
 from jasper_store.formats.files import write_at
+from jasper_store.formats.protocols import SupportsRagged
 from jasper_store.formats.pt import writer as pt_writer
 from jasper_store.formats.registry import FORMATS
 from tests.formats.conformance import DTYPES, FormatSuite, read, relaxed, same, values

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from jasper_store.formats.base import ReadFormat, TensorSpec
+    from jasper_store.formats.base import TensorSpec
+    from jasper_store.formats.protocols import ReadFormat
 
 __all__ = ["walk_file", "walk_specs"]
 

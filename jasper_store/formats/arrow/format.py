@@ -44,7 +44,7 @@ class ArrowFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.ReadFormat.locate`. Tensors are named by their columns.
+        """See :meth:`jasper_store.formats.protocols.ReadFormat.locate`. Tensors are named by their columns.
 
         Of a column of lists with offsets, the offsets are read. If they prove that all lists have one length, it is one
         tensor. Else it is a ragged one, whose offsets are kept in memory.
@@ -55,7 +55,7 @@ class ArrowFormat:
         return found
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: columns of no numbers, and lists that are no rows."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: columns of no numbers, and lists that are no rows."""
         key = _MEMO.key(path)
         known = _MEMO.get(key)
         return _MEMO.put(key, _read(path)[1]) if known is None else known

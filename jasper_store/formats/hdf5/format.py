@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from jasper_store.formats.base import FileWriter, FormatName, Location, Schema
+    from jasper_store.formats.base import FormatName, Location, Schema
+    from jasper_store.formats.protocols import FileWriter
 
 __all__ = ["Hdf5Format", "open_file"]
 
@@ -76,7 +77,7 @@ class Hdf5Format:
     one_file: str | None = "dataset.h5"
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:
-        """See :meth:`jasper_store.formats.base.Format.locate`.
+        """See :meth:`jasper_store.formats.protocols.Format.locate`.
 
         A dataset is named by ``schema.hdf5_paths`` and ``schema.hdf5_aliases``, else by its path. A group of
         ``values`` and ``offsets``, a group of datasets ``"0"`` to ``"N-1"`` and a variable-length dataset of
@@ -85,7 +86,7 @@ class Hdf5Format:
         return list(self._walked(path, schema).specs.values())
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: texts, compounds, datasets without a shape."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: texts, compounds, datasets without a shape."""
         known = _MEMO.get(_memo_key(path, schema))
         return self._walked(path, schema).skipped if known is None else known
 
@@ -103,7 +104,7 @@ class Hdf5Format:
         return walk
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:
-        """See :meth:`jasper_store.formats.base.Format.writer`; several tensors, rows must be known.
+        """See :meth:`jasper_store.formats.protocols.Format.writer`; several tensors, rows must be known.
 
         Args:
             path: the file to create.

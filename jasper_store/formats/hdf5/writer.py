@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from jasper_store.formats.base import FileWriter, Schema
+    from jasper_store.formats.base import Schema
+    from jasper_store.formats.protocols import FileWriter
 
     _Bytes = NDArray[np.uint8]
 
@@ -88,7 +89,7 @@ def _filter_options(path: Path, compression: str | None) -> dict[str, Any] | Non
 
 
 class Hdf5Writer:
-    """Writes any number of tensors, one after another; see :class:`jasper_store.formats.base.FileWriter`."""
+    """Writes any number of tensors, one after another; see :class:`jasper_store.formats.protocols.FileWriter`."""
 
     def __init__(self, path: Path, schema: Schema, filters: dict[str, Any] | None) -> None:
         import h5py
@@ -107,7 +108,7 @@ class Hdf5Writer:
         self._h5.flush()
 
     def begin(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None, rows: int | None) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`.
+        """See :class:`jasper_store.formats.protocols.FileWriter`.
 
         Raises:
             IncompatibleOptionsError: ``rows`` is unknown, or HDF5 cannot hold the dtype.
@@ -158,19 +159,19 @@ class Hdf5Writer:
         return _LibrarySink(dataset)
 
     def append(self, rows: torch.Tensor) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         tensor, sink = self._current()
         sink.write(tensor_bytes(tensor.take(rows)))
 
     def end(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         tensor, sink = self._current()
         tensor.finish()
         sink.finish()
         self._tensor = self._sink = None
 
     def close(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         if self._h5 is None:
             return
         if self._tensor is not None:
@@ -191,7 +192,7 @@ class Hdf5Writer:
         self._raw.close()
 
     def abort(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         if self._h5 is None:
             return
         self._pipeline.abort()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from jasper_store.formats.base import FileWriter, FormatName, Schema
+    from jasper_store.formats.base import FormatName, Schema
+    from jasper_store.formats.protocols import FileWriter
 
 __all__ = ["PtFormat"]
 
@@ -50,7 +51,7 @@ class PtFormat:
     one_file: str | None = None
 
     def locate(self, path: Path, schema: Schema) -> list[TensorSpec]:  # noqa: ARG002 - names need no schema
-        """See :meth:`jasper_store.formats.base.Format.locate`.
+        """See :meth:`jasper_store.formats.protocols.Format.locate`.
 
         A tensor is named by its file, tensors in a dictionary by their keys. A list of lists of ints, or of 1-D
         tensors of ints, is a ragged tensor: ``X.values`` and ``X.offsets``. A number or a flat list of numbers
@@ -62,7 +63,7 @@ class PtFormat:
         return specs
 
     def skipped(self, path: Path, schema: Schema) -> list[Skipped]:  # noqa: ARG002 - names need no schema
-        """See :class:`jasper_store.formats.base.SupportsSkipped`: texts, and lists that hold a text."""
+        """See :class:`jasper_store.formats.protocols.SupportsSkipped`: texts, and lists that hold a text."""
         key = _MEMO.key(path)
         known = _MEMO.get(key)
         return _MEMO.put(key, _read(path, stem_of(path, self.suffixes))[1]) if known is None else known
@@ -72,7 +73,7 @@ class PtFormat:
         return [in_memory(path, name, rows) for name, rows in _columns(path, stem_of(path, self.suffixes)).items()]
 
     def writer(self, path: Path, schema: Schema, *, compression: str | None = None) -> FileWriter:  # noqa: ARG002
-        """See :meth:`jasper_store.formats.base.Format.writer`; one tensor, rows may be unknown until the end."""
+        """See :meth:`jasper_store.formats.protocols.Format.writer`; one tensor, rows may be unknown until the end."""
         from jasper_store.formats.pt.writer import PtWriter
 
         if compression is not None:
@@ -82,7 +83,7 @@ class PtFormat:
         return PtWriter(path)
 
     def write_ragged(self, path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
-        """See :class:`jasper_store.formats.base.SupportsRagged`: a list of lists of ints."""
+        """See :class:`jasper_store.formats.protocols.SupportsRagged`: a list of lists of ints."""
         from jasper_store.formats.pt.writer import write_ragged
 
         write_ragged(path, offsets, blocks)

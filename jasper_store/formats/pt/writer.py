@@ -124,7 +124,7 @@ class _Zip:
 
 
 class PtWriter:
-    """Writes one tensor to a ``.pt`` file; see :class:`jasper_store.formats.base.FileWriter`."""
+    """Writes one tensor to a ``.pt`` file; see :class:`jasper_store.formats.protocols.FileWriter`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -133,7 +133,7 @@ class PtWriter:
         self._zip: _Zip | None = _Zip(path)
 
     def begin(self, name: str, dtype: torch.dtype, row_shape: tuple[int, ...] | None, rows: int | None) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`; exactly once."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`; exactly once."""
         archive = self._open()
         if self._tensor is not None:
             raise IncompatibleOptionsError(
@@ -147,12 +147,12 @@ class PtWriter:
         archive.begin("data/0", DATA_START)
 
     def append(self, rows: torch.Tensor) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         tensor, archive = self._current()
         archive.write(tensor_bytes(tensor.take(rows)).data)
 
     def end(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         tensor, archive = self._current()
         tensor.finish()
         archive.finish_record()
@@ -160,7 +160,7 @@ class PtWriter:
         self._ended = True
 
     def close(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         if self._zip is None:
             return
         if not self._ended:
@@ -171,7 +171,7 @@ class PtWriter:
         self._zip = None
 
     def abort(self) -> None:
-        """See :class:`jasper_store.formats.base.FileWriter`."""
+        """See :class:`jasper_store.formats.protocols.FileWriter`."""
         archive, self._zip = self._zip, None
         if archive is not None:
             archive.file.close()
@@ -220,7 +220,7 @@ def _tensor_pickle(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 def write_ragged(path: Path, offsets: torch.Tensor, blocks: Iterable[torch.Tensor]) -> None:
-    """See :class:`jasper_store.formats.base.SupportsRagged`: a pickled list of lists, with the memory of one block."""
+    """See :class:`jasper_store.formats.protocols.SupportsRagged`: a pickled list of lists, with the memory of one block."""
     bounds = offsets.numpy()
     if offsets.dtype != torch.int64 or offsets.ndim != 1 or not len(bounds) or bounds[0] or (np.diff(bounds) < 0).any():
         raise IntegrityError(f"{path}: offsets must be int64, begin with 0 and never descend.", path=path)

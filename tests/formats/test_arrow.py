@@ -313,7 +313,13 @@ def test_a_stream_that_was_never_finished_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_refused_or_read_inside_the_file(tmp_path, kind):
     table = pa.table(
-        {"t": [str(i) for i in range(20)], "x": fixed(ROWS[:20]), "l": ROWS[:20].tolist(), "n": np.arange(20)}
+        {
+            "t": [str(i) for i in range(20)],
+            "x": fixed(ROWS[:20]),
+            "l": ROWS[:20].tolist(),
+            "r": [[i] * (i % 3) for i in range(20)],
+            "n": np.arange(20),
+        }
     )
     path = write(tmp_path / "x.arrow", table, kind, 6)
     outcomes = damage.run("arrow", path, tmp_path, 1, 600)
@@ -322,7 +328,8 @@ def test_damaged_files_are_refused_or_read_inside_the_file(tmp_path, kind):
 
 
 def test_hostile_claims_take_neither_time_nor_memory(tmp_path):
-    sound = write(tmp_path / "sound.arrow", pa.table({"l": ROWS.tolist(), "x": fixed(ROWS)}), "file", 10).read_bytes()
+    table = pa.table({"l": ROWS.tolist(), "x": fixed(ROWS), "r": [[i] * (i % 3) for i in range(100)]})
+    sound = write(tmp_path / "sound.arrow", table, "file", 10).read_bytes()
     footer = int.from_bytes(sound[-10:-6], "little")
     start = len(sound) - 10 - footer
     paths = []

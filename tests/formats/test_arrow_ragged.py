@@ -121,7 +121,7 @@ def test_a_saved_dataset_of_shards_is_served_converted_and_verified(tmp_path: Pa
     with js.open(tmp_path / "made") as store:
         assert [row.tolist() for row in store.ragged("tokens")] == LISTS
         assert torch.equal(store["label"].tensor(), torch.arange(200))
-        assert store.ids("text")[7] == "7"
+        assert store.ids("text").of([7]) == ["7"]
 
 
 def test_shards_are_joined_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ DIM = 128
 class Held(NamedTuple):
     """What a process has after a leg, with everything closed.
 
-    ``resident_kib`` includes files that are mapped, ``anonymous_kib`` does not; ``trimmed_kib`` is what is left of it
-    once the C library has returned what is free to the system.
+    ``resident_kib`` includes files that are mapped, ``anonymous_kib`` does not. ``in_use_kib`` is what ``malloc`` has handed
+    out: the arenas of glibc keep more than that, also after ``malloc_trim``, which leaves the end of a thread's arena as it is.
+    ``mapped_kib`` is anonymous memory beside them.
     """
 
     leg: int
@@ -42,7 +43,8 @@ class Held(NamedTuple):
     reloads: int
     resident_kib: int
     anonymous_kib: int
-    trimmed_kib: int
+    in_use_kib: int
+    mapped_kib: int
     descriptors: int
     threads: int
     maps: int
@@ -57,11 +59,46 @@ def status(key: str) -> int:
     return int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{key}:")))
 
 
-def trim() -> None:
-    """Let glibc return memory that is free; other C libraries have no such call."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if give_back is not None:
-        give_back(0)
+class _Mallinfo(ctypes.Structure):
+    """``struct mallinfo2``."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def in_use_kib() -> int:
+    """What the C library has handed out and not got back, in all arenas; 0 where it does not say (glibc before 2.33, musl)."""
+    ask = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if ask is None:
+        return 0
+    ask.restype = _Mallinfo
+    found = ask()
+    return (found.uordblks + found.hblkhd) >> 10
+
+
+def mapped_kib() -> int:
+    """Anonymous memory that is neither the heap nor an arena of threads, which begins at a multiple of 64 MiB."""
+    total, counted = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            counted = "[heap]" not in words and int(words[0].split("-")[0], 16) % (64 << 20) != 0
+        elif counted and words[0] == "Anonymous:":
+            total += int(words[1])
+    return total
 
 
 def count(folder: str) -> int:
@@ -150,12 +187,10 @@ class Soak:
     def held(self, number: int, ranks: int, workers: int) -> Held:
         gc.collect()
         me = psutil.Process()
-        resident, anonymous = status("VmRSS"), status("RssAnon")
-        trim()
         locks = [path for path in self.root.rglob(".*") if path.name.endswith((".lock", ".tmp", ".staging"))]
         return Held(
             number, ranks, workers, self.samples, self.epochs, self.reloads,
-            resident, anonymous, status("RssAnon"), count("/proc/self/fd"), me.num_threads(), len(me.memory_maps(grouped=False)),
+            status("VmRSS"), status("RssAnon"), in_use_kib(), mapped_kib(), count("/proc/self/fd"), me.num_threads(), len(me.memory_maps(grouped=False)),
             len(me.children(recursive=True)), shared_memory(), len(locks),
         )  # fmt: skip
 

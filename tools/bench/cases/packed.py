@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tools.bench import machine
 from tools.bench.assets import ReopenSpec
 from tools.bench.jasper_data import Shape
 from tools.bench.packed_peers import PEERS
@@ -90,6 +91,9 @@ def run(context: Context) -> CaseResult:
         "samples with its own sequential rate, measured before and after each run. Mosaic Streaming and LitData read "
         "records of the same values, each with its own shuffle, without workers and with two; the better one counts."
     )
+    facts = machine.describe(context.settings.data_dir, [peer.dist for peer in PEERS.values()])
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    result.notes.append(f"Machine: {facts['processor']}, {facts['cores']} cores, {facts['system']}; {versions}.")
     return result
 
 

@@ -1,10 +1,12 @@
 """Whether a model learns as well from a dataset that ``build`` made as from one that was made by hand.
 
-    python tools/learns.py HAND_MADE [--epochs 50] [--seeds 0 1 2] [--no-margin] [--out docs/bench/learns.json]
+    python tools/learns.py HAND_MADE [--epochs 50] [--seeds 0 1 2] [--built default no-margin] [--out docs/bench/learns.json]
 
-``build`` gets the embeddings, pairs, keywords and splits of the hand-made dataset and computes the rest by its defaults. The
-demo's predictor is trained on both. Each is measured on the validation pairs, which are the same, with its own steering:
-against the hand-made negatives, which both share, and against those that ``build`` mined.
+``build`` gets the embeddings, pairs, keywords and splits of the hand-made dataset and computes the rest, with its default
+margin or without one. The demo's predictor is trained on the hand-made dataset, on the built one, and on the hand-made one
+with the negatives of the built one, which tells the effect of negatives from that of steering. Recall@1 on the validation pairs
+is measured with the steering that the model was trained with: against the hand-made negatives, against those that ``build``
+mined, and against the sources of all validation pairs, which favours neither.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from typing import Any
 import torch
 
 import jasper_store as js
-from jasper_store.model.predictor import evaluate, question_alone
+from jasper_store.jasper.steering import VARIANTS
+from jasper_store.model.predictor import SAME_SOURCE, dataset_of, evaluate, question_alone
 from jasper_store.model.training import Trainer, TrainingOptions
 
 _BATCH = 32
 _NEGATIVES = ("hard_negatives", "negative_tiers")
+_HAND = "hand"
+_BUILT: dict[str, dict[str, Any]] = {"default": {}, "no-margin": {"relative_margin": None}}
+"""Settings of the miner, by name."""
 
 
 def build_from(hand: Path, out: Path, n_neg: int, mining: dict[str, Any]) -> Path:
@@ -51,63 +57,80 @@ def train(dataset: Path, epochs: int, seed: int) -> Trainer:
 
 
 def recall(dataset: Path, predict: Any) -> dict[str, float]:
-    """Recall@1 of each variant on the validation split."""
+    """Recall@1 of each variant on the validation split, against the negatives of a dataset."""
     return evaluate(js.create_loader(dataset, "val", 256), predict)
 
 
+@torch.no_grad()
+def recall_among_all(dataset: Path, predict: Any) -> dict[str, float]:
+    """Recall@1 of each variant among the sources of all validation pairs."""
+    loader = js.create_loader(dataset, "val", 256)
+    targets = torch.nn.functional.normalize(torch.cat([batch["target_source_emb"] for batch in loader]).float(), dim=1)
+    same = targets @ targets.T > SAME_SOURCE
+    found = {}
+    for variant in VARIANTS:
+        dataset_of(loader).force_steering(variant)
+        batches = [predict(batch["question_emb"], batch["steering"]).float() for batch in loader]
+        products = torch.nn.functional.normalize(torch.cat(batches), dim=1) @ targets.T
+        others = products.masked_fill(same, -torch.inf).amax(dim=1)
+        found[variant] = (products.diagonal() > others).float().mean().item()
+    return found
+
+
+def measure(places: dict[tuple[str, str], Path], steering: str, kinds: list[str], predict: Any) -> dict[str, Any]:
+    """Recalls of a predictor with some steering, against each dataset's negatives and among all sources."""
+    found: dict[str, Any] = {kind: recall(places[steering, kind], predict) for kind in kinds}
+    found["among all"] = recall_among_all(places[steering, _HAND], predict)
+    return found
+
+
+def prepare(hand: Path, root: Path, kinds: list[str]) -> dict[tuple[str, str], Path]:
+    """Datasets of each steering with each kind of negatives."""
+    config = json.loads((hand / "config.json").read_text())
+    with js.open(hand, use_mmap=True) as store, js.DatasetWriter(root / _HAND, config=config) as writer:
+        for name in store:
+            writer.append(name, store[name].tensor())
+    places = {(_HAND, _HAND): root / _HAND}
+    for kind in kinds:
+        built = build_from(root / _HAND, root / kind, config["n_neg"], _BUILT[kind])
+        places[kind, kind] = built
+        places[kind, _HAND] = with_negatives(built, root / _HAND, root / f"{kind}-{_HAND}")
+        places[_HAND, kind] = with_negatives(root / _HAND, built, root / f"{_HAND}-{kind}")
+    return places
+
+
 def main() -> None:
-    """Train on both with each seed; print and keep the figures."""
+    """Train on all with each seed; print and keep the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("hand", type=Path)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--no-margin", action="store_true", help="mine without a margin to the positive")
+    parser.add_argument("--built", choices=list(_BUILT), nargs="+", default=list(_BUILT))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch)
-        n_neg = json.loads((options.hand / "config.json").read_text())["n_neg"]
-        with (
-            js.open(options.hand, use_mmap=True) as store,
-            js.DatasetWriter(root / "hand", config=json.loads((options.hand / "config.json").read_text())) as writer,
-        ):
-            for name in store:
-                writer.append(name, store[name].tensor())
-        mining: dict[str, Any] = {"relative_margin": None} if options.no_margin else {}
-        built = build_from(root / "hand", root / "built", n_neg, mining)
-        places = {
-            ("hand", "hand"): root / "hand",
-            ("built", "hand"): with_negatives(built, root / "hand", root / "built-hand"),
-            ("hand", "built"): with_negatives(root / "hand", built, root / "hand-built"),
-            ("built", "built"): built,
-        }
-        runs: list[dict[str, Any]] = []
-        for (trained, negatives), place in places.items():
-            runs.append(
-                {
-                    "trained_on": None,
-                    "steering": trained,
-                    "negatives": negatives,
-                    "recall": recall(place, question_alone),
-                }
-            )
-        for seed in options.seeds:
-            for trained in ("hand", "built"):
-                model = train(places[trained, trained], options.epochs, seed).model
-                for negatives in ("hand", "built"):
-                    found = recall(places[trained, negatives], model)
-                    runs.append({"trained_on": trained, "seed": seed, "negatives": negatives, "recall": found})
-                    print(json.dumps(runs[-1]), flush=True)
-        with js.open(built, use_mmap=True) as store:
+        places = prepare(options.hand, Path(scratch), options.built)
+        with js.open(places[options.built[0], options.built[0]], use_mmap=True) as store:
             facts = {
-                "mining": mining,
                 "pairs": len(store["pair_index"]),
                 "clusters": len(store["centroid_embs"]),
                 "epochs": options.epochs,
             }
-    if options.out:
-        options.out.write_text(json.dumps({**facts, "runs": runs}, indent=2) + "\n")
+        kinds = [_HAND, *options.built]
+        # With steering of "default" and of "no-margin" alike, since only their negatives differ.
+        alone = measure(places, _HAND, kinds, question_alone)
+        runs: list[dict[str, Any]] = [{"steering": None, "negatives": None, "recall": alone}]
+        trained = [(_HAND, _HAND), *((steering, kind) for kind in options.built for steering in (_HAND, kind))]
+        for seed in options.seeds:
+            for steering, negatives in trained:
+                model = train(places[steering, negatives], options.epochs, seed).model.eval()
+                against = kinds if steering == _HAND else [_HAND, steering]
+                found = measure(places, steering, against, model)
+                runs.append({"steering": steering, "negatives": negatives, "seed": seed, "recall": found})
+                print(json.dumps(runs[-1]), flush=True)
+                if options.out:
+                    options.out.write_text(json.dumps({**facts, "runs": runs}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def in_use_kib() -> int:
         return 0
     ask.restype = _Mallinfo
     found = ask()
-    return (found.uordblks + found.hblkhd) >> 10
+    return int(found.uordblks + found.hblkhd) >> 10
 
 
 def mapped_kib() -> int:

@@ -380,4 +380,5 @@ def _mined(found: Mined) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "negative_similarities": torch.from_numpy(found.similarities),
         "positive_similarities": torch.from_numpy(found.positive_similarities),
     }
-    return tensors, {**found.counts.to_dict(), **found.kinds}
+    recall = {} if found.recall is None else {"recall": found.recall}
+    return tensors, {**found.counts.to_dict(), **found.kinds, **recall}

@@ -14,7 +14,7 @@ from jasper_store.errors import IncompatibleOptionsError, IntegrityError
 
 __all__ = ["Method", "MiningInputs", "MiningSettings", "check_inputs"]
 
-Method = Literal["exact"]
+Method = Literal["exact", "faiss"]
 
 _MOST_CLUSTERS = 1 << 24
 
@@ -60,7 +60,8 @@ class MiningSettings:
             leaves out only those with the same bytes.
         ranks: first and last (exclusive) rank that may be chosen, counted from 0 over all sources but the question's
             positives and their exact duplicates; random negatives are never of a rank before the first.
-        method: ``"exact"``: every product of a question and a source is looked at.
+        method: ``"exact"``: every product of a question and a source is looked at; ``"faiss"``: an index finds most of the
+            similar sources of other clusters.
         tier_numbers: what is written for the kinds: ``"jasper"`` (random 0, in cluster and adjacent 1, most similar 2) or
             ``"builder"`` (1 to 4).
         seed: seed of random negatives.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
+from jasper_store.building.approximate import ApproximateIndex, approximate_lists, measured_recall
 from jasper_store.building.checkpoints import Checkpoints
 from jasper_store.building.choose import COUNTED, Chosen, choose
 from jasper_store.building.inputs import MiningInputs, MiningSettings
@@ -83,6 +84,7 @@ class Mined:
         similarity_of_kinds: mean similarity of the negatives of each kind; ``None`` for a kind that there is not.
         products: how many cosines were looked at.
         seconds: time taken.
+        recall: share of the most similar sources that an approximate index found; ``None`` for the exact method.
     """
 
     negatives: np.ndarray
@@ -94,6 +96,7 @@ class Mined:
     similarity_of_kinds: dict[str, float | None]
     products: int
     seconds: float
+    recall: float | None = None
 
 
 def mine(
@@ -150,6 +153,7 @@ def mine_problem(
         {name: _mean(result.similarities[result.kinds == kind]) for kind, name in enumerate(KINDS)},
         run.done,
         time.perf_counter() - began,
+        run.recall,
     )
 
 
@@ -205,9 +209,16 @@ class _Run:
         self._progress = progress
         settings = problem.settings
         self._keep = settings.ranks[1] + _SPARE if settings.ranks else settings.n_neg + _SPARE
-        self._plan = plan_memory(problem, self._keep, memory_limit)
+        self._index: ApproximateIndex | None = None
+        if settings.method == "faiss":
+            self._index = ApproximateIndex(problem, memory_limit)
+            self._limit -= self._index.nbytes
+        self._plan = plan_memory(problem, self._keep, self._limit)
         if self._plan.hold_sources:
             problem.hold_sources()
+        self.recall = None
+        if self._index is not None:
+            self.recall = measured_recall(problem, self._index, self._keep)
         self.done = 0
         self._total = len(_units(problem)) * problem.sources.n_rows
 
@@ -229,7 +240,7 @@ class _Run:
     def _blocks(self, start: int, stop: int, result: _Result, checkpoints: Checkpoints | None) -> None:
         for low in range(start, stop, self._plan.tasks):
             high = min(low + self._plan.tasks, stop)
-            chosen = self._settled(self._problem.order[low:high], self._keep)
+            chosen = self._chosen(self._problem.order[low:high])
             found = {
                 "rows": chosen.rows,
                 "kinds": chosen.kinds,
@@ -246,6 +257,15 @@ class _Run:
         result.kinds[pairs] = found["kinds"]
         result.similarities[pairs] = found["similarities"]
         result.counts += found["counts"]
+
+    def _chosen(self, pairs: np.ndarray) -> Chosen:
+        """Choose for pairs of one block; exactly where an index does not find enough that the rules allow."""
+        if self._index is None:
+            return self._settled(pairs, self._keep)
+        lists = approximate_lists(self._problem, self._index, pairs, self._keep, self._plan.sizes, self._advance)
+        chosen = choose(self._problem, pairs, lists, self._keep)
+        self._again(chosen, lambda some: self._settled(pairs[some], self._keep))
+        return chosen
 
     def _settled(self, pairs: np.ndarray, keep: int) -> Chosen:
         """Choose for pairs of one block, from ever longer lists until nothing can change."""

@@ -23,6 +23,7 @@ class MiningReport:
         positive_similarity: mean cosine of question and positive.
         key: hash of the content and the settings that these negatives follow from.
         seconds: time taken.
+        recall: of ``method="faiss"``: share of the most similar sources that the index found, measured on 256 pairs.
         existed: the dataset had these negatives already; nothing was written.
     """
 
@@ -35,6 +36,7 @@ class MiningReport:
     positive_similarity: float
     key: str
     seconds: float
+    recall: float | None = None
     existed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,6 +51,8 @@ class MiningReport:
             f"{self.path}: {what}, in {self.seconds:.1f} s",
             f"positives: mean cosine {self.positive_similarity:.3f}",
         ]
+        if self.recall is not None:
+            lines.append(f"faiss: found {self.recall:.1%} of the most similar sources, measured on 256 pairs or all")
         for kind, count in self.kinds.items():
             mean = self.similarity_of_kinds[kind]
             lines.append(f"{kind}: {count:,} negatives" + ("" if mean is None else f", mean cosine {mean:.3f}"))

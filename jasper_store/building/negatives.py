@@ -91,7 +91,8 @@ def mine_negatives(
         max_similarity: leave out sources whose cosine is above this.
         duplicate_similarity: leave out sources whose cosine with a positive of the question is at least this.
         ranks: first and last (exclusive) rank that may be chosen, from 0, by similarity.
-        method: ``"exact"``.
+        method: ``"exact"`` looks at every product; ``"faiss"`` searches an index (IVF, needs ``jasper_store[faiss]``) and
+            reports which share of the most similar sources it found.
         tier_numbers: ``"jasper"`` writes 0 for random negatives, 1 for those of the own and near clusters, 2 for the most
             similar others; ``"builder"`` writes 1 to 4 for the four kinds.
         memory_limit: bytes, or a text such as ``"8GiB"``; one more upper bound on the memory that is used.
@@ -272,6 +273,7 @@ def _facts(mined: Mined, settings: MiningSettings) -> dict[str, Any]:
         "counts": mined.counts.to_dict(),
         "kinds": mined.kinds,
         "similarity_of_kinds": mined.similarity_of_kinds,
+        "recall": mined.recall,
         "positive_similarity": float(mined.positive_similarities.mean(dtype=np.float64)),
     }
 

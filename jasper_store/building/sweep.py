@@ -27,7 +27,7 @@ from jasper_store.building.tiers import ADJACENT, IN_CLUSTER, OTHER
 from jasper_store.building.topk import Reservoir, above
 from jasper_store.native.topk import offer, offers
 
-__all__ = ["BlockSizes", "Lists", "sweep"]
+__all__ = ["BlockSizes", "Lists", "Sweep", "sweep"]
 
 _SCATTERED = 1 << 8
 """Members of a group of duplicates up to which they are listed one by one for each unit."""
@@ -95,7 +95,7 @@ def sweep(
         advance: called with the number of products that were made since the last call.
     """
     with torch.inference_mode(), _full_precision():
-        return _Sweep(problem, tasks, keep, sizes).run(advance)
+        return Sweep(problem, tasks, keep, sizes).run(advance)
 
 
 @contextmanager
@@ -109,7 +109,9 @@ def _full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-class _Sweep:
+class Sweep:
+    """One pass; see :func:`sweep`."""
+
     def __init__(self, problem: Problem, tasks: np.ndarray, keep: int, sizes: BlockSizes) -> None:
         self._problem = problem
         self._sizes = sizes
@@ -153,6 +155,7 @@ class _Sweep:
         self._large_units, self._large_groups = unit[large], group[large]
 
     def run(self, advance: Callable[[int], None] | None) -> Lists:
+        """List the candidates; ``advance`` as for :func:`sweep`."""
         problem, sizes = self._problem, self._sizes
         total = problem.sources.n_rows
         units = problem.questions.unit(self._unit_questions).to(self._device)

@@ -43,7 +43,9 @@ def mine(
     tier_numbers: Annotated[
         str, typer.Option("--tier-numbers", metavar="RULE", help="jasper writes 0 to 2, builder 1 to 4.")
     ] = "jasper",
-    method: Annotated[str, typer.Option(help="exact.")] = "exact",
+    method: Annotated[
+        str, typer.Option(help="exact; or faiss, an approximate index with its recall measured.")
+    ] = "exact",
     memory_limit: Annotated[
         int | None,
         typer.Option("--memory-limit", parser=parse_size, metavar="SIZE", help="Upper bound on memory, e.g. 8GiB."),
@@ -91,6 +93,8 @@ def mine(
         return
     for shown in _tables(report):
         results().print(shown)
+    if report.recall is not None:
+        results().print(f"faiss found {report.recall:.1%} of the most similar sources (measured on up to 256 pairs)")
     results().print(
         f"{report.path}: {report.n_pairs:,} pairs, {report.settings['n_neg']} negatives each, in {report.seconds:.1f} s",
         markup=False,

@@ -92,6 +92,24 @@ def test_the_same_call_is_found_done(data: Path) -> None:
     assert values(data)["negative_similarities"].shape[1] == 3
 
 
+def test_teachers_numbers_are_fields_of_a_sample(data: Path) -> None:
+    js.mine_negatives(data, n_neg=3, similarities=True)
+    fields = {
+        "_pair": "train_idx[i]",
+        "question": "question_embs[pair_index[_pair, 0]]",
+        "negatives": "source_embs[hard_negatives[_pair]]",
+        "teacher": "negative_similarities[_pair]",
+        "positive": "positive_similarities[_pair]",
+    }
+    with js.Dataset(data, fields) as dataset:
+        batch = next(iter(js.create_loader(dataset, batch_size=8, shuffle=False)))
+        rows = dataset.store["train_idx"].tensor()[:8]
+        assert torch.equal(batch["positive"], dataset.store["positive_similarities"].tensor()[rows])
+    assert batch["teacher"].shape == (8, 3)
+    cosines = torch.cosine_similarity(batch["question"][:, None].double(), batch["negatives"].double(), dim=2)
+    assert batch["teacher"].double() == pytest.approx(cosines, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["question_embs", "hard_negatives"])
 def test_other_content_is_no_result_of_this_one(data: Path, tmp_path: Path, name: str) -> None:
     js.mine_negatives(data)

@@ -236,7 +236,7 @@ def test_bad_settings() -> None:
         ({"ranks": (5, 5)}, "ranks="),
         ({"tiers": (1, 2, 3)}, "four numbers"),
         ({"tiers": (0, 0, 0, 0)}, "not all of them 0"),
-        ({"method": "magic"}, "expected one of exact"),
+        ({"method": "magic"}, "expected one of exact, faiss"),
         ({"tier_numbers": "magic"}, "'jasper'"),
     ):
         with pytest.raises(IncompatibleOptionsError, match=words):

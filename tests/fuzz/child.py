@@ -157,7 +157,8 @@ def _guided(target: Any, name: str, seconds: float, kept: Path, counts: Counts, 
         "-malloc_limit_mb=0",
         "-detect_leaks=0",
     ]
-    options = [f"-max_len={target.most}", f"-dict={tokens}", "-reload=0", f"-artifact_prefix={kept}/"]
+    options = [f"-max_len={target.most}", "-reload=0", f"-artifact_prefix={kept}/"]
+    options += [f"-dict={tokens}"] if target.tokens else []  # libFuzzer refuses an empty one
     one = _reader(target, name, kept, counts, scratch)
     end = time.process_time() + seconds
 

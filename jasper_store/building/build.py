@@ -28,6 +28,7 @@ from jasper_store.building.steering import KeywordWeights
 from jasper_store.building.target import BUILT, built_config, probe
 from jasper_store.building.write import Derived, output_nbytes, write_tensors
 from jasper_store.files.atomic import require_space
+from jasper_store.files.lock import lock_beside, remove_stale
 from jasper_store.jasper import api
 from jasper_store.jasper.writing import DatasetWriter
 
@@ -189,6 +190,7 @@ class _Build:
         key = key_of(_VERSION, facts.digests, choices, self.settings.to_dict(), self.mining.to_dict())
         built = built_config(self.target)
         if built is not None and built[BUILT]["key"] == key and not overwrite:
+            remove_stale(lock_beside(self.target))  # of a build that was killed once it had published
             self._clean()
             return self._report(built, existed=True)
         if built is not None:

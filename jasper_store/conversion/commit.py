@@ -25,7 +25,7 @@ from jasper_store.conversion.rows import read_blocks
 from jasper_store.errors import ConversionError, IntegrityError
 from jasper_store.files.atomic import map_os_errors, sync_directory, sync_file, write_bytes
 from jasper_store.files.fingerprint import FileFingerprint
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.lock import LOCK_NAME, exclusive, lock_beside
 from jasper_store.formats.base import Schema
 from jasper_store.formats.files import dtype_name
 from jasper_store.formats.generation import SHARDS, Generation, read_generation
@@ -82,7 +82,7 @@ def commit(
         names = _complete(root)
         for name in names:
             # The lock of the shard's writer; see make_staging.
-            stack.enter_context(exclusive(root / SHARDS / f".{name}{LOCK_NAME}", f"committing {root / SHARDS / name}"))
+            stack.enter_context(exclusive(lock_beside(root / SHARDS / name), f"committing {root / SHARDS / name}"))
         _Commit(root, names, Schema() if schema is None else schema, check).do()
     with contextlib.suppress(OSError):  # shards of another round may be on their way
         (root / SHARDS).rmdir()

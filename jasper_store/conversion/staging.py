@@ -17,7 +17,7 @@ from jasper_store.files.atomic import (
     swap_directory,
     temporary_name,
 )
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.lock import LOCK_NAME, exclusive, lock_beside
 from jasper_store.formats.generation import SHARDS
 from jasper_store.formats.registry import FORMATS, format_for
 
@@ -36,7 +36,7 @@ def make_staging(stack: contextlib.ExitStack, target: Path, *, overwrite: bool) 
     parent = target.parent
     with map_os_errors(target):
         make_directory(parent)
-    stack.enter_context(exclusive(parent / f".{target.name}{LOCK_NAME}", f"writing {target}"))
+    stack.enter_context(exclusive(lock_beside(target), f"writing {target}"))
     with map_os_errors(target):
         recover_directory(target)
         clean_stale(parent, target.name)

@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["LOCK_NAME", "exclusive", "remove_stale"]
+__all__ = ["LOCK_NAME", "exclusive", "lock_beside", "remove_stale"]
 
 LOCK_NAME = ".jasper_store.lock"
 _POLL_SECONDS = 0.01
+
+
+def lock_beside(directory: Path) -> Path:
+    """The lock file of a directory that is made, or replaced as a whole."""
+    return directory.parent / f".{directory.name}{LOCK_NAME}"
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from jasper_store.files.atomic import (
     sync_directory,
     write_bytes,
 )
-from jasper_store.files.lock import LOCK_NAME, exclusive
+from jasper_store.files.lock import exclusive, lock_beside
 from jasper_store.formats.generation import Generation
 from jasper_store.memory import budget
 from jasper_store.packing.parts import part_files, parted, refuse_changes, write_parts
@@ -105,7 +105,7 @@ def _pack(sources: Mapping[str, Dataset], options: Options, room: int, began: fl
     with map_os_errors(target):
         make_directory(parent)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(parent / f".{target.name}{LOCK_NAME}", f"packing into {target}"))
+        stack.enter_context(exclusive(lock_beside(target), f"packing into {target}"))
         with map_os_errors(target):
             recover_directory(target)
             check_target(target, overwrite=options.overwrite)

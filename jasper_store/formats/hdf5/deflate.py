@@ -282,7 +282,9 @@ def _best(plane: memoryview, last: bool) -> tuple[_Encode, _Parts]:
     coded: _Parts = _huffman(plane, last=True) if _size(fast) > len(plane) // 8 else [plane]
     well = _match_well(plane, last) if _size(coded) >= _CLEARLY_BETTER * _size(fast) else fast
     if _size(coded) < _WORTH_IT * min(_size(fast), _size(well)):
-        return _huffman, coded if last else _huffman(plane, last)
+        parts = coded if last else _huffman(plane, last)
+        # What ends it on a byte may outweigh what it gains on a few values.
+        return (_huffman, parts) if _size(parts) < len(plane) else (_store, _store(plane, last))
     return (_match, fast) if _size(fast) <= _size(well) else (_match_well, well)
 
 

@@ -13,7 +13,7 @@ from tests.formats.confined import Outcome, open_confined
 pytest.importorskip("resource", reason="limits of a child process are POSIX")
 
 PROTO = b"\x80\x02"
-LIMIT_SECONDS = 3
+LIMIT_SECONDS = 10
 LIMIT_NBYTES = 1 << 30
 GROWTH_NBYTES = 160 << 20
 """What the largest file here may take: 423 KB, of which each byte may become an object of Python's."""

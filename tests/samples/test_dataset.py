@@ -398,10 +398,10 @@ def test_collations_that_look_at_a_sample_get_a_whole_one(ds: js.Dataset) -> Non
     from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
     with ds:
-        batch = ds.__getitems__([3, 1, 2])
+        batch: Any = ds.__getitems__([3, 1, 2])  # default_collate names no type but a list
         assert default_collate(batch) is batch.tensors
         assert set(batch[0]) == set(batch.tensors)
-        tensors_alone = {torch.Tensor: default_collate_fn_map[torch.Tensor]}
+        tensors_alone: dict[Any, Any] = {torch.Tensor: default_collate_fn_map[torch.Tensor]}
         assert_same(collate(batch, collate_fn_map=tensors_alone), batch.tensors)
         assert_same(collate(batch, collate_fn_map=default_collate_fn_map), batch.tensors)
 

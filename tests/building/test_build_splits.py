@@ -29,7 +29,7 @@ def test_a_split_has_its_share_of_the_groups_and_each_group_is_whole(
     found = divide(groups, rng.integers(0, clusters, pairs), {"train": 1 - held - 0.1, "val": held, "test": 0.1}, seed)
     together = np.sort(np.concatenate([rows.numpy() for rows in found.values()]))
     assert np.array_equal(together, np.arange(pairs))
-    owned = {name: set(groups[rows]) for name, rows in found.items()}
+    owned = {name: set(groups[rows.numpy()].tolist()) for name, rows in found.items()}
     assert not owned["train"] & owned["val"]
     assert not owned["val"] & owned["test"]
     assert not owned["train"] & owned["test"]

@@ -7,13 +7,13 @@ cosines afterwards, as after :mod:`jasper_store.building.sweep`; what it misses 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 import torch
 
+from jasper_store.building.faiss_library import faiss_in_one_thread
 from jasper_store.building.problem import Problem
 from jasper_store.building.similarity import product_error
 from jasper_store.building.sweep import BlockSizes, Lists, Sweep
@@ -67,8 +67,7 @@ class ApproximateIndex:
             raise InsufficientMemoryError(msg, needed=self.nbytes, available=memory_limit)
         rng = np.random.default_rng(problem.settings.seed)
         sample = np.sort(rng.permutation(n_sources)[:sampled])
-        faiss = _faiss()
-        with _one_thread(faiss):
+        with faiss_in_one_thread("method='faiss' searches", "method='exact'") as faiss:
             self._index: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
             self._index.cp.seed = problem.settings.seed % (1 << 31)
             self._index.cp.min_points_per_centroid = 1
@@ -83,26 +82,6 @@ class ApproximateIndex:
         """Products and positions of the most similar sources of rows at length 1 [n, count], falling; -1 where none is found."""
         products, positions = self._index.search(units.numpy(), count)
         return products, positions
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as exc:
-        msg = "method='faiss' needs faiss, which is not installed: pip install jasper_store[faiss], or pass method='exact'"
-        raise IncompatibleOptionsError(msg) from exc
-    return faiss
-
-
-@contextmanager
-def _one_thread(faiss: Any) -> Iterator[None]:
-    """Make an index with one thread, since faiss promises the same bits of no other number."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 def approximate_lists(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from jasper_store.building.faiss_library import faiss_in_one_thread
 from jasper_store.building.rows import Matrix, unit
 from jasper_store.errors import IncompatibleOptionsError, IntegrityError
 from jasper_store.loading.order import order
@@ -166,16 +167,7 @@ def _sampled_rows(sources: Matrix, count: int, seed: int) -> torch.Tensor:
 
 def _train(sample: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     """Centroids float32 [count, D] of rows of length 1, by faiss in one thread."""
-    try:
-        import faiss
-    except ImportError as exc:
-        raise IncompatibleOptionsError(
-            "clusters are computed by faiss, which is not installed: pip install jasper_store[build], or pass clusters= with "
-            "the cluster of each source"
-        ) from exc
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
+    with faiss_in_one_thread("clusters are computed", "clusters= with the cluster of each source") as faiss:
         # Bounds on the points, since the sample was taken already, and faiss would warn and sample again.
         kmeans: Any = faiss.Kmeans(
             sample.shape[1],
@@ -187,8 +179,6 @@ def _train(sample: torch.Tensor, count: int, seed: int) -> torch.Tensor:
             max_points_per_centroid=len(sample),
         )
         kmeans.train(sample.numpy())
-    finally:
-        faiss.omp_set_num_threads(threads)
     return torch.from_numpy(kmeans.centroids.copy())
 
 

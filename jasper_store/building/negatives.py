@@ -91,7 +91,7 @@ def mine_negatives(
         max_similarity: leave out sources whose cosine is above this.
         duplicate_similarity: leave out sources whose cosine with a positive of the question is at least this.
         ranks: first and last (exclusive) rank that may be chosen, from 0, by similarity.
-        method: ``"exact"`` looks at every product; ``"faiss"`` searches an index (IVF, needs ``jasper_store[faiss]``) and
+        method: ``"exact"`` looks at every product; ``"faiss"`` searches an index (IVF, needs ``jasper_store[build]``) and
             reports which share of the most similar sources it found.
         tier_numbers: ``"jasper"`` writes 0 for random negatives, 1 for those of the own and near clusters, 2 for the most
             similar others; ``"builder"`` writes 1 to 4 for the four kinds.

@@ -153,7 +153,7 @@ def hub_errors(where: HubPath) -> Iterator[None]:
         raise
     except Exception as exc:  # each release of huggingface_hub has its own HTTP library, with its own errors
         if type(exc).__module__ == "builtins" and not isinstance(exc, (OSError, ValueError, RuntimeError)):
-            raise  # a mistake in a program, not an answer of the Hub
+            raise  # a mistake in the code: it must not read as a failure of the Hub
         # A RuntimeError of an upload says which file it was; what went wrong is its cause.
         cause = exc.__cause__ if type(exc) is RuntimeError else None
         raise _explained(cause or exc, where) from exc

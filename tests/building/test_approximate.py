@@ -60,7 +60,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InsufficientMemoryError, match="method='exact', which needs no index"):
         mine(inputs, settings, memory_limit=1 << 19)
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(IncompatibleOptionsError, match=r"pip install jasper_store\[faiss\]"):
+    with pytest.raises(IncompatibleOptionsError, match=r"pip install jasper_store\[build\]"):
         mine(inputs, settings, memory_limit=PLENTY)
 
 

@@ -19,7 +19,7 @@ from tests.cgroups import limited
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 CAP = 700 << 20
-_GROWTH_KIB = 4 << 10  # in an hour; a tensor of one reload has more in the long run
+_GROWTH_KIB = 4 << 10  # less than the tensors that one reload makes
 _ARENAS_KIB = 160 << 10  # that glibc's arenas may keep of memory which is free
 _ROUND = 4  # legs, after which each number of workers has come once
 

@@ -133,7 +133,8 @@ def copy_of_package(sanitizer: Sanitizer, command: str) -> Path:
     shutil.rmtree(tree, ignore_errors=True)
     hidden = shutil.ignore_patterns("__pycache__", "sample", "_rows*.so")
     shutil.copytree(ROOT / "jasper_store", tree / "jasper_store", ignore=hidden)
-    (tree / "jasper_store/sample").symlink_to(ROOT / "jasper_store/sample")
+    for name in ("jasper_store/sample", "docs"):
+        (tree / name).symlink_to(ROOT / name)
     for name in ("tests", "tools"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tree)
@@ -182,19 +183,21 @@ def check_python(sanitizer: Sanitizer, command: str, arguments: Sequence[str]) -
 
 def main() -> None:
     """Check one sanitizer."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], epilog="After -- stand tests, and arguments of pytest."
+    )
     parser.add_argument("sanitizer", choices=SANITIZERS)
     parser.add_argument("--seconds", type=float, default=20, help="how long the harness goes on")
     parser.add_argument("--only", choices=("harness", "python"), help="one of the two")
-    parser.add_argument("arguments", nargs="*", help="tests, and arguments of pytest, after --")
-    given = parser.parse_args()
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given, arguments = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     sanitizer, command = SANITIZERS[given.sanitizer], compiler()
     if command is None:
         sys.exit("there is no C compiler here: install gcc")
     if given.only != "python":
         check_harness(sanitizer, command, given.seconds)
     if given.only != "harness":
-        check_python(sanitizer, command, given.arguments)
+        check_python(sanitizer, command, arguments)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,9 @@ def _pack_hidden(work: Work, hidden: Path, options: Options, room: int, began: f
     directory = next_directory(hidden, 1)
     report, checksums = write_parts(work, hidden, directory, options, room, began)
     refuse_changes(work, options.target)
+    for left in hidden.iterdir():  # of a run that was cut later than here
+        if left != directory:
+            remove(left)
     _write_generation(work, hidden, directory, checksums)
     write_bytes(hidden / CONFIG_NAME, json.dumps(work.config, indent=1).encode())
     sync_directory(directory)

@@ -76,13 +76,9 @@ def repack(
             remove(hidden)
         untrack(hidden)
         sync_directory(root)
-        publish(root, old, _extended(work, old, root, directory, checksums))
-        config = load_config(root / CONFIG_NAME)
-        config = {
-            **config,
-            PACKED_KEY: replace(packed, files=work.packed.files, fingerprints=work.packed.fingerprints).to_config(),
-        }
+        config = {**load_config(root / CONFIG_NAME), PACKED_KEY: packed.followed_by(work.packed, old.number + 1)}
         write_bytes(root / CONFIG_NAME, json.dumps(config, indent=1).encode())
+        publish(root, old, _extended(work, old, root, directory, checksums))
     return replace(report, generation=old.number + 1, seconds=time.perf_counter() - began)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jasper_store.errors import CorruptFileError, DeclarationError, StaleDataWarning, UnknownNameError
 from jasper_store.formats.base import Schema
 from jasper_store.formats.files import read_file
+from jasper_store.formats.generation import read_generation
 from jasper_store.samples.compiler import build_graph
 from jasper_store.samples.declaration import Choice, Declaration, everything
 from jasper_store.samples.integrity import Nouns, check_bounds_once
@@ -207,13 +208,18 @@ def packed_at(path: Path) -> Packed | None:
     """How the samples of a directory were packed; ``None`` if they were not.
 
     Raises:
-        CorruptFileError: ``config.json`` is no JSON object, or what it says of it makes no sense.
+        CorruptFileError: ``config.json`` is no JSON object, or what it says of it makes no sense; or the manifest does.
     """
     config = path / CONFIG_NAME
     if not path.is_dir() or not config.is_file():
         return None
     values = load_config(config)
-    return Packed.from_config(values[PACKED_KEY], config) if PACKED_KEY in values else None
+
+    def generation() -> int:
+        published = read_generation(path)
+        return published.number if published is not None else 0
+
+    return Packed.from_config(values[PACKED_KEY], config, generation) if PACKED_KEY in values else None
 
 
 def load_config(path: Path) -> Mapping[str, Any]:

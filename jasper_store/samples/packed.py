@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,9 @@ PACKED_KEY: Final = "packed"
 """Key of ``config.json`` that it stands under."""
 _VERSION: Final = 1
 _MOST: Final = 1 << 31
+_MADE_FROM: Final = ("fingerprints", "files")
+"""What tells the source of one generation from that of another."""
+_NEXT: Final = "next"
 
 
 @dataclass(frozen=True)
@@ -76,19 +79,30 @@ class Packed:
             "columns": dict(self.columns),
         }
 
+    def followed_by(self, later: Packed, generation: int) -> dict[str, Any]:
+        """Plain values of this until a generation is published, and from then on with the source that ``later`` had.
+
+        So the configuration is right before and after the one step that publishes the generation.
+        """
+        made_from = {key: later.to_config()[key] for key in _MADE_FROM}
+        return self.to_config() | {_NEXT: {"generation": generation} | made_from}
+
     @classmethod
-    def from_config(cls, raw: Any, path: Path) -> Packed:
-        """What :meth:`to_config` gave.
+    def from_config(cls, raw: Any, path: Path, generation: Callable[[], int]) -> Packed:
+        """What :meth:`to_config` or :meth:`followed_by` gave.
 
         Args:
             raw: the value under :data:`PACKED_KEY`.
             path: the configuration, for errors.
+            generation: gives the number of the generation that is there; called only where it matters.
 
         Raises:
             CorruptFileError: it makes no sense, or a later release wrote it.
         """
         try:
             _require(raw["version"] == _VERSION, f"version {raw['version']!r:.20}, this release reads {_VERSION}")
+            if _NEXT in raw and raw[_NEXT]["generation"] <= generation():
+                raw = raw | {key: raw[_NEXT][key] for key in _MADE_FROM}
             made = cls(
                 kind=str(raw["kind"]),
                 block=raw["block"],

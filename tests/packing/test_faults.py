@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import jasper_store as js
-from jasper_store.errors import ConversionError
+from jasper_store.errors import ConversionError, StaleDataWarning
 from jasper_store.formats.generation import read_generation
-from jasper_store.packing import parts, writer
+from jasper_store.packing import pack as packing, parts, repack as repacking, writer
 from tests.builders import build_pt_dataset
 from tests.conversion.test_faults import Zygote, file_size_limit
 from tests.packing.packs import require_same
@@ -204,3 +204,57 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert found["taken"] < (64 + 160) << 20
     assert torch.load(source / "steering_centroid.pt", mmap=True).nbytes > 64 << 20
     require_same(source, tmp_path / "packed", "val", epochs=(40,))
+
+
+class Cut(BaseException):
+    """The process is at its end here."""
+
+
+def test_nothing_of_a_run_that_was_cut_is_published(
+    source: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(hidden: Path, target: Path, *, overwrite: bool) -> None:
+        # As a power failure may leave it: the new name is there, and the old one as well.
+        (hidden / ".config.json.1-0.tmp").write_bytes((hidden / "config.json").read_bytes())
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "publish", cut)
+        with pytest.raises(Cut):
+            js.pack(source, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    js.pack(source, tmp_path / "packed")
+    assert sorted(path.name for path in (tmp_path / "packed").iterdir()) == [
+        "config.json",
+        "jasper_store.json",
+        "part-000001",
+    ]
+    assert (tmp_path / "packed" / PART).read_bytes() == whole
+
+
+def test_the_step_that_publishes_columns_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut just before it, or just after: the configuration says of each what that was packed from."""
+    source, packed = build_pt_dataset(tmp_path / "source", n_pairs=203, dim=16), tmp_path / "packed"
+    js.pack(source, packed)
+    js.mine_negatives(source, 3, seed=5)
+
+    def cut(*_: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repacking, "publish", cut)
+        with pytest.raises(Cut):
+            js.pack(source, packed, columns=["negative_embs", "negative_tiers"])
+    with pytest.warns(StaleDataWarning, match="was packed from files that have changed"):
+        js.JASPERSteeringDataset(packed, "train").close()
+    real = repacking.publish
+
+    def publish_and_cut(*given: Any) -> None:
+        real(*given)
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(repacking, "publish", publish_and_cut)
+        with pytest.raises(Cut):
+            js.pack(source, packed, columns=["negative_embs", "negative_tiers"])
+    require_same(source, packed)  # any warning is an error here

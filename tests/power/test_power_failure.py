@@ -24,6 +24,8 @@ import pytest
 import jasper_store as js
 from jasper_store.conversion.verify import verify_files
 from jasper_store.errors import JasperStoreError
+from jasper_store.samples.opened import packed_at
+from jasper_store.samples.packed import PACKED_KEY
 from jasper_store.store.opening import open_store
 from tests.conversion.samples import checksum_of
 from tests.power.operations import Disk, Loss, sync_points
@@ -70,7 +72,10 @@ def contents(root: Path) -> Contents:
             found: dict[str, Any] = {spec.name: checksum_of(store[spec.name][:]) for spec in store.specs}
     except JasperStoreError:
         return None
-    return found | {"config": {key: value for key, value in known.items() if key != "created_at"}}
+    # Of packed samples it says what they were packed from for two generations, of which one is there.
+    packed = packed_at(root)
+    known = {key: value for key, value in known.items() if key != "created_at"}
+    return found | {"config": known if packed is None else known | {PACKED_KEY: packed}}
 
 
 @dataclass

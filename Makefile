@@ -53,7 +53,7 @@ test-min: ## the tests with the oldest allowed dependencies (torch at its pin, o
 	@$(PYTHON) tools/minimum.py --torch $(TORCH) > build/minimum.txt
 	@test -x $(MIN_VENV)/bin/python || $(PYTHON) -m venv $(MIN_VENV)
 	@$(MIN_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint build/minimum.txt --editable '.[arrow,build,hdf5plugin,hub,state,test]'
+		--constraint build/minimum.txt --editable '.[test]'
 	@$(MIN_VENV)/bin/python -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 test-integrations: $(STAMP) ## whole training programs under torchrun, Lightning, Accelerate and Ray
@@ -79,7 +79,7 @@ check-compilers: $(STAMP) ## the C by gcc, clang, musl and for aarch64, without 
 PYTHONS ?=
 
 test-pythons: $(STAMP) ## the tests on every supported Python found here, with the newest and the oldest dependencies
-	@$(BIN)/python tools/pythons.py --torch $(TORCH) $(PYTHONS) -- --numprocesses $(WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m tools.pythons --torch $(TORCH) $(PYTHONS) -- --numprocesses $(WORKERS) $(PYTEST_ARGS)
 
 coverage: $(STAMP) ## branch coverage of the tests; fails below the floor in pyproject.toml
 	@$(BIN)/python -m pytest --numprocesses $(WORKERS) --cov --cov-report=term --cov-report=html:build/coverage $(PYTEST_ARGS)

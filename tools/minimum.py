@@ -14,10 +14,23 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-EXTRAS = ("arrow", "build", "hdf5plugin", "hub", "state", "test")
+EXTRA = "test"
 """What the tests import beyond the dependencies themselves."""
 
 _BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[\w,-]+\])?>=(?P<version>[\w.]+)(?P<rest>\s*;.*)?$")
+
+
+def needed(project: dict[str, Any]) -> list[str]:
+    """The dependencies and those of the tests, without the name of the project itself, whose other extras ``test`` asks for."""
+    extras, found, todo = project["optional-dependencies"], list(project["dependencies"]), [EXTRA]
+    while todo:
+        for requirement in extras[todo.pop()]:
+            own = re.fullmatch(rf"{project['name']}\[([\w,-]+)\]", requirement)
+            if own is not None:
+                todo += own[1].split(",")
+            else:
+                found.append(requirement)
+    return found
 
 
 def minimum(requirements: list[str]) -> list[str]:
@@ -50,10 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--torch", help="this release of torch in the place of the oldest")
     options = parser.parse_args()
-    project = read_project()
-    pins = minimum(project["dependencies"])
-    for extra in EXTRAS:
-        pins += minimum(project["optional-dependencies"][extra])
+    pins = minimum(needed(read_project()))
     if options.torch:
         pins = [f"torch=={options.torch}" if pin.startswith("torch==") else pin for pin in pins]
     print("\n".join(pins))

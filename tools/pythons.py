@@ -1,10 +1,11 @@
-"""The tests on every supported Python that is found here, with the newest and the oldest allowed dependencies.
+"""The tests on every supported Python that is found here, with the newest and the oldest allowed dependencies, and its wheel.
 
-    python tools/pythons.py                        # all of them, one after another
-    python tools/pythons.py --python 3.12 --with oldest -- tests/formats -q
+    python -m tools.pythons                        # all of them, one after another
+    python -m tools.pythons --python 3.12 --with oldest -- tests/formats -q
 
 A Python that is not installed is named and passed over, never downloaded: on the PATH, and among pyenv's versions. One
-environment is there at a time, and removed afterwards: where only a CUDA build of torch can be had, it takes 5 GB.
+environment is there at a time, and removed afterwards: where only a CUDA build of torch can be had, it takes 5 GB. After the
+tests the wheel takes the place of the checkout, and must run the demo.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ import tempfile
 import time
 from pathlib import Path
 
+from tools.minimum import EXTRA, read_project
+
 ROOT = Path(__file__).resolve().parent.parent
 DEPENDENCIES = ("newest", "oldest")
-EXTRAS = "arrow,build,hdf5plugin,hub,state,test"
 
 
 def supported() -> list[str]:
     """The Pythons that the classifiers of pyproject.toml claim."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    names = "\n".join(read_project()["classifiers"])
+    return re.findall(r"^Programming Language :: Python :: (3\.\d+)$", names, re.MULTILINE)
 
 
 def find(version: str) -> str | None:
@@ -48,7 +50,7 @@ def _version_of(python: str) -> str | None:
 
 
 def run(python: str, dependencies: str, torch: str, arguments: list[str]) -> tuple[int, str]:
-    """Run the tests in an environment of their own; pytest's exit status, and the versions that were installed."""
+    """Run the tests, then the wheel, in an environment of their own; the exit status, and the versions that were installed."""
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="python-", dir=ROOT / "build") as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
@@ -57,12 +59,17 @@ def run(python: str, dependencies: str, torch: str, arguments: list[str]) -> tup
         limits.write_text(_limits(dependencies, torch), encoding="utf-8")
         pip = [inside, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
         subprocess.run(
-            [*pip, "install", "--constraint", str(limits), "--editable", f".[{EXTRAS}]"], cwd=ROOT, check=True
+            [*pip, "install", "--constraint", str(limits), "--editable", f".[{EXTRA}]"], cwd=ROOT, check=True
         )
         frozen = subprocess.run([*pip, "freeze"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         versions = " ".join(re.findall(r"^(?:torch|numpy|h5py|safetensors)==.*", frozen, re.MULTILINE))
-        done = subprocess.run([inside, "-m", "pytest", *arguments], cwd=ROOT, check=False)
-    return done.returncode, versions
+        status = subprocess.run([inside, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
+        subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", folder, str(ROOT)], check=True)
+        [wheel] = map(str, Path(folder).glob("*.whl"))
+        subprocess.run([*pip, "install", "--no-deps", "--force-reinstall", wheel], check=True)
+        smoke = [inside, str(ROOT / "tools" / "smoke.py")]
+        status = status or subprocess.run(smoke, cwd=folder, check=False).returncode
+    return status, versions
 
 
 def _limits(dependencies: str, torch: str) -> str:

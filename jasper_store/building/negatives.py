@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-import xxhash
 
 from jasper_store.building.inputs import NEAR_DUPLICATE, Method, MiningInputs, MiningSettings
 from jasper_store.building.mining import Mined, key_of, mine_problem
@@ -24,12 +23,15 @@ from jasper_store.building.problem import Problem
 from jasper_store.building.stages import WorkDirectory
 from jasper_store.building.target import BUILT
 from jasper_store.building.tiers import PROPORTIONS, TierNumbers
+from jasper_store.conversion.checksum import checksum_of
 from jasper_store.conversion.converter import convert
+from jasper_store.conversion.rewrite import replace_tensors
 from jasper_store.errors import DatasetNotFoundError, IncompatibleOptionsError
 from jasper_store.files.atomic import write_bytes
 from jasper_store.files.hub import require_local
-from jasper_store.formats.base import Chunked, Parts
-from jasper_store.formats.registry import FORMATS
+from jasper_store.formats.base import Chunked, Schema
+from jasper_store.formats.generation import read_generation
+from jasper_store.formats.registry import FORMATS, locate
 from jasper_store.jasper import api
 from jasper_store.jasper.config import CONFIG_NAME
 from jasper_store.jasper.recognise import known_at
@@ -77,7 +79,7 @@ def mine_negatives(
     For each pair other sources are chosen that are similar to the question and are no answer to it. The values are a pure
     function of content, settings and seed. Where the dataset has negatives, the new tensors and
     ``config.json`` replace them in one step if the system can (Linux), so that a running loader takes them by
-    ``reload_negatives()``. A call that was killed is run again with the same arguments, and
+    ``reload_negatives()``. A dataset in parts (which was appended to) gets them as its next generation. A call that was killed is run again with the same arguments, and
     continues. A call with the same content and settings as the last one finds that out, and writes nothing.
 
     Args:
@@ -108,7 +110,7 @@ def mine_negatives(
     Raises:
         DatasetNotFoundError: no dataset, or tensors are missing; the message names them.
         IntegrityError: embeddings with NaN or zero rows, pairs that name no row, too few sources.
-        IncompatibleOptionsError: settings out of range; or a dataset that is packed or made of appended parts.
+        IncompatibleOptionsError: settings out of range; or a dataset that is packed; or another ``n_neg`` where it is in parts.
         InsufficientMemoryError: the budget does not hold the numbers of the pairs.
         CorruptFileError: a file.
         ConversionError: no room, no permission, or another process mines for the dataset.
@@ -127,7 +129,7 @@ def mine_negatives(
         store = stack.enter_context(api._quietly_opened(path))  # noqa: SLF001
         _require_tensors(store, path)
         settings = MiningSettings(
-            n_neg=_count(n_neg, config, store),
+            n_neg=_count(n_neg, config, store, path),
             tiers=PROPORTIONS if tiers is None else tuple(tiers),  # type: ignore[arg-type]
             relative_margin=relative_margin,
             absolute_margin=absolute_margin,
@@ -190,19 +192,14 @@ def _require_tensors(store: TensorStore, path: Path) -> None:
             "dataset, or build one of your embeddings (jasper-store build)"
         )
         raise DatasetNotFoundError(msg, path=path)
-    for name in {*_NEGATIVES, *_SIMILARITIES} & set(store):
-        _require_own_file(store, name, path)
+    if read_generation(path) is None:
+        for name in {*_NEGATIVES, *_SIMILARITIES} & set(store):
+            _require_own_file(store, name, path)
 
 
 def _require_own_file(store: TensorStore, name: str, path: Path) -> None:
     """Refuse to replace a tensor of a file that other tensors share, unless the format has one file for all."""
     spec = store[name].spec
-    if isinstance(spec.location, Parts):
-        msg = (
-            f"{path}: {name} has parts that were appended; expected one file of it, since it is replaced. Convert the dataset "
-            "into a new directory (jasper-store convert), and mine there"
-        )
-        raise IncompatibleOptionsError(msg, path=path)
     fmt = FORMATS.get(store.format)
     shared = [other for other in store if other != name and set(store[other].spec.paths) & set(spec.paths)]
     if fmt is None or (fmt.one_file is None and shared):
@@ -213,12 +210,20 @@ def _require_own_file(store: TensorStore, name: str, path: Path) -> None:
         raise IncompatibleOptionsError(msg, path=path)
 
 
-def _count(n_neg: int | None, config: Mapping[str, Any], store: TensorStore) -> int:
-    if n_neg is not None:
-        return n_neg
+def _count(n_neg: int | None, config: Mapping[str, Any], store: TensorStore, path: Path) -> int:
+    """Negatives for each pair."""
+    there = None
     if "hard_negatives" in store and len(store["hard_negatives"].shape) == 2:
-        return int(store["hard_negatives"].shape[1])
-    return int(config.get("n_neg", _DEFAULT_COUNT))
+        there = int(store["hard_negatives"].shape[1])
+    if n_neg is None:
+        return int(config.get("n_neg", _DEFAULT_COUNT)) if there is None else there
+    if there not in (None, n_neg) and read_generation(path) is not None:
+        msg = (
+            f"n_neg={n_neg}: {path} is in parts, which keep the shape of their rows; expected {there} as it has. For another "
+            "number convert it into a new directory (jasper-store convert), and mine there"
+        )
+        raise IncompatibleOptionsError(msg, path=path)
+    return n_neg
 
 
 def _inputs(store: TensorStore) -> MiningInputs:
@@ -245,7 +250,7 @@ def _is_up_to_date(store: TensorStore, config: Mapping[str, Any], key: str, *, s
         return False
     names = [*_NEGATIVES, *(_SIMILARITIES if similarities else ())]
     digests = mined.get("tensors", {})
-    return all(name in store and digests.get(name) == _digest(store[name].tensor()) for name in names)
+    return all(name in store and digests.get(name) == checksum_of(store[name].tensor()) for name in names)
 
 
 # --- what is written ------------------------------------------------------------------------------------------
@@ -260,10 +265,6 @@ def _tensors(mined: Mined, *, similarities: bool) -> dict[str, torch.Tensor]:
         found["negative_similarities"] = torch.from_numpy(mined.similarities)
         found["positive_similarities"] = torch.from_numpy(mined.positive_similarities)
     return found
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    return xxhash.xxh3_128(tensor.contiguous().cpu().numpy().data).hexdigest()
 
 
 def _facts(mined: Mined, settings: MiningSettings) -> dict[str, Any]:
@@ -289,7 +290,7 @@ def _with_mined(
     new[MINED] = {
         "by": f"jasper_store {metadata.version('jasper-store')}",
         "key": key,
-        "tensors": {name: _digest(tensor) for name, tensor in tensors.items()},
+        "tensors": {name: checksum_of(tensor) for name, tensor in tensors.items()},
         "report": dict(facts),
     }
     if "embedding_dim" in new:
@@ -300,11 +301,20 @@ def _with_mined(
 def _publish(
     path: Path, store: TensorStore, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], staging: Path
 ) -> None:
-    """Write and prove the tensors and ``config.json``; they replace the old ones, in one step if that can be done."""
+    """Write and prove the tensors and ``config.json``; they replace the old ones, in one step if that can be done.
+
+    Of a dataset in parts, tensors are replaced by its next generation, and ``config.json`` just before.
+    """
     with DatasetWriter(staging, overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.append(name, tensor)
-    write_bytes(staging / CONFIG_NAME, json.dumps(config, indent=2).encode())
+    content = json.dumps(config, indent=2).encode()
+    if read_generation(path) is not None:
+        # First, so that publishing is the last step. A cut between the two leaves a key that fits no tensors: no key.
+        write_bytes(path / CONFIG_NAME, content)
+        replace_tensors(path, locate(staging, "safetensors", Schema()).specs, known_at(path).schema)
+        return
+    write_bytes(staging / CONFIG_NAME, content)
     convert(
         staging,
         path,

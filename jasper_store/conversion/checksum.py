@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from jasper_store.formats.base import TensorSpec
 
-__all__ = ["Hasher", "checksum"]
+__all__ = ["Hasher", "checksum", "checksum_of"]
 
 
 class Hasher:
@@ -39,6 +39,13 @@ class Hasher:
     def hexdigest(self) -> str:
         """32 hex digits."""
         return str(self._digest.hexdigest())
+
+
+def checksum_of(values: torch.Tensor) -> str:
+    """Checksum of values in memory, on any device and in any layout."""
+    hasher = Hasher()
+    hasher.update(values.cpu())
+    return hasher.hexdigest()
 
 
 def checksum(

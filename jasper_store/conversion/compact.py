@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from dataclasses import dataclass, replace
@@ -14,32 +13,21 @@ import numpy as np
 from jasper_store.conversion.append import clean_parts
 from jasper_store.conversion.generations import (
     PART_DIRECTORY,
-    NewPart,
     current,
-    extended,
-    next_directory,
     publish,
 )
-from jasper_store.conversion.plan import FileTask, SourceFacts
-from jasper_store.conversion.transfer import Options, write_file
+from jasper_store.conversion.rewrite import rewrite
 from jasper_store.errors import ConversionError
 from jasper_store.files.atomic import (
     map_os_errors,
     remove,
-    require_space,
-    sync_directory,
-    sync_file,
-    temporary_name,
 )
-from jasper_store.files.fingerprint import FileFingerprint
 from jasper_store.files.lock import LOCK_NAME, exclusive
-from jasper_store.formats.base import Extent, Parts, Schema
+from jasper_store.formats.base import Parts, Schema
 from jasper_store.formats.generation import Generation
 from jasper_store.formats.part_columns import PartFiles
-from jasper_store.formats.registry import FORMATS, format_for
-from jasper_store.memory import budget
+from jasper_store.formats.registry import format_for
 from jasper_store.memory.budget import format_bytes
-from jasper_store.store.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,7 +118,7 @@ def compact(
             raise ConversionError(f"{root}: expected a dataset, found no tensors; name another directory", path=root)
         specs = old.locate(root, schema, format_for, old.number or None) if old.number else _plain(old, root, schema)
         many = [spec for spec in specs if isinstance(spec.location, Parts)]
-        new = _rewritten(root, old, many, schema, progress) if many else old
+        new = rewrite(root, old, many, schema, what="compacting", progress=progress) if many else old
         removed = 0
         if remove_old and new.number:
             removed, new = _without_old(root, new)
@@ -150,59 +138,6 @@ def compact(
 def _plain(old: Generation, root: Path, schema: Schema) -> list[TensorSpec]:
     """The tensors of files that no manifest names as parts: numbered ones may be parts all the same."""
     return replace(old, number=1).locate(root, schema, format_for, 1)
-
-
-def _rewritten(
-    root: Path,
-    old: Generation,
-    many: list[TensorSpec],
-    schema: Schema,
-    progress: Callable[[str, int, int], None] | None,
-) -> Generation:
-    """Write tensors in one piece each, prove them, and publish a generation that has these."""
-    fmt = FORMATS.get(old.format, FORMATS["safetensors"])
-    target = next_directory(root, old.number + 1)
-    staging = temporary_name(target, "staging")
-    if fmt.one_file is not None:
-        tasks = [FileTask(staging / fmt.one_file, tuple(many))]
-    else:
-        tasks = [FileTask(staging / f"{spec.name}{fmt.suffixes[0]}", (spec,)) for spec in many]
-    total = sum(spec.nbytes for spec in many)
-    require_space(root, sum(task.needed(None) for task in tasks), what="compacting")
-    facts = SourceFacts(path for spec in many for path in spec.paths)
-    options = Options(fmt, schema, drop=2 * total > budget.measure().nbytes // 2)
-    done = 0
-
-    def advance(name: str, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(name, done, total)
-
-    with contextlib.ExitStack() as stack:
-        stack.callback(remove, staging)
-        staging.mkdir()
-        entries: dict[str, FileEntry] = {}
-        placed: list[NewPart] = []
-        for task in tasks:
-            facts.check(path for spec in task.specs for path in spec.paths)
-            for written in write_file(task, task.target, options, advance):
-                place = written.target.location
-                assert isinstance(place, Extent)  # rows that are there, and not compressed
-                place = replace(place, path=target / task.target.name)
-                spec = replace(written.target, name=written.spec.name, location=place)
-                placed.append(NewPart(spec, written.checksum))
-            facts.check(path for spec in task.specs for path in spec.paths)
-            sync_file(task.target)
-            entries[f"{target.name}/{task.target.name}"] = FileEntry(FileFingerprint.of(task.target))
-        sync_directory(staging)
-        staging.rename(target)
-        sync_directory(root)
-    names = [spec.name for spec in many]
-    manifest = Manifest(root, entries)
-    new = extended(old, root, placed, manifest, number=old.number + 1, replaced=names)
-    publish(root, old if old.number else None, new)
-    return new
 
 
 def _without_old(root: Path, generation: Generation) -> tuple[int, Generation]:
@@ -239,7 +174,7 @@ def _without_old(root: Path, generation: Generation) -> tuple[int, Generation]:
             checksums=tuple(tensor.checksums[i] for i in at.tolist()),
         )
     whole = {name: replace(each, file=int(renumbered[each.file])) for name, each in generation.whole.items()}
-    new = replace(generation, files=columns, tensors=tensors, whole=whole)
+    new = replace(generation, files=columns, tensors=tensors, whole=whole, oldest=generation.number)
     publish(root, generation, new)
     for directory in _without_files(root, new):
         remove(directory)

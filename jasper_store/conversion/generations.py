@@ -127,7 +127,7 @@ def extended(
     number = old.number if number is None else number
     files = _Files(root, old.files, manifest)
     columns: dict[str, list[_Row]] = {}
-    whole, spec_of = dict(old.whole), {}
+    whole, spec_of = {name: each for name, each in old.whole.items() if name not in replaced}, {}
     for part in parts:
         spec = part.spec
         numbers = {path: files.number(path) for path in spec.paths}
@@ -142,7 +142,7 @@ def extended(
     tensors = {name: retired(tensor, number) if name in replaced else tensor for name, tensor in old.tensors.items()}
     for name, rows in columns.items():
         tensors[name] = _longer(tensors.get(name), spec_of[name], rows, number)
-    return Generation(number, old.format, files.columns(), tensors, whole)
+    return replace(old, number=number, files=files.columns(), tensors=tensors, whole=whole)
 
 
 class _Files:

@@ -61,6 +61,7 @@ class Generation:
         files: all files, those of older generations too while they are kept.
         tensors: tensors in parts, by name.
         whole: the other tensors, by name.
+        oldest: the first generation whose files are still there.
     """
 
     number: int
@@ -68,6 +69,7 @@ class Generation:
     files: PartFiles = field(default_factory=PartFiles)
     tensors: Mapping[str, PartedTensor] = field(default_factory=dict)
     whole: Mapping[str, WholeTensor] = field(default_factory=dict)
+    oldest: int = 1
 
     def files_of(self, number: int) -> NDArray[np.int64]:
         """Numbers of the files that a generation reads, ascending."""
@@ -99,8 +101,9 @@ class Generation:
             DatasetNotFoundError: that generation is not there (any more).
         """
         number = self.number if number is None else number
-        if not 1 <= number <= self.number:
-            msg = f"{root}: expected generation 1 to {self.number}, found {number}; open the dataset again"
+        if not self.oldest <= number <= self.number:
+            why = "a compaction removed its files; " if number < self.oldest else ""
+            msg = f"{root}: expected generation {self.oldest} to {self.number}, found {number}: {why}open the dataset again"
             raise DatasetNotFoundError(msg, path=root)
         paths = self._checked_paths(root, number)
         specs = self.specs_at(root, paths, number)
@@ -115,7 +118,11 @@ class Generation:
 
     def specs_at(self, root: Path, paths: Mapping[int, str], number: int) -> list[TensorSpec]:
         """The tensors in parts of a generation, given the path of each of its files, as a text, by its number."""
-        return [_spec(name, tensor, paths, root, number) for name, tensor in self.tensors.items()]
+        return [
+            _spec(name, tensor, paths, root, number)
+            for name, tensor in self.tensors.items()
+            if tensor.since[0] <= number  # others came later
+        ]
 
     def _checked_paths(self, root: Path, number: int) -> dict[int, str]:
         prefix = f"{root}{os.sep}"
@@ -147,6 +154,7 @@ class Generation:
         """Plain values, one list per column."""
         return {
             "number": self.number,
+            **({"oldest": self.oldest} if self.oldest > 1 else {}),
             "format": self.format,
             "files": {
                 "names": list(self.files.names),
@@ -187,6 +195,9 @@ class Generation:
         number, chosen = raw["number"], raw["format"]
         if type(number) is not int or not 1 <= number < 2**31:
             raise ValueError(f"generation {number!r:.60}")
+        oldest = raw.get("oldest", 1)
+        if type(oldest) is not int or not 1 <= oldest <= number:
+            raise ValueError(f"oldest generation {oldest!r:.60} of {number}")
         if chosen not in get_args(FormatName):
             raise ValueError(f"format {chosen!r:.60}")
         files = parse_files(raw["files"])
@@ -194,7 +205,7 @@ class Generation:
         whole = {_name(name): parse_whole(name, each, files, path) for name, each in raw["whole"].items()}
         if both := sorted(tensors.keys() & whole.keys()):
             raise ValueError(f"tensor {both[0]!r:.60} both in parts and whole")
-        return cls(number, chosen, files, tensors, whole)
+        return cls(number, chosen, files, tensors, whole, oldest)
 
 
 @lru_cache(maxsize=1)
@@ -246,11 +257,8 @@ def _hash(column: NDArray[np.int64]) -> str:
 def _spec(name: str, tensor: PartedTensor, paths: Mapping[int, str], root: Path, number: int) -> TensorSpec:
     at = tensor.visible(number)
     if not len(at):
-        msg = (
-            f"{root}: expected parts of {name!r} in generation {number}, found none: a compaction removed its files; open "
-            "the dataset again"
-        )
-        raise DatasetNotFoundError(msg, path=root, tensor=name)
+        msg = f"{root}: expected parts of {name!r} in generation {number}, found none; copy the dataset again"
+        raise CorruptFileError(msg, path=root / MANIFEST_NAME, tensor=name)
     rows = tensor.rows[at]
     shape = (int(rows.sum()), *tensor.row_shape)
     filled = at[rows > 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -137,6 +138,11 @@ def plan_store(
 def _reopened(spec: ReopenSpec) -> TensorStore:
     """Open a store where it was unpickled: everything that can be is mapped, and no warning is given twice."""
     located = locate(spec.path, spec.format, spec.schema, generation=spec.generation)
+    for generation in sorted(set(spec.newer.values())):
+        names = {name for name, of in spec.newer.items() if of == generation}
+        others = locate(spec.path, spec.format, spec.schema, generation=generation)
+        specs = {each.name: each for each in (*located.specs, *(each for each in others.specs if each.name in names))}
+        located = replace(located, specs=tuple(specs.values()), facts={**others.facts, **located.facts})
     identities = identities_of(located.specs, located.facts)
     spec.check(digest_of(located.specs, identities))
     plan = plan_for(located, spec.schema, use_mmap=True, dtype=spec.dtype)

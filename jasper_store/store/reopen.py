@@ -54,6 +54,7 @@ class ReopenSpec:
         dtype: floating dtype that the store was opened with.
         digest: :func:`digest_of` the files; another one is refused on opening.
         generation: of a directory whose manifest names parts, the generation that was opened; else 0.
+        newer: of tensors that were reopened since, by name, the generation that they are of where it is another one.
         on_device: whether anything is resident on a CUDA device, which cannot be sent.
     """
 
@@ -75,14 +76,28 @@ class ReopenSpec:
         self.dtype = dtype
         self.digest = digest
         self.generation = generation
+        self.newer: dict[str, int] = {}
         self.on_device = False
         self._opener = opener
 
     def copy(self) -> ReopenSpec:
         """The same, for a separate store: each store keeps the digest of what it has read."""
-        made = ReopenSpec(self.path, self.format, self.schema, self.dtype, self.digest, opener=self._opener)
+        made = self.of_generation(self.generation)
+        made.newer = dict(self.newer)
+        return made
+
+    def of_generation(self, generation: int) -> ReopenSpec:
+        """The same, of another generation; whoever uses it to open a store has to set the digest."""
+        given = (self.path, self.format, self.schema, self.dtype, self.digest)
+        made = ReopenSpec(*given, generation=generation, opener=self._opener)
         made.on_device = self.on_device
         return made
+
+    def take(self, name: str, origin: ReopenSpec) -> None:
+        """Open a tensor from now on as ``origin`` does."""
+        self.newer.pop(name, None)
+        if origin.generation != self.generation:
+            self.newer[name] = origin.generation
 
     @property
     def first(self) -> Path:
@@ -117,7 +132,8 @@ class ReopenSpec:
             self.schema.stacks,
             self.schema.optional,
         )
-        return (_opened, (self.path, self.format, schema, self.dtype, self.digest, self.generation, self._opener))
+        facts = (self.path, self.format, schema, self.dtype, self.digest, self.generation, self.newer, self._opener)
+        return (_opened, facts)
 
 
 def _opened(
@@ -127,8 +143,10 @@ def _opened(
     dtype: torch.dtype | None,
     digest: str,
     generation: int,
+    newer: dict[str, int],
     opener: Callable[[ReopenSpec], Any],
 ) -> Any:
     """The store, where its specification was unpickled."""
     spec = ReopenSpec(path, format, Schema(*schema_parts), dtype, digest, generation=generation, opener=opener)
+    spec.newer = newer
     return opener(spec)

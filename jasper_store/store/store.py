@@ -233,7 +233,9 @@ class TensorStore(Mapping[str, StoredTensor]):
     # --- files that change ------------------------------------------------------------------------------------
 
     def reopened(self, names: Sequence[str]) -> dict[str, StoredTensor]:
-        """These tensors as their files stand now, placed as they are in this store; the store is not touched.
+        """These tensors as the dataset's files stand now, placed as they are in this store; the store is not touched.
+
+        Of a dataset in parts they are those of the newest generation.
 
         Raises:
             KeyError: the store has no such tensor.
@@ -244,7 +246,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         for name in names:
             self[name]  # unknown names are refused before a file is opened
         known = self._reopen_spec
-        located = locate(known.path, self.format, known.schema, generation=known.generation)
+        located = locate(known.path, self.format, known.schema)
         found = {spec.name: spec for spec in located.specs}
         for name in names:
             if name not in found:
@@ -255,6 +257,7 @@ class TensorStore(Mapping[str, StoredTensor]):
         try:
             for name in names:
                 fresh[name] = builder.open(found[name])
+                fresh[name].origin = known.of_generation(located.generation)
         except BaseException:
             for tensor in fresh.values():
                 tensor.close()
@@ -272,6 +275,8 @@ class TensorStore(Mapping[str, StoredTensor]):
         self._stacks = {names: stack for names, stack in self._stacks.items() if not tensors.keys() & set(names)}
         self.specs = tuple(self._tensors[spec.name].spec for spec in self.specs)
         for tensor in tensors.values():
+            if tensor.origin is not None:
+                self._reopen_spec.take(tensor.name, tensor.origin)
             tensor.origin = self._reopen_spec
         self._identities = identities_of(self.specs)
         self._reopen_spec.digest = digest_of(self.specs, self._identities)

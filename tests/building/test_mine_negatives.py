@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -9,7 +10,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,6 +21,7 @@ from jasper_store.errors import (
     InsufficientMemoryError,
     IntegrityError,
 )
+from jasper_store.formats.generation import read_generation
 from tests.builders import build_pt_dataset
 from tests.building.raw import values
 
@@ -181,20 +182,112 @@ def test_what_cannot_be_mined(data: Path, tmp_path: Path) -> None:
     assert files(data) == before
 
 
-def test_appended_parts_are_refused(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
+# ---- a dataset in parts
 
-    def append(writer: js.DatasetWriter) -> None:
-        writer.append("question_embs", rng.standard_normal((10, 4)).astype(np.float32))
-        writer.append("source_embs", rng.standard_normal((10, 4)).astype(np.float32))
-        writer.append("pair_index", np.stack([np.arange(10)] * 2, axis=1))
-        writer.append("hard_negatives", np.zeros((10, 2), np.int64))
 
-    for mode in ("create", "append"):
-        with js.DatasetWriter(tmp_path / "set", mode=mode) as writer:
-            append(writer)
-    with pytest.raises(IncompatibleOptionsError, match="convert"):
-        js.mine_negatives(tmp_path / "set")
+def in_parts(data: Path) -> Path:
+    """The dataset with its first 20 pairs once more, and their questions and sources as new rows."""
+    with js.open(data) as store:
+        first = {name: store[name].tensor()[:20].clone() for name in store}
+        rows = torch.tensor([len(store["question_embs"]), len(store["source_embs"])])
+        many = {name for name in store if len(store[name]) == len(store["pair_index"])}
+        first["pair_index"] = torch.arange(20)[:, None] + rows
+    config = json.loads((data / "config.json").read_text())
+    (data / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "split_sizes"}))
+    with js.DatasetWriter(data, mode="append") as writer:
+        for name in sorted(many | {"question_embs", "source_embs"}):
+            if "pair_keyword_ids" not in name:
+                writer.append(name, first[name])
+        writer.append_ragged("pair_keyword_ids", [torch.tensor([0, 1])] * 20)
+    return data
+
+
+def test_a_dataset_in_parts_gets_the_next_generation(data: Path, tmp_path: Path) -> None:
+    in_parts(data)
+    js.convert(data, tmp_path / "whole")
+    js.mine_negatives(tmp_path / "whole", similarities=True)
+    wanted = values(tmp_path / "whole")
+    with js.JASPERSteeringDataset(data, "train", use_mmap=True) as dataset:
+        loader = js.create_loader(dataset, batch_size=8, shuffle=False)
+        before = [batch["negative_embs"].clone() for batch in loader]
+        js.mine_negatives(data, similarities=True)
+        between = [batch["negative_embs"].clone() for batch in loader]
+        dataset.reload_negatives()
+        after = [batch["negative_embs"].clone() for batch in loader]
+    assert all(torch.equal(one, other) for one, other in zip(before, between, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    generation = read_generation(data)
+    assert generation is not None
+    assert generation.number == 2
+    found = values(data)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert js.verify(data).ok
+    assert js.mine_negatives(data, similarities=True).existed
+    js.mine_negatives(data, seed=9)
+    js.compact(data, remove_old=True)
+    assert js.mine_negatives(data, seed=9).existed
+    assert js.verify(data).ok
+    assert [path.name for path in data.iterdir() if path.name[0] == "."] == []
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_dataset_in_parts_begin_with_what_was_reloaded(data: Path, context: str) -> None:
+    in_parts(data)
+    with js.JASPERSteeringDataset(data, "train", use_mmap=True) as opened:
+        js.mine_negatives(data, seed=7)
+        opened.reload_negatives()
+        dataset = copy.deepcopy(opened)
+        batches = {
+            workers: [
+                batch["negative_embs"].clone()
+                for batch in js.create_loader(
+                    dataset,
+                    batch_size=8,
+                    shuffle=False,
+                    num_workers=workers,
+                    multiprocessing_context=context if workers else None,
+                )
+            ]
+            for workers in (0, 1)
+        }
+    assert all(torch.equal(one, other) for one, other in zip(batches[0], batches[1], strict=True))
+    with js.JASPERSteeringDataset(data, "train", use_mmap=True) as dataset:
+        fresh = [b["negative_embs"] for b in js.create_loader(dataset, batch_size=8, shuffle=False)]
+    assert all(torch.equal(one, other) for one, other in zip(batches[0], fresh, strict=True))
+
+
+def test_parts_keep_the_shape_of_their_rows(data: Path) -> None:
+    in_parts(data)
+    with pytest.raises(IncompatibleOptionsError, match=r"n_neg=7: .* in parts, which keep the shape"):
+        js.mine_negatives(data, 7)
+    generation = read_generation(data)
+    assert generation is not None
+    assert generation.number == 1
+
+
+def test_a_dataset_in_parts_is_cut_before_it_is_published(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jasper_store.conversion import rewrite
+
+    class Cut(BaseException):
+        pass
+
+    def cut(*_: Any, **__: Any) -> None:
+        raise Cut
+
+    in_parts(data)
+    before = values(data)
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite, "publish", cut)
+        with pytest.raises(Cut):
+            js.mine_negatives(data, seed=3)
+    assert js.verify(data).ok
+    assert all(torch.equal(tensor, before[key]) for key, tensor in values(data).items())
+    assert not js.mine_negatives(data, seed=3).existed
+    assert js.mine_negatives(data, seed=3).existed
+
+
+# ---- failures
 
 
 def test_a_failure_while_writing_leaves_all_as_it_was(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from jasper_store.conversion.checksum import Hasher, checksum
+from jasper_store.conversion.checksum import checksum
 from jasper_store.formats.base import Schema
 from jasper_store.formats.files import tensor_bytes
 from jasper_store.formats.registry import FORMATS, locate
@@ -19,13 +19,6 @@ from jasper_store.formats.registry import FORMATS, locate
 FORMAT_NAMES = tuple(FORMATS)
 SCHEMA = Schema(hdf5_paths={"embs": "embeddings/all", "words": "pairs/words"})
 RAGGED = [[3, 1], [], [2**40], [0, 0, 7]]
-
-
-def checksum_of(values: torch.Tensor) -> str:
-    """Checksum of a tensor in memory."""
-    hasher = Hasher()
-    hasher.update(values)
-    return hasher.hexdigest()
 
 
 def tensors() -> dict[str, torch.Tensor]:

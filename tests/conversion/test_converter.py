@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from jasper_store.conversion import run
-from jasper_store.conversion.checksum import checksum
+from jasper_store.conversion.checksum import checksum, checksum_of
 from jasper_store.conversion.converter import convert
 from jasper_store.errors import (
     ConversionError,
@@ -31,7 +31,6 @@ from jasper_store.store.manifest import MANIFEST_NAME
 from tests.conversion.samples import (
     FORMAT_NAMES,
     SCHEMA,
-    checksum_of,
     checksums,
     expected,
     read_by_others,

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from jasper_store.conversion import rows, run as convert_run, writer as convert_writer
-from jasper_store.conversion.checksum import checksum
+from jasper_store.conversion.checksum import checksum, checksum_of
 from jasper_store.conversion.converter import convert, finish_interrupted
 from jasper_store.conversion.manifest_batch import ManifestBatch
 from jasper_store.conversion.writer import DirectoryWriter
@@ -30,7 +30,7 @@ from jasper_store.formats.registry import locate
 from jasper_store.store import manifest_file
 from jasper_store.store.manifest import MANIFEST_NAME
 from jasper_store.store.opening import open_store
-from tests.conversion.samples import FORMAT_NAMES, checksum_of, write_pt
+from tests.conversion.samples import FORMAT_NAMES, write_pt
 
 SHAPE = (10_000, 20)
 NAMES = ("a", "b", "c")

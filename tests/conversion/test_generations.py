@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -101,7 +102,8 @@ def test_a_reader_keeps_the_generation_that_it_opened(tmp_path, fmt):
     compact(where)
     for stop, store in readers.items():
         # A worker that starts now opens the generation that its parent had, not the newest.
-        for each in (store, pickle.loads(pickle.dumps(store))):
+        twin = copy.deepcopy(store)
+        for each in (store, twin, pickle.loads(pickle.dumps(store)), pickle.loads(pickle.dumps(twin))):
             assert each["emb"].shape == (stop, 4)
             assert torch.equal(each["emb"].take(torch.arange(stop)), ROWS[:stop])
             each.close()

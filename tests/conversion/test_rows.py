@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, strategies as st
 
 from jasper_store.conversion import rows, writeback
-from jasper_store.conversion.checksum import Hasher, checksum
+from jasper_store.conversion.checksum import Hasher, checksum, checksum_of
 from jasper_store.errors import CorruptFileError
 from jasper_store.formats.base import Extent, Inline, Schema, TensorSpec
 from jasper_store.formats.registry import FORMATS
 from jasper_store.store.tensors import block_rows
-from tests.conversion.samples import checksum_of, same_bits
+from tests.conversion.samples import same_bits
 
 
 def whole(spec: TensorSpec, nbytes: int) -> torch.Tensor:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from jasper_store.conversion.checksum import checksum_of
 from jasper_store.conversion.converter import convert
 from jasper_store.conversion.verify import Finding, VerifyReport, verify_files
 from jasper_store.errors import DatasetNotFoundError
 from jasper_store.formats.registry import FORMATS
 from jasper_store.store.manifest import MANIFEST_NAME
-from tests.conversion.samples import FORMAT_NAMES, SCHEMA, checksum_of, checksums, expected, write_pt
+from tests.conversion.samples import FORMAT_NAMES, SCHEMA, checksums, expected, write_pt
 
 
 @pytest.fixture(scope="session")

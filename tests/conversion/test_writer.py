@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from jasper_store.conversion.checksum import checksum_of
 from jasper_store.conversion.verify import verify_files
 from jasper_store.conversion.writer import DirectoryWriter
 from jasper_store.errors import (
@@ -24,7 +25,7 @@ from jasper_store.errors import (
 from jasper_store.files import atomic
 from jasper_store.store import manifest_file
 from jasper_store.store.manifest import MANIFEST_NAME
-from tests.conversion.samples import FORMAT_NAMES, SCHEMA, checksum_of, expected, read_by_others, same_bits
+from tests.conversion.samples import FORMAT_NAMES, SCHEMA, expected, read_by_others, same_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import jasper_store as js
+from jasper_store.conversion import generations
 from jasper_store.errors import ConversionError, StaleDataWarning
 from jasper_store.formats.generation import read_generation
 from jasper_store.packing import pack as packing, parts, repack as repacking, writer
@@ -247,7 +248,7 @@ def test_the_step_that_publishes_columns_is_the_last(tmp_path: Path, monkeypatch
             js.pack(source, packed, columns=["negative_embs", "negative_tiers"])
     with pytest.warns(StaleDataWarning, match="was packed from files that have changed"):
         js.JASPERSteeringDataset(packed, "train").close()
-    real = repacking.publish
+    real = generations.publish
 
     def publish_and_cut(*given: Any) -> None:
         real(*given)

@@ -162,6 +162,14 @@ def mined(*, similarities: bool = False) -> Callable[[Path], object]:
     return lambda root: js.mine_negatives(root / "set", seed=1, similarities=similarities)
 
 
+def another_question(root: Path) -> None:
+    """A row that no pair names, so that the dataset is in parts."""
+    with js.open(root / "set") as store:
+        row = store["question_embs"].take(torch.tensor([0])).clone()
+    with js.DatasetWriter(root / "set", mode="append") as writer:
+        writer.append("question_embs", row)
+
+
 def packed(root: Path) -> None:
     """Pack, also over a packed dataset of another seed."""
     js.pack(root / "source", root / "set", seed=3, overwrite=True)
@@ -217,6 +225,7 @@ SCENES: dict[str, Scene] = {
     "build over another": Scene(built("npy", seed=1), built("safetensors")),
     **{f"mine {fmt}": Scene(jasper(fmt), mined()) for fmt in ("safetensors", "hdf5")},
     "mine, with similarities": Scene(jasper("npy"), mined(similarities=True)),
+    "mine, in parts": Scene(both(jasper("npy"), another_question), mined(similarities=True)),
     "pack": Scene(jasper("safetensors", "source"), packed),
     "pack over another": Scene(both(jasper("safetensors", "source"), packed_before), packed),
     "pack columns": Scene(both(jasper("safetensors", "source"), packed_before, other_negatives), packed_again),

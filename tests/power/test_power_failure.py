@@ -22,12 +22,13 @@ from typing import Any, get_args
 import pytest
 
 import jasper_store as js
+from jasper_store.building.negatives import MINED
+from jasper_store.conversion.checksum import checksum_of
 from jasper_store.conversion.verify import verify_files
 from jasper_store.errors import JasperStoreError
 from jasper_store.samples.opened import packed_at
 from jasper_store.samples.packed import PACKED_KEY
 from jasper_store.store.opening import open_store
-from tests.conversion.samples import checksum_of
 from tests.power.operations import Disk, Loss, sync_points
 from tests.power.scenes import SCENES, Scene
 
@@ -72,6 +73,9 @@ def contents(root: Path) -> Contents:
             found: dict[str, Any] = {spec.name: checksum_of(store[spec.name][:]) for spec in store.specs}
     except JasperStoreError:
         return None
+    # The key of negatives that are not (or no longer) there counts for nothing.
+    if any(found.get(name) != digest for name, digest in known.get(MINED, {}).get("tensors", {}).items()):
+        del known[MINED]
     # Of packed samples it says what they were packed from for two generations, of which one is there.
     packed = packed_at(root)
     known = {key: value for key, value in known.items() if key != "created_at"}

@@ -104,7 +104,7 @@ SANITIZERS: Final = {
             # Children of several threads start threads: without this the sanitizer ends them.
             options="die_after_fork=0:halt_on_error=1",
             # Only the library is compiled with it: what others do to memory is seen in part, and is not ours.
-            python_options="ignore_noninstrumented_modules=1:report_signal_unsafe=0:report_bugs=1",
+            python_options="ignore_noninstrumented_modules=1:report_signal_unsafe=0:report_bugs=1:handle_sigbus=0",
             # Its shadow memory has fixed addresses, which a randomised layout may occupy.
             launcher=("setarch", os.uname().machine, "--addr-no-randomize"),
         ),

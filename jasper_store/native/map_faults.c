@@ -50,10 +50,19 @@ void jasper_catch_faults(void)
     if ((found.sa_flags & SA_SIGINFO) && found.sa_sigaction == on_fault)
         return;
     others[atomic_fetch_add(&n_others, 1) % SLOTS] = found;
-    /* SA_NODEFER: a handler that does not return would leave the signal blocked, and a blocked fault ends the process. */
-    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER};
+    struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO};
     sigemptyset(&ours.sa_mask);
     sigaction(SIGBUS, &ours, NULL);
+}
+
+/* The handler did not return, which would have unblocked the signal, and a fault that is blocked ends the process. Here and not
+ * by a flag of our handler: another one that calls ours, as a sanitizer's does, has flags of its own. */
+static void unblock(void)
+{
+    sigset_t fault;
+    sigemptyset(&fault);
+    sigaddset(&fault, SIGBUS);
+    pthread_sigmask(SIG_UNBLOCK, &fault, NULL);
 }
 
 int jasper_run_guarded(void (*work)(const void *), const void *data)
@@ -61,6 +70,7 @@ int jasper_run_guarded(void (*work)(const void *), const void *data)
     sigjmp_buf here;
     if (sigsetjmp(here, 0)) {
         landing = NULL;
+        unblock();
         return 0;
     }
     landing = &here;

@@ -19,6 +19,7 @@ from jasper_store.formats.files import read_file
 from jasper_store.formats.generation import MANIFEST_NAME, Generation, parse_json
 from jasper_store.formats.numbered import INDEX_SUFFIX
 from jasper_store.formats.part_columns import PartedTensor, PartFiles
+from jasper_store.native.stats import stat_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,26 +94,14 @@ class FoundParts:
             suffixes: endings of the names that count.
         """
         files = self.layout.files
-        places = dict(zip(files.names, range(len(files.names)), strict=True))
-        ordered: list[FileFacts] = [(0, 0, 0, 0)] * len(places)
-        seen = 0
-        with os.scandir(root) as entries:
-            for entry in entries:
-                name = entry.name
-                at = places.get(name)
-                if at is not None:
-                    one = entry.stat()
-                    ordered[at] = (one.st_size, one.st_mtime_ns, one.st_ino, one.st_dev)
-                    seen += 1
-                elif name[0] not in "._" and name.lower().endswith((*suffixes, INDEX_SUFFIX)):
-                    return None
-        if seen < len(places):
+        for name in set(os.listdir(root)).difference(files.names):  # noqa: PTH208 - not by paths: it takes a third of the time
+            if name[0] not in "._" and name.lower().endswith((*suffixes, INDEX_SUFFIX)):
+                return None
+        found = stat_files(root, files.names)
+        if found is None or not (np.array_equal(found[0], files.sizes) and np.array_equal(found[1], files.mtimes)):
             return None
-        # Columns are compared, and plain tuples are kept: objects by the ten thousand make the garbage collector run.
-        same = [one[0] for one in ordered] == files.sizes.tolist() and [
-            one[1] for one in ordered
-        ] == files.mtimes.tolist()
-        return ordered if same else None
+        # Plain tuples: objects by the ten thousand make the garbage collector run.
+        return list(zip(*found.tolist(), strict=True))
 
     def paths(self, root: Path) -> list[str]:
         """The files in a directory, in order, as texts."""

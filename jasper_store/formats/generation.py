@@ -30,9 +30,10 @@ from jasper_store.formats.part_columns import (
     parse_parts,
     parse_whole,
 )
+from jasper_store.native.stats import stat_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -126,12 +127,20 @@ class Generation:
 
     def _checked_paths(self, root: Path, number: int) -> dict[int, str]:
         prefix = f"{root}{os.sep}"
-        paths: dict[int, str] = {}
-        for file in self.files_of(number).tolist():
+        numbers = self.files_of(number)
+        names = [self.files.names[file] for file in numbers.tolist()]
+        found = stat_files(root, names)
+        if found is None or not np.array_equal(found[0], self.files.sizes[numbers]):
+            self._require_files(root, prefix, numbers.tolist(), number)
+        return {file: prefix + name for file, name in zip(numbers.tolist(), names, strict=True)}
+
+    def _require_files(self, root: Path, prefix: str, files: Sequence[int], number: int) -> None:
+        """Raise the error of the first file that is missing or has another size."""
+        for file in files:
             name, expected = self.files.names[file], int(self.files.sizes[file])
             where = prefix + name
             try:
-                size = os.stat(where).st_size  # noqa: PTH116 - ten thousand of them: twice as fast as Path.stat
+                size = Path(where).stat().st_size
             except OSError as exc:
                 kept = "it was removed after a compaction" if number < self.number else "restore it"
                 msg = (
@@ -145,8 +154,6 @@ class Generation:
                     "or replaced; copy the dataset again"
                 )
                 raise CorruptFileError(msg, path=root / name)
-            paths[file] = where
-        return paths
 
     # ---- JSON
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, cast
 
 import numpy as np
@@ -136,6 +136,12 @@ def _read_header(path: Path) -> tuple[_Header, int, int]:
     return *parse_header(path, raw, size), size
 
 
+@lru_cache(maxsize=8)
+def _literal(text: bytes, encoding: str) -> Any:
+    """What a header says, to be looked at only: those of ten thousand shards say the same, and compiling takes 50 us."""
+    return ast.literal_eval(text.decode(encoding).strip())
+
+
 def parse_header(path: Path, raw: bytes, size: int) -> tuple[_Header, int]:
     """The header that begins with ``raw``, of ``size`` bytes in all; and where the values begin.
 
@@ -153,7 +159,7 @@ def parse_header(path: Path, raw: bytes, size: int) -> tuple[_Header, int]:
     if length > _MAX_HEADER or start > len(raw):
         _corrupt(path, f"its header should have {length} bytes, in a file of {size} (was it truncated?).")
     try:
-        header = ast.literal_eval(raw[8 + width : start].decode(encoding).strip())
+        header = _literal(raw[8 + width : start], encoding)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as exc:
         _corrupt(path, f"its header is not a Python literal: {type(exc).__name__}: {exc!s:.100}.", cause=exc)
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:

@@ -375,12 +375,15 @@ def _skipped_in(
     """What the files that were scanned hold besides tensors; a column that every shard holds is named once."""
     skipped: dict[tuple[str, str], Skipped] = {}
     for name, scan in scans.items():
+        fmt = readable()[name]
+        if not isinstance(fmt, SupportsSkipped):
+            continue
         for path in files[name]:
             if str(path) in scan.failed:
                 continue
             # What is wrong with a file that others make unreadable was reported where they were located.
             with contextlib.suppress(CorruptFileError, DatasetNotFoundError, IncompatibleOptionsError):
-                for skip in skipped_in(readable()[name], path, schema):
+                for skip in fmt.skipped(path, schema):
                     skipped.setdefault((skip.name, skip.reason), skip)
     return list(skipped.values())
 

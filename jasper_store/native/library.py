@@ -12,7 +12,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 14
+_ABI: Final = 15
 _LOG: Final = logging.getLogger("jasper_store")
 
 
@@ -50,6 +50,8 @@ def library() -> Any:
     found.jasper_parts_of_rows.restype = None
     found.jasper_shuffle.argtypes = [address, address, number, address]
     found.jasper_shuffle.restype = None
+    found.jasper_stat_files.argtypes = [ctypes.c_int, ctypes.c_char_p, signed, address]
+    found.jasper_stat_files.restype = signed
     found.jasper_open_reader.argtypes = []
     found.jasper_open_reader.restype = address
     found.jasper_close_reader.argtypes = [address]

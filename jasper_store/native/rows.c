@@ -21,7 +21,7 @@
 #endif
 
 enum {
-    ABI = 14,
+    ABI = 15,
     PREFETCH_DISTANCE = 4,          /* rows from the one that is copied to the one that is prefetched */
     CACHE_LINE = 64,                /* bytes */
     MAX_PART_NBYTES = 512 << 10,    /* bytes that a thread copies per part, at most */

@@ -43,6 +43,7 @@ class Sanitizer:
         options: for the harness.
         python_options: for Python, on top of them.
         launcher: what starts a program under it.
+        plugins: of pytest.
         left_out: tests that cannot pass under it, and why.
     """
 
@@ -54,6 +55,7 @@ class Sanitizer:
     options: str
     python_options: str = ""
     launcher: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -107,6 +109,15 @@ SANITIZERS: Final = {
             python_options="ignore_noninstrumented_modules=1:report_signal_unsafe=0:report_bugs=1:handle_sigbus=0",
             # Its shadow memory has fixed addresses, which a randomised layout may occupy.
             launcher=("setarch", os.uname().machine, "--addr-no-randomize"),
+            plugins=("tools.no_forks",),
+            left_out=(
+                ("tests/loading/test_soak.py", "its process forks workers; see tools/no_forks.py"),
+                ("tests/loading/test_worker_memory.py", "its process forks workers; see tools/no_forks.py"),
+                (
+                    "tests/store/test_refusals.py::test_a_header_for_which_there_is_no_memory",
+                    "its shadow memory is address space, too, of which the test leaves little",
+                ),
+            ),
         ),
     )
 }
@@ -177,7 +188,8 @@ def check_python(sanitizer: Sanitizer, command: str, arguments: Sequence[str]) -
     skipped = [f"--deselect={test}" for test, _ in sanitizer.left_out]
     # It builds and runs the harness, which was done before, with the sanitizer in it.
     skipped.append("--ignore=tests/native/test_harness.py")
-    program = [*sanitizer.launcher, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=0", *skipped]
+    plugins = [f"-p{plugin}" for plugin in ("no:cacheprovider", *sanitizer.plugins)]
+    program = [*sanitizer.launcher, sys.executable, "-m", "pytest", *plugins, "--timeout=0", *skipped]
     done = subprocess.run([*program, *(arguments or _TESTS)], cwd=tree, env=environment, check=False)
     found = sorted(reports.iterdir())
     for report in found:

@@ -24,6 +24,8 @@ EXIT_CODES = "Exit codes: " + "; ".join(f"{code.value} {code.meaning}" for code 
 
 # Typer's own copy of Click, or Click: whichever Typer raises its errors of usage from.
 _UsageError: type[BaseException] = typer.BadParameter.__bases__[0]
+# Kinds that not every Click has: programs that read the JSON are given the one that all have.
+_RENAMED = {"NoSuchCommand": "UsageError"}
 
 
 class AlreadyShown(Exception):  # noqa: N818 (no error of its own: it carries one)
@@ -38,7 +40,7 @@ def error_entry(error: BaseException, known: Container[str] | None = None) -> di
     """An error in plain values, for JSON: kind, message, exit code, and the path and tensor concerned."""
     path = getattr(error, "path", None)
     return {
-        "type": type(error).__name__,
+        "type": _RENAMED.get(type(error).__name__, type(error).__name__),
         "message": _message(error, known),
         "exit_code": int(ExitCode.USAGE if isinstance(error, _UsageError) else code_of(error)),
         "path": None if path is None else str(path),

@@ -103,7 +103,9 @@ def _parse(directory: Path, text: bytes) -> Manifest:
         found = parse_found(text, directory / MANIFEST_NAME)
         return Manifest(directory, files, verified, found=found, pending=pending)
     generation = Generation.from_json(raw["generation"], directory / MANIFEST_NAME)
-    passed = {_typed(check, str): str(_hex(mark)) for check, mark in _typed(raw["verified_parts"], dict).items()}
+    passed = {
+        _typed(check, str): str(_hex(_typed(mark, str))) for check, mark in _typed(raw["verified_parts"], dict).items()
+    }
     return Manifest(directory, files, verified, generation, passed)
 
 

@@ -188,18 +188,28 @@ class _Walk:
         """Names and addresses of the objects that a group's hard links lead to."""
         import h5py
 
-        found = {}
-        for name in group:
+        found: dict[bytes, int] = {}
+        plausible = True
+
+        def see(raw: bytes, link: Any) -> bool | None:
+            """True ends the iteration, in which nothing may be raised: the library has errors of its own then."""
+            nonlocal plausible
             self.links -= 1
-            if self.links < 0 or len(key) + len(name) > _MAX_KEY:
-                corrupt(
-                    self.path,
-                    f"the links of the group {key!r:.100} are more, or longer, than a file of {self.size} has.",
-                )
-            link = group.id.links.get_info(name.encode("utf-8", "surrogateescape"))
+            plausible = self.links >= 0 and len(key) + len(raw) <= _MAX_KEY
+            if not plausible:
+                return True
             if link.type == h5py.h5l.TYPE_HARD:
-                found[name] = int(link.u)
-        return found
+                found[raw] = int(link.u)
+            return None
+
+        # In the file's own order: for any other the library first makes a table of a large group's links, and if one of them
+        # is damaged it frees what it has not yet written in there.
+        group.id.links.iterate(see, order=h5py.h5.ITER_NATIVE, info=True)
+        if not plausible:
+            corrupt(
+                self.path, f"the links of the group {key!r:.100} are more, or longer, than a file of {self.size} has."
+            )
+        return {raw.decode("utf-8", "surrogateescape"): found[raw] for raw in sorted(found)}
 
     def dataset(self, dataset: Any, key: str, header: ObjectHeader) -> None:
         import h5py

@@ -71,7 +71,7 @@ def rewrite(
     what: str,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Generation:
-    """Write tensors in one piece each, prove them, and publish a generation that has these in the place of the old ones.
+    """Write tensors in one piece each, prove them, and publish a generation that has these instead of the old ones.
 
     Args:
         root: the dataset's directory, whose lock the caller holds.

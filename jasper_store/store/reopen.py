@@ -87,7 +87,7 @@ class ReopenSpec:
         return made
 
     def of_generation(self, generation: int) -> ReopenSpec:
-        """The same, of another generation; whoever uses it to open a store has to set the digest."""
+        """The same, of another generation; a caller that opens a store by it sets the digest."""
         given = (self.path, self.format, self.schema, self.dtype, self.digest)
         made = ReopenSpec(*given, generation=generation, opener=self._opener)
         made.on_device = self.on_device

@@ -79,8 +79,8 @@ def mine_negatives(
     For each pair other sources are chosen that are similar to the question and are no answer to it. The values are a pure
     function of content, settings and seed. Where the dataset has negatives, the new tensors and
     ``config.json`` replace them in one step if the system can (Linux), so that a running loader takes them by
-    ``reload_negatives()``. A dataset in parts (which was appended to) gets them as its next generation. A call that was killed is run again with the same arguments, and
-    continues. A call with the same content and settings as the last one finds that out, and writes nothing.
+    ``reload_negatives()``. A dataset in parts (which was appended to) gets them as its next generation. A call that was
+    killed is run again with the same arguments, and continues. A call with the same content and settings as the last one finds that out, and writes nothing.
 
     Args:
         dataset: directory with ``question_embs`` [Q, D], ``source_embs`` [S, D] and ``pair_index`` [P, 2]; with

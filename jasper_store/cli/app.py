@@ -113,5 +113,5 @@ def _options(
 
 
 def main() -> None:
-    """Entry point of the ``jasper-store`` script."""
-    app()
+    """Entry point of the ``jasper-store`` script, and of ``python -m jasper_store``."""
+    app(prog_name="jasper-store")

@@ -42,6 +42,14 @@ def test_help_and_version_import_no_torch(arguments: list[str]) -> None:
     assert _start(*arguments)
 
 
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "jasper_store", "no-such-command"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "jasper-store" in done.stderr
+    assert "no-such-command" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"), [("jasper-store pl", "plan"), ("jasper-store plan --mem", "--memory-limit")]
 )

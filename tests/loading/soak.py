@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ import psutil
 import torch
 
 import jasper_store as js
-from jasper_store.building.synth import SynthOptions, synthesize
 from jasper_store.loading.loader import Loader
 
 BATCH = 256
@@ -123,12 +123,19 @@ class Soak:
         self.epoch = self.samples = self.epochs = self.reloads = 0
         self.sum_of_epoch = 0.0
         self.next_reload = 0.0
-        synthesize(self.set, SynthOptions(pairs=pairs, dim=DIM, clusters=16))
+        self.make()
         with js.open(self.set, use_mmap=True) as store:
             self.negatives = store["hard_negatives"][:].clone()
             train = store["train_idx"][:]
             self.expected_sum = float(store["pair_relevance"][:][train].double().sum())
             self.length = len(train)
+
+    def make(self) -> None:
+        """Make the dataset in another process: up to 200 MB that this takes and gives back would stay in the heap."""
+        options = {"--pairs": self.pairs, "--dim": DIM, "--clusters": 16}
+        words = [str(word) for option in options.items() for word in option]
+        command = [sys.executable, "-m", "jasper_store", "synth", str(self.set), "--json", *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     def mine(self) -> None:
         """Write other negatives over those in use, as a miner does beside the training."""

@@ -69,7 +69,7 @@ def check_loader(target: Path, split: str | None, expected: Expected, positions:
                 expected.check(batch, [positions[place] for place in wanted])
 
 
-@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(graphs(), st.sampled_from(FORMATS), st.sampled_from(PLACEMENTS), st.integers(0, 2**20))
 def test_packed_samples_have_the_bits_that_numpy_gives(
     graph: Graph,

@@ -29,7 +29,7 @@ from tests.samples.graphs import EPOCH, FORMATS, SEED, Expected, Graph, Look, Pi
 PLACEMENTS = ("mapped", "preloaded", "hybrid", "limited")
 BLOCK, WINDOW = 4, 2
 
-few = settings(max_examples=400, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 many = settings(max_examples=3000, suppress_health_check=list(HealthCheck))
 
 

@@ -151,8 +151,10 @@ def test_more_requests_than_the_queue_holds_with_gathers_between(file: tuple[int
 
     with ThreadPoolExecutor(13) as threads:
         gathering = threads.submit(gathers)
-        assert all(threads.map(read, range(120)))
-        over.set()
+        try:
+            assert all(threads.map(read, range(120)))
+        finally:
+            over.set()
         gathering.result()
 
 

@@ -97,7 +97,11 @@ def test_ranks_that_agree_compare_once(places: tuple[Path, Path, Path], what: st
     ("what", "why"),
     [
         ("seed", r"seed: 0 on rank 0, 1 on rank 1, 2 on rank 2"),
-        ("data", r"fields, shapes or rows of the split: [0-9a-f]+ on ranks 0, 1, [0-9a-f]+ on rank 2"),
+        pytest.param(
+            "data",
+            r"fields, shapes or rows of the split: [0-9a-f]+ on ranks 0, 1, [0-9a-f]+ on rank 2",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("seed nogroup", r"seed: 0 on rank 0, 1 on rank 1, 2 on rank 2", marks=pytest.mark.slow),
         pytest.param("order", r"order: global on rank 0, block \d+ x \d+ on ranks 1, 2", marks=pytest.mark.slow),
     ],

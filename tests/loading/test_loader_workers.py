@@ -194,7 +194,7 @@ def shared(pids: set[int]) -> list[str]:
         ("exit", "exited with status 3", "fork", False),
         ("exit", "exited with status 3", "fork", True),
         ("exit", "exited with status 3", "spawn", False),
-        ("kill", "was ended by SIGKILL", "forkserver", True),
+        pytest.param("kill", "was ended by SIGKILL", "forkserver", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_worker_that_dies_is_named_and_leaves_nothing(

@@ -39,7 +39,7 @@ def watch(data: str, method: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages a process alone has written")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_private_memory_of_workers_stays_flat(tmp_path: Path, method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system has no {method}")

@@ -155,8 +155,8 @@ def fail_everywhere(recording: Recording, scene: Scene, root: Path, points: list
 def test_some_syncs(tmp_path, name):
     scene = SCENES[name]
     recording = record(tmp_path, scene)
-    points = random.Random(5).sample(recording.syncs, min(2, len(recording.syncs)))
-    fail_everywhere(recording, scene, tmp_path / "left", [*points, recording.end], somes=1)
+    point = random.Random(name).choice(recording.syncs)
+    fail_everywhere(recording, scene, tmp_path / "left", [point, recording.end], somes=1)
 
 
 @pytest.mark.slow

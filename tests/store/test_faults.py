@@ -50,7 +50,7 @@ def run(body: str, *arguments: object) -> tuple[int, list[str], str]:
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
-@pytest.fixture(params=[1, 5])
+@pytest.fixture(params=[1, pytest.param(5, marks=pytest.mark.slow)])
 def data(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A tensor in one file, or in several."""
     values = np.arange(ROWS * WIDTH, dtype=np.float32).reshape(ROWS, WIDTH)

@@ -18,7 +18,10 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NAMES = ("rows.c", "parts.c", "reads.c", "helpers.c", "map_faults.c", "shuffle.c", "stats.c", "topk.c")
+NAMES = (
+    *("rows.c", "parts.c", "reads.c", "helpers.c", "map_faults.c", "shuffle.c", "stats.c"),
+    *("topk.c", "processor.c"),
+)
 SOURCES = tuple(Path("jasper_store/native", name) for name in NAMES)
 TARGET = Path("jasper_store/native/_rows.so")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra")

@@ -16,7 +16,7 @@ import torch
 from jasper_store.building.faiss_library import faiss_in_one_thread
 from jasper_store.building.problem import Problem
 from jasper_store.building.similarity import product_error
-from jasper_store.building.sweep import BlockSizes, Lists, Sweep
+from jasper_store.building.sweep import Block, BlockSizes, Lists, Sweep
 from jasper_store.building.tiers import OTHER
 from jasper_store.errors import IncompatibleOptionsError, InsufficientMemoryError
 from jasper_store.memory.sizes import format_bytes
@@ -143,8 +143,9 @@ class _Searched(Sweep):
                 for start in range(begin, end, self._sizes.sources):
                     stop = min(start + self._sizes.sources, end)
                     product = units[first:last] @ self._problem.unit_sources(start, stop).T
-                    self._exclude(product, low + first, low + last, start, stop)
-                    self._offer(kind, product, low + first, start)
+                    block = Block(product, low + first, start, None)
+                    self._exclude(block)
+                    self._offer(kind, block)
 
     def _search(self, units: torch.Tensor, low: int) -> None:
         """Offer what the index finds, without near clusters, positives and what is above the ceiling."""

@@ -51,8 +51,8 @@ def plan_memory(problem: Problem, keep: int, memory_limit: int) -> MemoryPlan:
     keep = min(keep, n_sources)
     free = memory_limit - _fixed_nbytes(problem)
     lists = 1 if problem.pair_clusters is None or problem.settings.ranks else 3
-    # Reservoirs, and their copies when the lists are made and chosen from.
-    task = 4 * dim + lists * (2 * Reservoir.row_nbytes(keep) + keep * (12 + _CANDIDATE_NBYTES))
+    # A row of floats and of bytes; reservoirs, and their copies when the lists are made and chosen from.
+    task = 5 * dim + lists * (2 * Reservoir.row_nbytes(keep) + keep * (12 + _CANDIDATE_NBYTES))
     for sizes in _BLOCKS:
         block = 4 * sizes.units * sizes.sources * _PRODUCT_COPIES + 24 * dim * sizes.sources + _EXACT_NBYTES
         tasks = min(int((free - block) * 0.6) // task, _MOST_TASKS)

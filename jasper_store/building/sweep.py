@@ -6,10 +6,13 @@
       its units: the distinct questions of each cluster, at length 1
       for each block of sources, in the order of clusters:
         for each block of units:
-          product [units, sources]                one matrix product
-          positives and their duplicates          set to -inf
-          runs of the own and adjacent clusters   offered to their reservoirs, then set to -inf
+          product [units, sources]                one matrix product, of floats or of bytes
+          positives and their duplicates          left out
+          runs of the own and adjacent clusters   offered to their reservoirs, then left out
           what is left                            offered to the reservoir of other clusters
+
+A product of bytes bounds that of floats from above, which is then made where the bound reaches a reservoir's floor: so the
+lists hold products of floats either way. Where the bounds are too wide to spare much, the rest is made of floats.
 """
 
 from __future__ import annotations
@@ -21,13 +24,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from jasper_store.building import quantized
 from jasper_store.building.problem import Problem
+from jasper_store.building.quantized import Quantized, quantize, quantizes
 from jasper_store.building.similarity import product_error
 from jasper_store.building.tiers import ADJACENT, IN_CLUSTER, OTHER
 from jasper_store.building.topk import Reservoir, above
 from jasper_store.native.topk import offer, offers
 
-__all__ = ["BlockSizes", "Lists", "Sweep", "sweep"]
+__all__ = ["Block", "BlockSizes", "Lists", "Sweep", "sweep"]
+
+_TOO_MANY, _TOO_MANY_AT_FIRST = 0.15, 0.3
+"""Share of the products that bounds do not spare, from which on all are made of floats; while reservoirs fill, more are."""
 
 _SCATTERED = 1 << 8
 """Members of a group of duplicates up to which they are listed one by one for each unit."""
@@ -44,6 +52,33 @@ class BlockSizes:
 
     units: int = 1024
     sources: int = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Products of some units and sources.
+
+    Attributes:
+        product: [units, sources]: float32, or int32 of bytes.
+        low: the first unit.
+        start: position of the first source.
+        sides: rows of the units and of the sources, if the products are of bytes.
+    """
+
+    product: torch.Tensor
+    low: int
+    start: int
+    sides: tuple[Quantized, Quantized] | None
+
+    @property
+    def left_out(self) -> float:
+        """What stands for a source that is left out."""
+        return -torch.inf if self.sides is None else quantized.LEFT_OUT
+
+    def part(self, units: slice, sources: slice) -> Block:
+        """Some of the units and sources."""
+        sides = self.sides and (self.sides[0].part(units), self.sides[1].part(sources))
+        return Block(self.product[units, sources], self.low + units.start, self.start + sources.start, sides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +163,7 @@ class Sweep:
         self._limited = bool(np.isfinite(ceilings).any())
         self._above = torch.zeros(len(tasks), dtype=torch.int64, device=device)
         self._compiled = offers(device)
+        self._as_bytes: Quantized | None = None
         self._group_units(problem.cluster_of(tasks), problem.pair_question[tasks])
         self._list_excluded()
 
@@ -159,73 +195,83 @@ class Sweep:
         problem, sizes = self._problem, self._sizes
         total = problem.sources.n_rows
         units = problem.questions.unit(self._unit_questions).to(self._device)
+        self._as_bytes = quantize(units) if self._compiled and quantizes(problem.sources.dim) else None
         width = min(sizes.sources, total)
-        height = min(sizes.units, len(units))
-        out = torch.empty(height * width, device=self._device)
+        out = torch.empty(min(sizes.units, len(units)) * width, device=self._device)
         for start in range(0, total, width):
-            stop = min(start + width, total)
-            sources = problem.unit_sources(start, stop)
-            for low in range(0, len(units), height):
-                high = min(low + height, len(units))
-                product = out[: (high - low) * (stop - start)].view(high - low, stop - start)
-                torch.mm(units[low:high], sources.T, out=product)
-                self._exclude(product, low, high, start, stop)
-                self._offer_runs(product, low, high, start, stop)
-                self._offer(OTHER, product, low, start)
+            sources = problem.unit_sources(start, min(start + width, total))
+            made = looked = 0
+            for block in self._products(units, sources, start, out):
+                self._exclude(block)
+                self._offer_runs(block)
+                made += self._offer(OTHER, block)
+                looked += block.product.numel()
+                if start == 0 and made > _TOO_MANY_AT_FIRST * looked:
+                    self._as_bytes = None
                 if advance is not None:
-                    advance(product.numel())
+                    advance(block.product.numel())
+            if start > 0 and made > _TOO_MANY * looked:
+                self._as_bytes = None
         return self._lists()
 
-    def _exclude(self, product: torch.Tensor, low: int, high: int, start: int, stop: int) -> None:
-        first, last = np.searchsorted(self._excluded_positions, [start, stop])
+    def _products(self, units: torch.Tensor, sources: torch.Tensor, start: int, out: torch.Tensor) -> Iterator[Block]:
+        """Products of all units and some sources, one block after the other in the same memory."""
+        right = None if self._as_bytes is None else quantize(sources)
+        for low in range(0, len(units), self._sizes.units):
+            high = min(low + self._sizes.units, len(units))
+            product = out[: (high - low) * len(sources)].view(high - low, len(sources))
+            if self._as_bytes is None or right is None:
+                yield Block(torch.mm(units[low:high], sources.T, out=product), low, start, None)
+            else:
+                left = self._as_bytes.part(slice(low, high))
+                product = product.view(torch.int32)
+                quantized.product(left, right, product)
+                yield Block(product, low, start, (left, right))
+
+    def _exclude(self, block: Block) -> None:
+        product, low, start = block.product, block.low, block.start
+        first, last = np.searchsorted(self._excluded_positions, [start, start + product.shape[1]])
         units = self._excluded_units[first:last]
-        inside = (units >= low) & (units < high)
+        inside = (units >= low) & (units < low + len(product))
         rows = torch.from_numpy(units[inside] - low).to(product.device)
         columns = torch.from_numpy(self._excluded_positions[first:last][inside] - start).to(product.device)
-        product[rows, columns] = -torch.inf
+        product[rows, columns] = block.left_out
         if len(self._large_units):
-            inside = (self._large_units >= low) & (self._large_units < high)
-            self._exclude_large(product, self._large_units[inside] - low, self._large_groups[inside], start, stop)
+            inside = (self._large_units >= low) & (self._large_units < low + len(product))
+            self._exclude_large(block, self._large_units[inside] - low, self._large_groups[inside])
 
-    def _exclude_large(
-        self, product: torch.Tensor, units: np.ndarray, groups: np.ndarray, start: int, stop: int
-    ) -> None:
+    def _exclude_large(self, block: Block, units: np.ndarray, groups: np.ndarray) -> None:
+        product, start = block.product, block.start
         known = self._problem.groups
         for group in np.unique(groups):
             members = known.members[known.starts[group] : known.starts[group + 1]]
-            first, last = np.searchsorted(members, [start, stop])
+            first, last = np.searchsorted(members, [start, start + product.shape[1]])
             if first < last:
                 rows = torch.from_numpy(units[groups == group]).to(product.device)
                 columns = torch.from_numpy(members[first:last] - start).to(product.device)
-                product[rows[:, None], columns[None, :]] = -torch.inf
+                product[rows[:, None], columns[None, :]] = block.left_out
 
-    def _offer_runs(self, product: torch.Tensor, low: int, high: int, start: int, stop: int) -> None:
-        """Offer the runs of the own and the adjacent clusters, and take them out of the product."""
+    def _offer_runs(self, block: Block) -> None:
+        """Offer the runs of the own and the adjacent clusters, and leave them out of the product."""
         if len(self._kinds) == 1:
             return
-        clusters = self._unit_clusters[low:high]
+        height, width = block.product.shape
+        clusters = self._unit_clusters[block.low : block.low + height]
         edges = np.flatnonzero(np.append(True, clusters[1:] != clusters[:-1]))
-        for first, last in zip(edges.tolist(), [*edges[1:].tolist(), high - low], strict=True):
+        for first, last in zip(edges.tolist(), [*edges[1:].tolist(), height], strict=True):
             for kind, begin, end in self._problem.clusters.runs(int(clusters[first])):
-                inside, outside = max(begin, start), min(end, stop)
+                inside, outside = max(begin - block.start, 0), min(end - block.start, width)
                 if inside < outside:
-                    part = product[first:last, inside - start : outside - start]
-                    self._offer(kind, part, low + first, inside)
-                    part.fill_(-torch.inf)
+                    part = block.part(slice(first, last), slice(inside, outside))
+                    self._offer(kind, part)
+                    part.product.fill_(block.left_out)
 
-    def _offer(self, kind: int, product: torch.Tensor, low: int, start: int) -> None:
-        """Offer a product to a reservoir.
-
-        Args:
-            kind: whose reservoir.
-            product: [units, n].
-            low: the first unit.
-            start: position of the first source.
-        """
-        pool = self._pools[kind]
+    def _offer(self, kind: int, block: Block) -> int:
+        """Offer products to the reservoirs of a kind; how many were made of floats because a bound did not spare them."""
+        pool, product, low, start = self._pools[kind], block.product, block.low, block.start
         if self._compiled:
-            offer(pool, product, self._first_task[low : low + len(product) + 1], start, self._ceilings, self._above)
-            return
+            first_task = self._first_task[low : low + len(product) + 1]
+            return offer(pool, product, first_task, start, self._ceilings, self._above, block.sides)
         begin, end = self._first_task[low], self._first_task[low + len(product)]
         floor = pool.floor[begin:end]
         if not self._one_to_one:
@@ -244,6 +290,7 @@ class Sweep:
             self._above.index_add_(0, rows, over.to(torch.int64))
             rows, columns, values = rows[~over], columns[~over], values[~over]
         pool.add(rows, columns + start, values)
+        return 0
 
     def _tasks_of(
         self, units: torch.Tensor, columns: torch.Tensor, values: torch.Tensor

@@ -12,7 +12,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 15
+_ABI: Final = 16
 _LOG: Final = logging.getLogger("jasper_store")
 
 
@@ -67,4 +67,6 @@ def library() -> Any:
     found.jasper_finish_read.restype = signed
     found.jasper_offer.argtypes = [address]
     found.jasper_offer.restype = None
+    found.jasper_multiplies_bytes.argtypes = []
+    found.jasper_multiplies_bytes.restype = ctypes.c_int
     return found

@@ -10,18 +10,18 @@
 #include "helpers.h"
 #include "map_faults.h"
 #include "parts.h"
+#include "processor.h"
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_AVX
 #include <immintrin.h>
-#define HAS_AVX 1
 #endif
 
 enum {
-    ABI = 15,
+    ABI = 16,
     PREFETCH_DISTANCE = 4,          /* rows from the one that is copied to the one that is prefetched */
     CACHE_LINE = 64,                /* bytes */
     MAX_PART_NBYTES = 512 << 10,    /* bytes that a thread copies per part, at most */
@@ -70,30 +70,6 @@ struct row_range {
     uint64_t first, last;
     int stream;
 };
-
-/* Instruction sets that the copying loop is compiled for. The library runs on any processor of its platform and asks this
- * one what it has: no flag of the compiler, and no resolver of the dynamic linker, which musl and sanitizers lack. */
-enum { BASELINE, AVX2, AVX512 };
-
-static atomic_int instructions; /* the best that this processor has, or fewer */
-
-/* Use these instructions at most. Returns which are used: fewer where the processor lacks them. Tests compare them. */
-int jasper_use_instructions(int most)
-{
-    int best = BASELINE;
-#ifdef HAS_AVX
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2"))
-        best = AVX2;
-    if (best == AVX2 && __builtin_cpu_supports("avx512f"))
-        best = AVX512;
-#endif
-    best = best < most ? best : most;
-    atomic_store(&instructions, best);
-    return best;
-}
-
-__attribute__((constructor)) static void find_instructions(void) { jasper_use_instructions(AVX512); }
 
 /* Where a row lies. In integers: the source is NULL where rows are addresses, and adding to that is undefined. */
 static inline const char *row_at(uintptr_t source, int64_t row, uint64_t stride)
@@ -147,7 +123,7 @@ __attribute__((target("avx512f"))) static void copy_rows_avx512(const struct gat
 static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last)
 {
 #ifdef HAS_AVX
-    const int best = atomic_load_explicit(&instructions, memory_order_relaxed);
+    const int best = jasper_instructions();
     if (best == AVX512) {
         copy_rows_avx512(gather, first, last);
         return;
@@ -207,7 +183,7 @@ static void stream_rows_avx2(const struct gather *gather, uint64_t first, uint64
 
 static void stream_rows(const struct gather *gather, uint64_t first, uint64_t last)
 {
-    if (atomic_load_explicit(&instructions, memory_order_relaxed) == AVX512)
+    if (jasper_instructions() == AVX512)
         stream_rows_avx512(gather, first, last);
     else
         stream_rows_avx2(gather, first, last);
@@ -216,7 +192,7 @@ static void stream_rows(const struct gather *gather, uint64_t first, uint64_t la
 static int can_stream(const struct gather *gather)
 {
     return ((uintptr_t)gather->target | gather->row_nbytes) % CACHE_LINE == 0 &&
-           atomic_load_explicit(&instructions, memory_order_relaxed) >= AVX2;
+           jasper_instructions() >= AVX2;
 }
 #else
 static int can_stream(const struct gather *gather) { return (void)gather, 0; }

@@ -3,22 +3,39 @@
  * A task keeps a reservoir: columns whose product was above its floor, up to a capacity. A full reservoir is cut to the
  * best `keep`, and the floor rises to the worst of these. So nearly all of a product is only compared with the floor, by a
  * loop that the compiler turns into vector instructions, and read once.
+ *
+ * A product of bytes stands for one of floats: with the distances of the rows from their bytes it bounds that from above.
+ * Where the bound reaches the floor, which is rare, the product of the floats is made for this one column.
  */
 #include "helpers.h"
+#include "processor.h"
 
 #include <math.h>
 #include <stdint.h>
 
+#ifdef HAS_AVX
+#include <immintrin.h>
+#endif
+
 enum {
     CHUNK = 64,                      /* columns that are compared before it is asked which are above */
     MIN_PARALLEL_COLUMNS = 64 << 10, /* numbers of a product below which waking a thread costs more than it saves */
+    LANES = 32,                      /* sums that a dot product is added up in */
     PARTS_PER_THREAD = 4,
     MAX_THREADS = 1024,
 };
 
-/* A product and the reservoirs that it is offered to. native/topk.py packs it as fifteen 64-bit numbers. */
+/* Rows of floats, and as bytes: numbers of which a quantum is a step. */
+struct rounded {
+    const float *rows;    /* [n, dim] */
+    const float *quantum; /* [n] */
+    const float *length;  /* [n]: of the row that the bytes stand for, at least */
+    const float *radius;  /* [n]: distance of that row from the row of floats, at least, and what rounding adds */
+};
+
+/* A product and the reservoirs that it is offered to. native/topk.py packs it as twenty-five 64-bit numbers. */
 struct offer {
-    const float *product; /* [units, columns] */
+    const void *product; /* [units, columns]: float, or int32_t of bytes */
     uint64_t stride;      /* numbers from one row of it to the next */
     uint64_t units;
     uint64_t columns;
@@ -33,6 +50,9 @@ struct offer {
     uint64_t keep;
     uint64_t capacity;
     uint64_t threads;
+    uint64_t dim; /* 0: the product is of floats, and there is nothing behind this */
+    struct rounded left, right;
+    atomic_ullong *made; /* products of floats that were made are added to it */
 };
 
 struct offer_task {
@@ -128,6 +148,131 @@ static void offer_row(const struct offer *offer, int64_t task, const float *row)
             offer_column(offer, task, column, row[column]);
 }
 
+/* What a product of bytes is looked at with: a loop for any processor, and one for AVX-512. */
+struct looks {
+    /* The columns, up to CHUNK, whose bounds reach a floor, as bits. Bounds and floor are in quanta of the unit. */
+    uint64_t (*reaching)(const int32_t *row, const float *quantum, const float *radius, uint64_t n, float length,
+                         float floor);
+    float (*dot)(const float *a, const float *b, uint64_t n);
+};
+
+static uint64_t reaching_baseline(const int32_t *row, const float *quantum, const float *radius, uint64_t n, float length,
+                                  float floor)
+{
+    uint64_t bits = 0;
+    for (uint64_t i = 0; i < n; i++)
+        bits |= (uint64_t)((float)row[i] * quantum[i] + length * radius[i] > floor) << i;
+    return bits;
+}
+
+/* Sums by lanes, so that the compiler may add several at once; then of the lanes. */
+static float dot_baseline(const float *a, const float *b, uint64_t n)
+{
+    float lanes[LANES] = {0};
+    uint64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int lane = 0; lane < LANES; lane++)
+            lanes[lane] += a[i + lane] * b[i + lane];
+    for (; i < n; i++)
+        lanes[i % LANES] += a[i] * b[i];
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+#ifdef HAS_AVX
+__attribute__((target("avx512f"))) static inline uint64_t reaching_avx512(const int32_t *row, const float *quantum,
+                                                                         const float *radius, uint64_t n, float length,
+                                                                         float floor)
+{
+    const __m512 lengths = _mm512_set1_ps(length), floors = _mm512_set1_ps(floor);
+    uint64_t bits = 0;
+    for (uint64_t i = 0; i < n; i += 16) {
+        const __mmask16 there = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : 0xffff;
+        const __m512 numbers = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(there, row + i));
+        const __m512 rest = _mm512_mul_ps(lengths, _mm512_maskz_loadu_ps(there, radius + i));
+        const __m512 bound = _mm512_fmadd_ps(numbers, _mm512_maskz_loadu_ps(there, quantum + i), rest);
+        bits |= (uint64_t)_mm512_mask_cmp_ps_mask(there, bound, floors, _CMP_GT_OQ) << i;
+    }
+    return bits;
+}
+
+__attribute__((target("avx512f"))) static inline float dot_avx512(const float *a, const float *b, uint64_t n)
+{
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    uint64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int k = 0; k < 4; k++)
+            sums[k] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * k), _mm512_loadu_ps(b + i + 16 * k), sums[k]);
+    for (; i < n; i += 16) {
+        const __mmask16 there = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : 0xffff;
+        sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, a + i), _mm512_maskz_loadu_ps(there, b + i), sums[0]);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+#endif
+
+/* Offer a row of a product of bytes; INT32_MIN is a column that is left out. Returns how many products were made. */
+__attribute__((always_inline)) static inline uint64_t offer_bytes_inline(const struct offer *offer, int64_t task,
+                                                                         uint64_t unit, const int32_t *row,
+                                                                         const struct looks looks)
+{
+    const struct rounded *left = &offer->left, *right = &offer->right;
+    const float quantum = left->quantum[unit], length = left->length[unit] / quantum;
+    const float *unit_row = left->rows + unit * offer->dim;
+    uint64_t made = 0;
+    for (uint64_t column = 0; column < offer->columns; column += CHUNK) {
+        const uint64_t n = offer->columns - column < CHUNK ? offer->columns - column : CHUNK;
+        const float floor = (offer->floor[task] - left->radius[unit]) / quantum;
+        uint64_t bits = looks.reaching(row + column, right->quantum + column, right->radius + column, n, length, floor);
+        for (; bits; bits &= bits - 1) {
+            const uint64_t at = column + (uint64_t)__builtin_ctzll(bits);
+            if (row[at] == INT32_MIN)
+                continue;
+            const float value = looks.dot(unit_row, right->rows + at * offer->dim, offer->dim);
+            made++;
+            if (value > offer->floor[task])
+                offer_column(offer, task, at, value);
+        }
+    }
+    return made;
+}
+
+static uint64_t offer_bytes_baseline(const struct offer *offer, int64_t task, uint64_t unit, const int32_t *row)
+{
+    return offer_bytes_inline(offer, task, unit, row, (struct looks){reaching_baseline, dot_baseline});
+}
+
+#ifdef HAS_AVX
+__attribute__((target("avx512f"))) static uint64_t offer_bytes_avx512(const struct offer *offer, int64_t task,
+                                                                      uint64_t unit, const int32_t *row)
+{
+    return offer_bytes_inline(offer, task, unit, row, (struct looks){reaching_avx512, dot_avx512});
+}
+#endif
+
+static uint64_t offer_bytes(const struct offer *offer, int64_t task, uint64_t unit, const int32_t *row)
+{
+#ifdef HAS_AVX
+    if (jasper_instructions() == AVX512)
+        return offer_bytes_avx512(offer, task, unit, row);
+#endif
+    return offer_bytes_baseline(offer, task, unit, row);
+}
+
+/* Offer a row of the product to the reservoir of a task. */
+static void offer_unit(const struct offer *offer, int64_t task, uint64_t unit)
+{
+    const uint64_t at = unit * offer->stride;
+    if (!offer->dim) {
+        offer_row(offer, task, (const float *)offer->product + at);
+        return;
+    }
+    const uint64_t made = offer_bytes(offer, task, unit, (const int32_t *)offer->product + at);
+    atomic_fetch_add_explicit(offer->made, made, memory_order_relaxed);
+}
+
 static int offer_part(struct parallel_task *task)
 {
     struct offer_task *work = (struct offer_task *)task;
@@ -138,7 +283,7 @@ static int offer_part(struct parallel_task *task)
     const uint64_t end = first + work->part_units < offer->units ? first + work->part_units : offer->units;
     for (uint64_t unit = first; unit < end; unit++)
         for (int64_t each = offer->first_task[unit]; each < offer->first_task[unit + 1]; each++)
-            offer_row(offer, each, offer->product + unit * offer->stride);
+            offer_unit(offer, each, unit);
     return 1;
 }
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings as example_settings, strategies as st
 
-from jasper_store.building import mining, sweep
+from jasper_store.building import mining, quantized, sweep
 from jasper_store.building.checkpoints import Checkpoints
 from jasper_store.building.mining import Mined, MiningSettings, mine
 from jasper_store.errors import IncompatibleOptionsError, InsufficientMemoryError, IntegrityError
+from jasper_store.native.topk import offers
 from tests.building.oracle import inputs_of, oracle
 
 PLENTY = 1 << 30
@@ -158,6 +159,48 @@ def test_memory_and_threads_change_no_bit(settings: MiningSettings) -> None:
             assert same(mine(inputs, settings, memory_limit=limit), wanted)
     finally:
         torch.set_num_threads(threads)
+
+
+def wide(rows: int, *, spread: float = 1.0) -> dict[str, Any]:
+    """Embeddings that are looked at as bytes; the smaller the spread, the less their bounds tell."""
+    rng = np.random.default_rng(7)
+    sources = unit_rows(rng, rows, 96) * spread + 0.3 * (1 - spread)
+    sources[rows // 2 : rows // 2 + 40] = sources[:40]
+    pairs = np.stack([np.arange(rows // 4).repeat(2), rng.integers(0, rows, rows // 4 * 2)], axis=1)
+    questions = sources[pairs[::2, 1]] + 0.1 * spread * unit_rows(rng, rows // 4, 96)
+    own = rng.integers(0, 8, rows)
+    return {"questions": questions, "sources": sources, "pairs": pairs} | {
+        "pair_clusters": own[pairs[:, 1]],
+        "source_clusters": own,
+    }
+
+
+def multiplied(left: Any, right: Any, out: torch.Tensor) -> None:
+    """Products of bytes on any processor."""
+    out.copy_(left.numbers.double() @ right.numbers.double().T)
+
+
+@pytest.mark.skipif(not offers(torch.device("cpu")), reason="the library was not built")
+@pytest.mark.parametrize("spread", [1.0, 0.02])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MiningSettings(n_neg=6),
+        MiningSettings(n_neg=4, ranks=(5, 40)),
+        MiningSettings(n_neg=8, max_similarity=0.3, relative_margin=None),
+    ],
+)
+def test_products_of_bytes_change_no_bit(settings: MiningSettings, spread: float) -> None:
+    inputs = inputs_of(**wide(2100, spread=spread))
+    used = mock.Mock(side_effect=multiplied)
+    with mock.patch.object(sweep, "quantizes", return_value=False), mock.patch.object(quantized, "product", used):
+        wanted = mine(inputs, settings, memory_limit=PLENTY)
+    assert not used.called
+    with mock.patch.object(sweep, "quantizes", return_value=True), mock.patch.object(quantized, "product", used):
+        assert same(mine(inputs, settings, memory_limit=PLENTY), wanted)
+    # Bounds that spare nothing are given up after the first block of each sweep, and the others have two of them.
+    assert (used.call_count == 1) == (spread < 1)
+    assert same(mine(inputs, settings, memory_limit=PLENTY), wanted)  # as this processor does it
 
 
 @pytest.mark.parametrize("settings", [MiningSettings(n_neg=6), MiningSettings(n_neg=4, ranks=(5, 40))])

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "parts.h"
+#include "processor.h"
 
 struct gather {
     const char *source;
@@ -25,7 +26,6 @@ enum { NO_MEMORY = -1, FORKED = -2, ROW_MISSING = 1, FILE_ENDS = 2, UNREADABLE =
 struct reader;
 
 int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned threads);
-int jasper_use_instructions(int most);
 int64_t jasper_locate_rows(const struct parts *parts, int64_t unmapped, const int64_t *rows, int64_t rows_step, uint64_t n,
                            int64_t *addresses);
 void jasper_parts_of_rows(const struct parts *parts, const int64_t *rows, int64_t rows_step, uint64_t n, int64_t *found);

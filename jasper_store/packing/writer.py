@@ -1,11 +1,13 @@
 """Columns of blocks, brought from the source and written: an external join in memory of a given size.
 
 Columns are written one after the other, each in as few passes over its source as memory allows. A pass takes the rows
-that some blocks need: see :mod:`jasper_store.packing.source_rows`. While a pass is written the next one is read.
+that some blocks need: see :mod:`jasper_store.packing.source_rows`. A source of which many rows are wanted is read once and
+held, if two thirds of the memory hold it. While a pass is written the next one is read, where both fit.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +31,8 @@ __all__ = ["Blocks", "ColumnWriter"]
 
 _INDEX_NBYTES: Final = 32
 """Bytes of a row's number in its list, sorted, and as what is sorted."""
-_SHARES: Final = 3
-"""Passes whose rows are held: one that is written, one that is read, and a tensor that is kept for the next."""
+_HELD: Final = 2 / 3
+"""Share of the memory that a source may take that is read whole; what is left is for two passes, written and read."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class ColumnWriter:
         advance: Callable[[str, int], None],
     ) -> None:
         self._layout, self._splits, self._block, self._files, self._advance = layout, splits, block, files, advance
-        self._room = max(room // _SHARES, 1)
+        self._room = room
         self._kept: tuple[StoredTensor, torch.Tensor] | None = None
         self._narrowing = {
             column.name: Narrowing(column.name, column.dtype)
@@ -123,11 +125,11 @@ class ColumnWriter:
             else:
                 self._take_over(each, known)
         with ThreadPoolExecutor(1, "jasper-pack-read") as reader:
-            ahead: Future[list[RowsInMemory]] | None = reader.submit(self._read, left[0]) if left else None
-            for number, each in enumerate(left):
-                assert ahead is not None
-                rows = ahead.result()
-                ahead = reader.submit(self._read, left[number + 1]) if number + 1 < len(left) else None
+            ahead: Future[list[RowsInMemory]] | None = None
+            for each, following in itertools.zip_longest(left, left[1:]):
+                rows = (ahead or reader.submit(self._read, each)).result()
+                beside = following is not None and self._fit_together(each, following)
+                ahead = reader.submit(self._read, following) if beside else None
                 self._write(each, rows)
                 del rows
                 progress.done(each.key(self._layout), self._finish(each))
@@ -140,22 +142,48 @@ class ColumnWriter:
         for group in sorted(range(len(sources)), key=lambda number: (sources.index(sources[number]), number)):
             for blocks in self._splits:
                 costs = self._costs(group, blocks)
+                room = max(self._room - self._held_nbytes(group, blocks), 0) // 2
                 start = 0
                 while start < blocks.n_blocks:
                     reach = costs[start:].cumsum()
-                    stop = start + max(1, int(np.searchsorted(reach, self._room, side="right")))
+                    stop = start + max(1, int(np.searchsorted(reach, room, side="right")))
                     yield _Pass(group, blocks, start, stop)
                     start = stop
+
+    def _is_held(self, number: int, blocks: Blocks) -> bool:
+        """Whether the source of a column is in memory whole while the column is written."""
+        tensor = self._tensor(blocks, self._layout.columns[number])
+        wanted = int(self._wanted(number, blocks).sum())
+        return is_resident(tensor) or pays_whole(tensor, wanted, int(self._room * _HELD))
+
+    def _held_nbytes(self, group: int, blocks: Blocks) -> int:
+        """Memory that sources take that are read whole for a group of columns."""
+        columns = self._layout.columns
+        held = {columns[number].source: number for number in self._layout.groups[group] if self._is_held(number, blocks)}
+        tensors = (self._tensor(blocks, columns[number]) for number in held.values())
+        return sum(tensor.nbytes for tensor in tensors if not is_resident(tensor))
+
+    def _fit_together(self, each: _Pass, following: _Pass) -> bool:
+        """Whether one pass can be read while another is written."""
+        taken = [
+            int(self._costs(one.group, one.blocks)[one.start : one.stop].sum())
+            + self._held_nbytes(one.group, one.blocks)
+            for one in (each, following)
+        ]
+        first, second = (self._sources(one.group) for one in (each, following))
+        shared = self._held_nbytes(each.group, each.blocks) if first == second else 0
+        return sum(taken) - shared <= self._room
+
+    def _sources(self, group: int) -> set[str]:
+        return {self._layout.columns[number].source for number in self._layout.groups[group]}
 
     def _costs(self, group: int, blocks: Blocks) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Memory that the rows of each block take, int64 [blocks]."""
         found = np.zeros(blocks.n_blocks, np.int64)
         for number in self._layout.groups[group]:
-            column = self._layout.columns[number]
-            tensor = self._tensor(blocks, column)
-            wanted = self._wanted(number, blocks)
-            whole = is_resident(tensor) or pays_whole(tensor, int(wanted.sum()), self._room)
-            found += wanted * (_INDEX_NBYTES + (0 if whole else tensor.row_nbytes))
+            tensor = self._tensor(blocks, self._layout.columns[number])
+            row_nbytes = 0 if self._is_held(number, blocks) else tensor.row_nbytes
+            found += self._wanted(number, blocks) * (_INDEX_NBYTES + row_nbytes)
         return found
 
     def _wanted(self, number: int, blocks: Blocks) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -174,6 +202,8 @@ class ColumnWriter:
 
     def _read(self, each: _Pass) -> list[RowsInMemory]:
         """The rows that a pass needs, of each of its columns."""
+        if self._kept is not None and self._kept[0].name not in self._sources(each.group):
+            self._kept = None
         rows: dict[str, FieldRows] = {}
         found = []
         for number in self._layout.groups[each.group]:
@@ -186,7 +216,6 @@ class ColumnWriter:
     def _rows(self, blocks: Blocks, number: int, index: torch.Tensor) -> RowsInMemory:
         column = self._layout.columns[number]
         tensor = self._tensor(blocks, column)
-        wanted = int(self._wanted(number, blocks).sum())
         if is_resident(tensor):
             # It was read when the source was opened.
             self.nbytes_read += 0 if tensor.name in self._counted else tensor.nbytes
@@ -194,7 +223,7 @@ class ColumnWriter:
             return read_whole(tensor, index)
         if self._kept is not None and self._kept[0] is tensor:
             return read_whole(tensor, index, self._kept[1])
-        if pays_whole(tensor, wanted, self._room):
+        if self._is_held(number, blocks):
             self._kept = None
             self.nbytes_read += tensor.nbytes
             found = read_whole(tensor, index)
@@ -216,12 +245,14 @@ class ColumnWriter:
             for number, found in zip(group, rows, strict=True):
                 count = int(layout.counts[number, block])
                 first = int(layout.offsets[number, block]) - begin
-                target[end:first].zero_()
+                if end < first:
+                    target[end:first].zero_()
                 end = first + count * layout.columns[number].row_nbytes
                 self._fill(each, number, found, done[number], count, target[first:end])
                 done[number] += count
                 pieces.append((first, end))
-            target[end:].zero_()
+            if end < len(target):
+                target[end:].zero_()
             del target
             self._files.write(block, int(layout.file_of[block]), begin, memory, nbytes, pieces)
             for number, (first, end) in zip(group, pieces, strict=True):

@@ -1,6 +1,6 @@
 """Exact mining against the rate of the machine's own matrix product, and against sentence_transformers.util.semantic_search.
 
-    python tools/mining_rate.py [--questions 100000] [--sources 100000] [--clusters 224] [--peer] [--out docs/bench/mining.json]
+    python -m tools.mining_rate [--questions 100000] [--sources 100000] [--clusters 224] [--peer] [--out docs/bench/mining.json]
 
 Everything is measured in one process on the same arrays: mining, from reading the arrays to the finished negatives, and the
 product alone in blocks of the fastest shape. The product takes turns with mining, as often as a sixty-fourth of the products is
@@ -20,10 +20,12 @@ import numpy as np
 import torch
 
 from jasper_store.building.mining import MiningInputs, MiningSettings, mine
+from jasper_store.building.quantized import quantizes
+from tools.bench import machine
 
 _BLOCKS = ((1024, 2048), (2048, 4096), (2048, 2048), (512, 4096), (4096, 8192))
-_PEER_CHUNKS = ((100, 500_000), (1024, 500_000), (1024, 16_384), (256, 50_000))
-"""Rows of a product of semantic_search: (query_chunk_size, corpus_chunk_size); the first are its defaults."""
+_PEER_CHUNKS = ((1024, 500_000), (1024, 16_384), (256, 50_000), (100, 500_000))
+"""Rows of a product of semantic_search: (query_chunk_size, corpus_chunk_size); the last are its defaults."""
 
 
 class Rows:
@@ -91,12 +93,14 @@ def fastest_block(questions: torch.Tensor, sources: torch.Tensor) -> tuple[int, 
     return min(_BLOCKS, key=lambda block: min(product_seconds(some, among, block) for _ in range(2)))
 
 
-def peer_runs(questions: torch.Tensor, sources: torch.Tensor, top_k: int) -> list[dict[str, Any]]:
-    """semantic_search with each of its chunk sizes."""
+def peer_runs(
+    questions: torch.Tensor, sources: torch.Tensor, top_k: int, chunks: tuple[tuple[int, int], ...]
+) -> list[dict[str, Any]]:
+    """semantic_search with some chunk sizes."""
     from sentence_transformers import util
 
     runs = []
-    for query, corpus in _PEER_CHUNKS:
+    for query, corpus in chunks:
         began = time.perf_counter()
         found = util.semantic_search(questions, sources, query, corpus, top_k, util.dot_score)
         runs.append({"query_chunk": query, "corpus_chunk": corpus, "seconds": time.perf_counter() - began})
@@ -117,6 +121,7 @@ def main() -> None:
     )
     parser.add_argument("--memory", type=int, default=2 << 30, help="budget of mining, bytes")
     parser.add_argument("--peer", action="store_true", help="compare with semantic_search")
+    parser.add_argument("--peer-chunks", type=int, help="only the first so many of its chunk sizes, the best first")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     questions, sources, pairs, own = embeddings(
@@ -127,6 +132,8 @@ def main() -> None:
         "n_neg": options.n_neg,
         "clusters": options.clusters,
         "threads": torch.get_num_threads(),
+        "products_of_bytes": quantizes(options.dim),
+        "processor": machine.describe(Path.cwd())["processor"],
     }
     reference = None if options.peer else Reference(questions, sources)
     inputs = MiningInputs(
@@ -142,7 +149,7 @@ def main() -> None:
     run["mine_seconds"] = time.perf_counter() - began - (reference.seconds if reference else 0.0)
     assert mined.negatives.shape == (len(pairs), options.n_neg)
     if reference is None:
-        run["semantic_search"] = peer_runs(questions, sources, options.n_neg)
+        run["semantic_search"] = peer_runs(questions, sources, options.n_neg, _PEER_CHUNKS[: options.peer_chunks])
         best = min(each["seconds"] for each in run["semantic_search"])
         run["semantic_search_over_mine"] = best / run["mine_seconds"]
     else:

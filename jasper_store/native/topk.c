@@ -4,8 +4,9 @@
  * best `keep`, and the floor rises to the worst of these. So nearly all of a product is only compared with the floor, by a
  * loop that the compiler turns into vector instructions, and read once.
  *
- * A product of bytes stands for one of floats: with the distances of the rows from their bytes it bounds that from above.
- * Where the bound reaches the floor, which is rare, the product of the floats is made for this one column.
+ * A product of bytes stands for one of floats: with the distances of the rows from their bytes it bounds that from above
+ * and below. Where the bound reaches the floor and the ceiling is not surely passed, which is rare, the product of the
+ * floats is made for this one column.
  */
 #include "helpers.h"
 #include "processor.h"
@@ -220,6 +221,7 @@ __attribute__((always_inline)) static inline uint64_t offer_bytes_inline(const s
 {
     const struct rounded *left = &offer->left, *right = &offer->right;
     const float quantum = left->quantum[unit], length = left->length[unit] / quantum;
+    const float ceiling = (offer->ceiling[task] + left->radius[unit]) / quantum;
     const float *unit_row = left->rows + unit * offer->dim;
     uint64_t made = 0;
     for (uint64_t column = 0; column < offer->columns; column += CHUNK) {
@@ -230,6 +232,10 @@ __attribute__((always_inline)) static inline uint64_t offer_bytes_inline(const s
             const uint64_t at = column + (uint64_t)__builtin_ctzll(bits);
             if (row[at] == INT32_MIN)
                 continue;
+            if ((float)row[at] * right->quantum[at] - length * right->radius[at] > ceiling) {
+                offer->above[task]++;
+                continue;
+            }
             const float value = looks.dot(unit_row, right->rows + at * offer->dim, offer->dim);
             made++;
             if (value > offer->floor[task])

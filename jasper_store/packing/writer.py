@@ -159,7 +159,9 @@ class ColumnWriter:
     def _held_nbytes(self, group: int, blocks: Blocks) -> int:
         """Memory that sources take that are read whole for a group of columns."""
         columns = self._layout.columns
-        held = {columns[number].source: number for number in self._layout.groups[group] if self._is_held(number, blocks)}
+        held = {
+            columns[number].source: number for number in self._layout.groups[group] if self._is_held(number, blocks)
+        }
         tensors = (self._tensor(blocks, columns[number]) for number in held.values())
         return sum(tensor.nbytes for tensor in tensors if not is_resident(tensor))
 

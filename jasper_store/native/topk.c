@@ -22,6 +22,8 @@ enum {
     CHUNK = 64,                      /* columns that are compared before it is asked which are above */
     MIN_PARALLEL_COLUMNS = 64 << 10, /* numbers of a product below which waking a thread costs more than it saves */
     LANES = 32,                      /* sums that a dot product is added up in */
+    WAITING = 4,                     /* products that wait for their rows */
+    FLOATS_PER_LINE = 16,            /* of the cache */
     PARTS_PER_THREAD = 4,
     MAX_THREADS = 1024,
 };
@@ -149,6 +151,12 @@ static void offer_row(const struct offer *offer, int64_t task, const float *row)
             offer_column(offer, task, column, row[column]);
 }
 
+static void prefetch_row(const float *row, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i += FLOATS_PER_LINE)
+        __builtin_prefetch(row + i);
+}
+
 /* What a product of bytes is looked at with: a loop for any processor, and one for AVX-512. */
 struct looks {
     /* The columns, up to CHUNK, whose bounds reach a floor, as bits. Bounds and floor are in quanta of the unit. */
@@ -214,6 +222,23 @@ __attribute__((target("avx512f"))) static inline float dot_avx512(const float *a
 }
 #endif
 
+/* Columns whose rows of floats were asked for, and whose products are made when WAITING more were found: until then the
+ * rows have come from memory. */
+struct waiting {
+    uint64_t columns[WAITING];
+    uint64_t found, made;
+};
+
+__attribute__((always_inline)) static inline void make_product(const struct offer *offer, int64_t task,
+                                                               const float *unit_row, struct waiting *waiting,
+                                                               const struct looks looks)
+{
+    const uint64_t column = waiting->columns[waiting->made++ % WAITING];
+    const float value = looks.dot(unit_row, offer->right.rows + column * offer->dim, offer->dim);
+    if (value > offer->floor[task])
+        offer_column(offer, task, column, value);
+}
+
 /* Offer a row of a product of bytes; INT32_MIN is a column that is left out. Returns how many products were made. */
 __attribute__((always_inline)) static inline uint64_t offer_bytes_inline(const struct offer *offer, int64_t task,
                                                                          uint64_t unit, const int32_t *row,
@@ -223,7 +248,7 @@ __attribute__((always_inline)) static inline uint64_t offer_bytes_inline(const s
     const float quantum = left->quantum[unit], length = left->length[unit] / quantum;
     const float ceiling = (offer->ceiling[task] + left->radius[unit]) / quantum;
     const float *unit_row = left->rows + unit * offer->dim;
-    uint64_t made = 0;
+    struct waiting waiting = {.found = 0};
     for (uint64_t column = 0; column < offer->columns; column += CHUNK) {
         const uint64_t n = offer->columns - column < CHUNK ? offer->columns - column : CHUNK;
         const float floor = (offer->floor[task] - left->radius[unit]) / quantum;
@@ -236,13 +261,15 @@ __attribute__((always_inline)) static inline uint64_t offer_bytes_inline(const s
                 offer->above[task]++;
                 continue;
             }
-            const float value = looks.dot(unit_row, right->rows + at * offer->dim, offer->dim);
-            made++;
-            if (value > offer->floor[task])
-                offer_column(offer, task, at, value);
+            if (waiting.found - waiting.made == WAITING)
+                make_product(offer, task, unit_row, &waiting, looks);
+            prefetch_row(right->rows + at * offer->dim, offer->dim);
+            waiting.columns[waiting.found++ % WAITING] = at;
         }
     }
-    return made;
+    while (waiting.made < waiting.found)
+        make_product(offer, task, unit_row, &waiting, looks);
+    return waiting.made;
 }
 
 static uint64_t offer_bytes_baseline(const struct offer *offer, int64_t task, uint64_t unit, const int32_t *row)

@@ -16,7 +16,7 @@ _MOST_TASKS = 1 << 14
 _BLOCKS = (BlockSizes(1024, 2048), BlockSizes(512, 1024), BlockSizes(128, 512), BlockSizes(32, 128))
 _PRODUCT_COPIES = 5
 """Of a product: itself, rows of it that are looked through whole, which of them are above, and its maxima."""
-_EXACT_NBYTES = 20 << 20
+_EXACT_NBYTES = 24 << 20
 """Rows whose cosines are computed again, and what a library puts in order for a product."""
 
 _CANDIDATE_NBYTES = 160

@@ -151,10 +151,11 @@ class ColumnWriter:
                     start = stop
 
     def _is_held(self, number: int, blocks: Blocks) -> bool:
-        """Whether the source of a column is in memory whole while the column is written."""
+        """Whether the source of a column is in memory whole while the column's group is written."""
         tensor = self._tensor(blocks, self._layout.columns[number])
-        wanted = int(self._wanted(number, blocks).sum())
-        return is_resident(tensor) or pays_whole(tensor, wanted, int(self._room * _HELD))
+        (group,) = (at for at, columns in enumerate(self._layout.groups) if number in columns)
+        room = int(self._room * _HELD) // len(self._sources(group))
+        return is_resident(tensor) or pays_whole(tensor, int(self._wanted(number, blocks).sum()), room)
 
     def _held_nbytes(self, group: int, blocks: Blocks) -> int:
         """Memory that sources take that are read whole for a group of columns."""
@@ -173,7 +174,8 @@ class ColumnWriter:
             for one in (each, following)
         ]
         first, second = (self._sources(one.group) for one in (each, following))
-        shared = self._held_nbytes(each.group, each.blocks) if first == second else 0
+        # Of several sources only the last is kept.
+        shared = self._held_nbytes(each.group, each.blocks) if first == second and len(first) == 1 else 0
         return sum(taken) - shared <= self._room
 
     def _sources(self, group: int) -> set[str]:

@@ -109,8 +109,8 @@ def peer_runs(
     return runs
 
 
-def main() -> None:
-    """Measure once; print it, and add it to the file."""
+def arguments() -> argparse.Namespace:
+    """What was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--questions", type=int, default=100_000)
     parser.add_argument("--sources", type=int, default=100_000)
@@ -123,7 +123,12 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="compare with semantic_search")
     parser.add_argument("--peer-chunks", type=int, help="only the first so many of its chunk sizes, the best first")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure once; print it, and add it to the file."""
+    options = arguments()
     questions, sources, pairs, own = embeddings(
         options.questions, options.sources, options.dim, options.clusters or 224
     )

@@ -7,6 +7,7 @@ memory, and the trainer serves parts of it.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import deque
 from itertools import islice
@@ -81,6 +82,10 @@ class UnitSampler:
             yield whole
 
 
+_ORPHAN: Final = 1
+"""The process that is the parent of one whose own parent has ended."""
+
+
 class UnitWorker:
     """A ``worker_init_fn``: the worker's copy of the dataset adds to each unit what was set when it was made.
 
@@ -90,10 +95,14 @@ class UnitWorker:
 
     def __init__(self, then: Callable[[int], None]) -> None:
         self._then = then
+        self._trainer = os.getpid()
 
     def __call__(self, worker: int) -> None:
         """Run in a worker as it starts."""
         self._then(worker)
+        # From here on PyTorch notices when the trainer ends. One that was killed before, it would wait for without end.
+        if os.getppid() == _ORPHAN != self._trainer:
+            os._exit(0)
         info = get_worker_info()
         assert info is not None
         dataset: Any = info.dataset

@@ -60,7 +60,7 @@ def plan_memory(problem: Problem, keep: int, memory_limit: int) -> MemoryPlan:
         tasks = min(int((free - block) * 0.6) // task, _MOST_TASKS)
         if tasks >= min(sizes.units, problem.n_pairs):
             rest = free - block - tasks * task
-            return MemoryPlan(max(tasks, 1), sizes, 4 * dim * n_sources <= rest)
+            return MemoryPlan(max(tasks, 1), sizes, problem.source_nbytes * n_sources <= rest)
     smallest = 4 * _BLOCKS[-1].units * _BLOCKS[-1].sources * _PRODUCT_COPIES + 24 * dim * _BLOCKS[-1].sources
     needed = _fixed_nbytes(problem) + smallest + _EXACT_NBYTES + int(_BLOCKS[-1].units * task / 0.6)
     if free > smallest + _EXACT_NBYTES + task / 0.6:

@@ -9,11 +9,13 @@ import torch
 
 from jasper_store.building.duplicates import Groups, group_rows
 from jasper_store.building.inputs import MiningInputs, MiningSettings, check_inputs
+from jasper_store.building.quantized import Quantized, quantize, quantized_nbytes, quantizes
 from jasper_store.building.similarity import cosines, dots
 from jasper_store.building.source_clusters import centroids_of, clusters_of_sources
 from jasper_store.building.tiers import ADJACENT, IN_CLUSTER, OTHER, Clusters, adjacent_clusters, quotas
 from jasper_store.building.vectors import Vectors, scan
 from jasper_store.errors import IntegrityError
+from jasper_store.native.topk import offers
 
 __all__ = ["Problem"]
 
@@ -61,6 +63,7 @@ class Problem:
         self._require_negatives()
         self.positive_similarities = self.similarities(self.pair_question, self.pair_source)
         self._resident: torch.Tensor | None = None
+        self._resident_bytes: Quantized | None = None
 
     def _lay_out(self, inputs: MiningInputs) -> None:
         self.pair_clusters = None if inputs.pair_clusters is None else inputs.pair_clusters.astype(np.int64)
@@ -175,18 +178,40 @@ class Problem:
 
     # --- sources at length 1 ----------------------------------------------------------------------------------
 
+    @property
+    def compiled(self) -> bool:
+        """Whether products are looked through by the compiled loop."""
+        return offers(self.device)
+
+    @property
+    def as_bytes(self) -> bool:
+        """Whether products are made of bytes, unless these turn out to spare little."""
+        return self.compiled and quantizes(self.sources.dim)
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes of a source that is held."""
+        return 4 * self.sources.dim + (quantized_nbytes(self.sources.dim) if self.as_bytes else 0)
+
     def hold_sources(self) -> None:
         """Keep all sources at length 1 on the device, in the order of clusters."""
         held = torch.empty((self.sources.n_rows, self.sources.dim), device=self.device)
         for start, stop in _steps(self.sources.n_rows, 1 << 13):
             held[start:stop] = self.sources.unit(self.clusters.rows[start:stop]).to(self.device)
         self._resident = held
+        self._resident_bytes = quantize(held) if self.as_bytes else None
 
     def unit_sources(self, start: int, stop: int) -> torch.Tensor:
         """Sources at length 1 by position, float32 [stop - start, D] on the device."""
         if self._resident is not None:
             return self._resident[start:stop]
         return self.sources.unit(self.clusters.rows[start:stop]).to(self.device)
+
+    def source_bytes(self, start: int, stop: int) -> Quantized:
+        """The same as bytes."""
+        if self._resident_bytes is not None:
+            return self._resident_bytes.part(slice(start, stop))
+        return quantize(self.unit_sources(start, stop))
 
 
 def _steps(total: int, step: int) -> Iterator[tuple[int, int]]:

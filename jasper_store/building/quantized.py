@@ -17,7 +17,7 @@ import torch
 
 from jasper_store.native.topk import multiplies_bytes
 
-__all__ = ["LEFT_OUT", "Quantized", "product", "quantize", "quantizes"]
+__all__ = ["LEFT_OUT", "Quantized", "product", "quantize", "quantized_nbytes", "quantizes"]
 
 LEFT_OUT: Final = torch.iinfo(torch.int32).min
 """Instead of a product: a column that is left out."""
@@ -57,8 +57,7 @@ class Quantized:
 def quantize(rows: torch.Tensor) -> Quantized:
     """Rows of length 1, float32 [n, D], as bytes."""
     count, dim = rows.shape
-    width = -dim % _COLUMNS + dim
-    found = Quantized(rows, torch.zeros(count, width, dtype=torch.int8), *torch.empty(3, count).unbind())
+    found = Quantized(rows, torch.zeros(count, _padded(dim), dtype=torch.int8), *torch.empty(3, count).unbind())
     summing = 1 + dim * torch.finfo(torch.float32).eps
     for start in range(0, count, _BLOCK_ROWS):
         some = found.part(slice(start, start + _BLOCK_ROWS))
@@ -69,6 +68,15 @@ def quantize(rows: torch.Tensor) -> Quantized:
         torch.linalg.vector_norm(nearest, dim=1, out=some.length).mul_(summing).add_(_ROUNDING)
         torch.linalg.vector_norm(nearest.sub_(some.rows), dim=1, out=some.radius).mul_(summing).add_(_ROUNDING)
     return found
+
+
+def _padded(dim: int) -> int:
+    return -dim % _COLUMNS + dim
+
+
+def quantized_nbytes(dim: int) -> int:
+    """Bytes of a row beside the row itself."""
+    return _padded(dim) + 3 * 4
 
 
 def product(left: Quantized, right: Quantized, out: torch.Tensor) -> None:

@@ -20,17 +20,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from jasper_store.building import quantized
 from jasper_store.building.problem import Problem
-from jasper_store.building.quantized import Quantized, quantize, quantizes
+from jasper_store.building.quantized import Quantized, quantize
 from jasper_store.building.similarity import product_error
 from jasper_store.building.tiers import ADJACENT, IN_CLUSTER, OTHER
 from jasper_store.building.topk import Reservoir, above
-from jasper_store.native.topk import offer, offers
+from jasper_store.native.topk import offer
 
 __all__ = ["Block", "BlockSizes", "Lists", "Sweep", "sweep"]
 
@@ -152,6 +153,7 @@ class Sweep:
         self._sizes = sizes
         self._device = device = problem.device
         self._keep = min(keep, problem.sources.n_rows)
+        self._width = min(sizes.sources, problem.sources.n_rows)
         self._error = product_error(problem.sources.dim)
         clustered = bool(len(problem.clusters.adjacent))
         self._kinds = (IN_CLUSTER, ADJACENT, OTHER) if clustered and not problem.settings.ranks else (OTHER,)
@@ -162,7 +164,7 @@ class Sweep:
         self._ceilings = torch.from_numpy(rounded).to(device)
         self._limited = bool(np.isfinite(ceilings).any())
         self._above = torch.zeros(len(tasks), dtype=torch.int64, device=device)
-        self._compiled = offers(device)
+        self._compiled = problem.compiled
         self._as_bytes: Quantized | None = None
         self._group_units(problem.cluster_of(tasks), problem.pair_question[tasks])
         self._list_excluded()
@@ -180,28 +182,33 @@ class Sweep:
         self._first = torch.from_numpy(self._first_task).to(self._device)
 
     def _list_excluded(self) -> None:
-        """Positives of each unit's question and their duplicates: small groups by member, large ones by group."""
+        """Positives of each unit's question and their duplicates: small groups by member, large ones by group.
+
+        Members are sorted by block of sources and unit, which are one number.
+        """
         problem = self._problem
         unit, group = problem.positive_groups(self._unit_questions)
         large = problem.groups.sizes[group] > _SCATTERED
         which, position = problem.groups.expanded(group[~large])
-        order = np.argsort(position, kind="stable")
-        self._excluded_units = unit[~large][which][order]
-        self._excluded_positions = position[order]
+        keys = self._excluded_key(position, unit[~large][which])
+        order = np.argsort(keys, kind="stable")
+        self._excluded_keys, self._excluded_positions = keys[order], position[order]
         self._large_units, self._large_groups = unit[large], group[large]
+
+    def _excluded_key(self, position: Any, unit: Any) -> Any:
+        return position // self._width * len(self._unit_questions) + unit
 
     def run(self, advance: Callable[[int], None] | None) -> Lists:
         """List the candidates; ``advance`` as for :func:`sweep`."""
         problem, sizes = self._problem, self._sizes
         total = problem.sources.n_rows
         units = problem.questions.unit(self._unit_questions).to(self._device)
-        self._as_bytes = quantize(units) if self._compiled and quantizes(problem.sources.dim) else None
-        width = min(sizes.sources, total)
+        self._as_bytes = quantize(units) if problem.as_bytes else None
+        width = self._width
         out = torch.empty(min(sizes.units, len(units)) * width, device=self._device)
         for start in range(0, total, width):
-            sources = problem.unit_sources(start, min(start + width, total))
             made = looked = 0
-            for block in self._products(units, sources, start, out):
+            for block in self._products(units, start, min(start + width, total), out):
                 self._exclude(block)
                 self._offer_runs(block)
                 made += self._offer(OTHER, block)
@@ -214,9 +221,10 @@ class Sweep:
                 self._as_bytes = None
         return self._lists()
 
-    def _products(self, units: torch.Tensor, sources: torch.Tensor, start: int, out: torch.Tensor) -> Iterator[Block]:
+    def _products(self, units: torch.Tensor, start: int, stop: int, out: torch.Tensor) -> Iterator[Block]:
         """Products of all units and some sources, one block after the other in the same memory."""
-        right = None if self._as_bytes is None else quantize(sources)
+        right = None if self._as_bytes is None else self._problem.source_bytes(start, stop)
+        sources = self._problem.unit_sources(start, stop) if right is None else right.rows
         for low in range(0, len(units), self._sizes.units):
             high = min(low + self._sizes.units, len(units))
             product = out[: (high - low) * len(sources)].view(high - low, len(sources))
@@ -230,10 +238,10 @@ class Sweep:
 
     def _exclude(self, block: Block) -> None:
         product, low, start = block.product, block.low, block.start
-        first, last = np.searchsorted(self._excluded_positions, [start, start + product.shape[1]])
-        units = self._excluded_units[first:last]
-        inside = (units >= low) & (units < low + len(product))
-        rows, columns = units[inside] - low, self._excluded_positions[first:last][inside] - start
+        of_block = self._excluded_key(start, 0)
+        first, last = np.searchsorted(self._excluded_keys, [of_block + low, of_block + low + len(product)])
+        rows = self._excluded_keys[first:last] - (of_block + low)
+        columns = self._excluded_positions[first:last] - start
         if product.device.type == "cpu":  # numpy needs a tenth of the time, which counts
             product.numpy()[rows, columns] = block.left_out
         else:

@@ -191,18 +191,30 @@ static float dot_baseline(const float *a, const float *b, uint64_t n)
 }
 
 #ifdef HAS_AVX
+__attribute__((target("avx512f"), always_inline)) static inline __mmask16
+sixteen_reaching(const int32_t *row, const float *quantum, const float *radius, __mmask16 there, __m512 lengths,
+                 __m512 floors)
+{
+    const __m512 numbers = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(there, row));
+    const __m512 rest = _mm512_mul_ps(lengths, _mm512_maskz_loadu_ps(there, radius));
+    const __m512 bound = _mm512_fmadd_ps(numbers, _mm512_maskz_loadu_ps(there, quantum), rest);
+    return _mm512_mask_cmp_ps_mask(there, bound, floors, _CMP_GT_OQ);
+}
+
 __attribute__((target("avx512f"))) static inline uint64_t reaching_avx512(const int32_t *row, const float *quantum,
                                                                          const float *radius, uint64_t n, float length,
                                                                          float floor)
 {
     const __m512 lengths = _mm512_set1_ps(length), floors = _mm512_set1_ps(floor);
     uint64_t bits = 0;
+    if (n == CHUNK) {
+        for (int i = 0; i < CHUNK; i += 16)
+            bits |= (uint64_t)sixteen_reaching(row + i, quantum + i, radius + i, 0xffff, lengths, floors) << i;
+        return bits;
+    }
     for (uint64_t i = 0; i < n; i += 16) {
         const __mmask16 there = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : 0xffff;
-        const __m512 numbers = _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(there, row + i));
-        const __m512 rest = _mm512_mul_ps(lengths, _mm512_maskz_loadu_ps(there, radius + i));
-        const __m512 bound = _mm512_fmadd_ps(numbers, _mm512_maskz_loadu_ps(there, quantum + i), rest);
-        bits |= (uint64_t)_mm512_mask_cmp_ps_mask(there, bound, floors, _CMP_GT_OQ) << i;
+        bits |= (uint64_t)sixteen_reaching(row + i, quantum + i, radius + i, there, lengths, floors) << i;
     }
     return bits;
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings as example_settings, strategies as st
 
-from jasper_store.building import mining, quantized, sweep
+from jasper_store.building import mining, problem, quantized
 from jasper_store.building.checkpoints import Checkpoints
 from jasper_store.building.mining import Mined, MiningSettings, mine
 from jasper_store.errors import IncompatibleOptionsError, InsufficientMemoryError, IntegrityError
@@ -63,7 +63,7 @@ def no_negative(inputs: dict[str, Any]) -> bool:
 
 def operations(compiled: bool) -> Any:
     """Have products looked through by compiled code where it was built, or by torch's operations."""
-    return contextlib.nullcontext() if compiled else mock.patch.object(sweep, "offers", return_value=False)
+    return contextlib.nullcontext() if compiled else mock.patch.object(problem, "offers", return_value=False)
 
 
 margins = st.one_of(st.none(), st.sampled_from([0.0, 0.05, 0.3, 1.0]))
@@ -193,10 +193,10 @@ def multiplied(left: Any, right: Any, out: torch.Tensor) -> None:
 def test_products_of_bytes_change_no_bit(settings: MiningSettings, spread: float) -> None:
     inputs = inputs_of(**wide(2100, spread=spread))
     used = mock.Mock(side_effect=multiplied)
-    with mock.patch.object(sweep, "quantizes", return_value=False), mock.patch.object(quantized, "product", used):
+    with mock.patch.object(problem, "quantizes", return_value=False), mock.patch.object(quantized, "product", used):
         wanted = mine(inputs, settings, memory_limit=PLENTY)
     assert not used.called
-    with mock.patch.object(sweep, "quantizes", return_value=True), mock.patch.object(quantized, "product", used):
+    with mock.patch.object(problem, "quantizes", return_value=True), mock.patch.object(quantized, "product", used):
         assert same(mine(inputs, settings, memory_limit=PLENTY), wanted)
     # Bounds that spare nothing are given up after the first of two blocks. Where there is a ceiling, they lie above it.
     assert (used.call_count == 1) == (spread < 1 and settings.ranks is not None)

@@ -29,6 +29,9 @@ _VERSION = 1
 
 _SPARE = 8
 _GROWTH = 4
+_MANY = 0.25
+"""Share of the pairs of a block whose lists were too short, above which those of later blocks begin longer."""
+
 _FRONT_SPARE = 3
 
 
@@ -238,8 +241,9 @@ class _Run:
         return result
 
     def _blocks(self, start: int, stop: int, result: _Result, checkpoints: Checkpoints | None) -> None:
-        for low in range(start, stop, self._plan.tasks):
-            high = min(low + self._plan.tasks, stop)
+        high = start
+        while high < stop:
+            low, high = high, min(high + self._plan.tasks, stop)
             chosen = self._chosen(self._problem.order[low:high])
             found = {
                 "rows": chosen.rows,
@@ -270,7 +274,11 @@ class _Run:
     def _settled(self, pairs: np.ndarray, keep: int) -> Chosen:
         """Choose for pairs of one block, from ever longer lists until nothing can change."""
         chosen = self._chosen_of_lists(pairs, keep)
+        begin_longer = self._index is None and keep == self._keep and chosen.settled.mean() < 1 - _MANY
         self._again(chosen, lambda some: self._settled_in_parts(pairs[some], keep * _GROWTH))
+        if begin_longer:
+            self._keep = keep * _GROWTH
+            self._plan = plan_memory(self._problem, self._keep, self._limit)
         return chosen
 
     def _chosen_of_lists(self, pairs: np.ndarray, keep: int) -> Chosen:

@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from jasper_store.native.topk import offer
 
 __all__ = ["Block", "BlockSizes", "Lists", "Sweep", "sweep"]
 
-_TOO_MANY, _TOO_MANY_AT_FIRST = 0.15, 0.3
+_TOO_MANY, _TOO_MANY_AT_FIRST = 0.07, 0.3
 """Share of the products that bounds do not spare, from which on all are made of floats; while reservoirs fill, more are."""
 
 _SCATTERED = 1 << 8
@@ -153,7 +152,6 @@ class Sweep:
         self._sizes = sizes
         self._device = device = problem.device
         self._keep = min(keep, problem.sources.n_rows)
-        self._width = min(sizes.sources, problem.sources.n_rows)
         self._error = product_error(problem.sources.dim)
         clustered = bool(len(problem.clusters.adjacent))
         self._kinds = (IN_CLUSTER, ADJACENT, OTHER) if clustered and not problem.settings.ranks else (OTHER,)
@@ -182,21 +180,15 @@ class Sweep:
         self._first = torch.from_numpy(self._first_task).to(self._device)
 
     def _list_excluded(self) -> None:
-        """Positives of each unit's question and their duplicates: small groups by member, large ones by group.
-
-        Members are sorted by block of sources and unit, which are one number.
-        """
+        """Positives of each unit's question and their duplicates: small groups by member, large ones by group."""
         problem = self._problem
         unit, group = problem.positive_groups(self._unit_questions)
         large = problem.groups.sizes[group] > _SCATTERED
         which, position = problem.groups.expanded(group[~large])
-        keys = self._excluded_key(position, unit[~large][which])
-        order = np.argsort(keys, kind="stable")
-        self._excluded_keys, self._excluded_positions = keys[order], position[order]
+        order = np.argsort(position, kind="stable")
+        self._excluded_units = unit[~large][which][order]
+        self._excluded_positions = position[order]
         self._large_units, self._large_groups = unit[large], group[large]
-
-    def _excluded_key(self, position: Any, unit: Any) -> Any:
-        return position // self._width * len(self._unit_questions) + unit
 
     def run(self, advance: Callable[[int], None] | None) -> Lists:
         """List the candidates; ``advance`` as for :func:`sweep`."""
@@ -204,7 +196,7 @@ class Sweep:
         total = problem.sources.n_rows
         units = problem.questions.unit(self._unit_questions).to(self._device)
         self._as_bytes = quantize(units) if problem.as_bytes else None
-        width = self._width
+        width = min(sizes.sources, total)
         out = torch.empty(min(sizes.units, len(units)) * width, device=self._device)
         for start in range(0, total, width):
             made = looked = 0
@@ -238,10 +230,10 @@ class Sweep:
 
     def _exclude(self, block: Block) -> None:
         product, low, start = block.product, block.low, block.start
-        of_block = self._excluded_key(start, 0)
-        first, last = np.searchsorted(self._excluded_keys, [of_block + low, of_block + low + len(product)])
-        rows = self._excluded_keys[first:last] - (of_block + low)
-        columns = self._excluded_positions[first:last] - start
+        first, last = np.searchsorted(self._excluded_positions, [start, start + product.shape[1]])
+        units = self._excluded_units[first:last]
+        inside = (units >= low) & (units < low + len(product))
+        rows, columns = units[inside] - low, self._excluded_positions[first:last][inside] - start
         if product.device.type == "cpu":  # numpy needs a tenth of the time, which counts
             product.numpy()[rows, columns] = block.left_out
         else:

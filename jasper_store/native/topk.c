@@ -115,12 +115,8 @@ static void cut(const struct offer *offer, int64_t task)
     offer->fill[task] = (int64_t)offer->keep;
 }
 
-static void offer_column(const struct offer *offer, int64_t task, uint64_t column, float value)
+static void keep_column(const struct offer *offer, int64_t task, uint64_t column, float value)
 {
-    if (value > offer->ceiling[task]) {
-        offer->above[task]++;
-        return;
-    }
     const uint64_t at = (uint64_t)task * offer->capacity + (uint64_t)offer->fill[task]++;
     offer->values[at] = value;
     offer->positions[at] = (int32_t)(offer->position + (int64_t)column);
@@ -128,27 +124,75 @@ static void offer_column(const struct offer *offer, int64_t task, uint64_t colum
         cut(offer, task);
 }
 
-static int any_above(const float *values, float floor)
+static void offer_column(const struct offer *offer, int64_t task, uint64_t column, float value)
+{
+    if (value > offer->ceiling[task])
+        offer->above[task]++;
+    else
+        keep_column(offer, task, column, value);
+}
+
+/* How many of a chunk are above a value: the compiler makes vector instructions of it. */
+__attribute__((always_inline)) static inline unsigned count_above(const float *values, float least)
 {
     int found = 0;
     for (int i = 0; i < CHUNK; i++)
-        found |= values[i] > floor;
-    return found;
+        found += values[i] > least;
+    return (unsigned)found;
 }
 
-static void offer_row(const struct offer *offer, int64_t task, const float *row)
+__attribute__((always_inline)) static inline void offer_row_inline(const struct offer *offer, int64_t task,
+                                                                   const float *row)
 {
+    const float ceiling = offer->ceiling[task];
     uint64_t column = 0;
     for (; column + CHUNK <= offer->columns; column += CHUNK) {
-        if (!any_above(row + column, offer->floor[task]))
+        const unsigned reaching = count_above(row + column, offer->floor[task]);
+        if (!reaching)
+            continue;
+        const unsigned above = count_above(row + column, ceiling);
+        offer->above[task] += above;
+        if (above == reaching)
             continue;
         for (uint64_t i = column; i < column + CHUNK; i++)
-            if (row[i] > offer->floor[task])
-                offer_column(offer, task, i, row[i]);
+            if (row[i] > offer->floor[task] && row[i] <= ceiling)
+                keep_column(offer, task, i, row[i]);
     }
     for (; column < offer->columns; column++)
         if (row[column] > offer->floor[task])
             offer_column(offer, task, column, row[column]);
+}
+
+static void offer_row_baseline(const struct offer *offer, int64_t task, const float *row)
+{
+    offer_row_inline(offer, task, row);
+}
+
+#ifdef HAS_AVX
+__attribute__((target("avx2"))) static void offer_row_avx2(const struct offer *offer, int64_t task, const float *row)
+{
+    offer_row_inline(offer, task, row);
+}
+
+__attribute__((target("avx512f"))) static void offer_row_avx512(const struct offer *offer, int64_t task, const float *row)
+{
+    offer_row_inline(offer, task, row);
+}
+#endif
+
+static void offer_row(const struct offer *offer, int64_t task, const float *row)
+{
+#ifdef HAS_AVX
+    if (jasper_instructions() == AVX512) {
+        offer_row_avx512(offer, task, row);
+        return;
+    }
+    if (jasper_instructions() == AVX2) {
+        offer_row_avx2(offer, task, row);
+        return;
+    }
+#endif
+    offer_row_baseline(offer, task, row);
 }
 
 static void prefetch_row(const float *row, uint64_t n)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings as example_settings, strategies as st
 
-from jasper_store.building import mining, problem, quantized
+from jasper_store.building import memory_plan, mining, problem, quantized, sweep
 from jasper_store.building.checkpoints import Checkpoints
 from jasper_store.building.mining import Mined, MiningSettings, mine
 from jasper_store.errors import IncompatibleOptionsError, InsufficientMemoryError, IntegrityError
@@ -201,6 +201,21 @@ def test_products_of_bytes_change_no_bit(settings: MiningSettings, spread: float
     # Bounds that spare nothing are given up after the first of two blocks. Where there is a ceiling, they lie above it.
     assert (used.call_count == 1) == (spread < 1 and settings.ranks is not None)
     assert same(mine(inputs, settings, memory_limit=PLENTY), wanted)  # as this processor does it
+
+
+@pytest.mark.parametrize("settings", [MiningSettings(n_neg=2), MiningSettings(n_neg=2, ranks=(2, 8))])
+def test_lists_that_begin_longer_change_no_bit(settings: MiningSettings) -> None:
+    inputs = inputs_of(**wide(2100))
+    wanted = mine(inputs, settings, memory_limit=PLENTY)
+    lengths = mock.Mock(side_effect=sweep.sweep)
+    with (
+        mock.patch.object(memory_plan, "_MOST_TASKS", 256),
+        mock.patch.object(mining, "_MANY", -1.0),  # longer after each block
+        mock.patch.object(mining, "sweep", lengths),
+    ):
+        assert same(mine(inputs, settings, memory_limit=PLENTY), wanted)
+    first = lengths.call_args_list[0].args[2]
+    assert {first, 4 * first, 16 * first} <= {call.args[2] for call in lengths.call_args_list}
 
 
 @pytest.mark.parametrize("settings", [MiningSettings(n_neg=6), MiningSettings(n_neg=4, ranks=(5, 40))])

@@ -28,6 +28,18 @@ def reservoirs(tasks: int, keep: int, capacity: int) -> SimpleNamespace:
     )
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
+    level = ["baseline", "avx2", "avx512"].index(request.param)
+    found = library().jasper_use_instructions(level)
+    if found == level:
+        yield
+    library().jasper_use_instructions(2)
+    if found < level:
+        pytest.skip(f"this processor has no {request.param}")
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     ("columns", "keep", "capacity"), [(1, 1, 2), (63, 3, 5), (64, 3, 19), (700, 20, 40), (700, 1, 2), (3000, 64, 128)]
@@ -69,17 +81,6 @@ def test_the_best_are_kept_and_the_floor_bounds_the_rest(threads: int, columns: 
             assert fill < capacity
             if fill < len(good):
                 assert good[fill] <= pool.floor[task] <= found.min()
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def instructions(request: pytest.FixtureRequest) -> Iterator[None]:
-    level = ["baseline", "avx2", "avx512"].index(request.param)
-    found = library().jasper_use_instructions(level)
-    if found == level:
-        yield
-    library().jasper_use_instructions(2)
-    if found < level:
-        pytest.skip(f"this processor has no {request.param}")
 
 
 @pytest.mark.usefixtures("instructions")

@@ -53,8 +53,13 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    facts: dict[str, str] = {}  # of the first processor
+    for line in lines:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    found = facts.get("model name") or platform.machine()
+    # Some virtual machines say "AMD EPYC" of every generation.
+    return f"{found}, family {facts['cpu family']}" if "cpu family" in facts else found
 
 
 def _file_system(path: Path) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,6 +14,7 @@ from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
 from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
 from jasper_store.loading.defaults import choose_order, prefetcher_for
+from jasper_store.loading.epoch_iterator import EpochIterator, Progress
 from jasper_store.loading.epochs import warn_same_epoch
 from jasper_store.loading.estimate import DiskRates, estimates
 from jasper_store.loading.options import LoaderOptions, warn_of_small_shared_memory
@@ -31,12 +29,11 @@ from jasper_store.loading.worker_gathers import (
     forget_with,
     unwrapped,
 )
-from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_worker_died
 from jasper_store.samples.dataset import Dataset
 from jasper_store.store.guard import resolve_pin_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from jasper_store.loading.prefetcher import Prefetcher
 
@@ -163,7 +160,7 @@ class Loader(DataLoader[Any]):
         self._ranks = ranks or Ranks(sampler.rank, sampler.num_replicas, "from the sampler")
         # What Accelerate's prepare() looks for: it would give each rank a share of this rank's share.
         self._is_accelerate_prepared = sampler.num_replicas > 1
-        self._progress: _Progress | None = None
+        self._progress: Progress | None = None
         self._units: Loader | None = None  # what persistent workers serve
         self._warned = False
         self._compared = self._ranks.world_size == 1
@@ -179,10 +176,10 @@ class Loader(DataLoader[Any]):
         The pass begins with its first batch: what is set until then, an epoch or a state, still counts. Trainers
         make an iterator early and set the epoch later.
         """
-        return _EpochIterator(self)
+        return EpochIterator(self)
 
-    def begin_pass(self) -> tuple[Iterator[Any], _Progress, Stopwatch]:
-        """What :class:`_EpochIterator` needs at its first batch: PyTorch's iterator, and the record of its progress."""
+    def begin_pass(self) -> tuple[Iterator[Any], Progress, Stopwatch]:
+        """What :class:`EpochIterator` needs at its first batch: PyTorch's iterator, and the record of its progress."""
         previous, sampler = self._progress, self.sampler_obj
         repeated = previous is not None and previous.delivered > 1 and previous.epoch == sampler.epoch
         if repeated and sampler.shuffle and not sampler.start and not self._warned:
@@ -198,7 +195,7 @@ class Loader(DataLoader[Any]):
             self._compare_ranks()
         # Before PyTorch's iterator, which takes the resume point as soon as it has workers to feed.
         batches = sampler.batches(self.batch_size or 1, sampler.start)
-        self._progress = _Progress(sampler.epoch, sampler.start, batches, gathers_before)
+        self._progress = Progress(sampler.epoch, sampler.start, batches, gathers_before)
         return self._serve(), self._progress, self.stopwatch
 
     def _compare_ranks(self) -> None:
@@ -360,117 +357,3 @@ class Loader(DataLoader[Any]):
                 block=self.order == "block",
             )
         )
-
-
-@dataclass(slots=True)
-class _Progress:
-    """Progress of a pass. The loader keeps this and not the pass itself, which would keep its workers alive.
-
-    Attributes:
-        epoch: the epoch that it serves.
-        start: samples that were consumed before it, over all ranks.
-        batches: how many it has, on the rank that has the most.
-        gathers_before: what workers had measured before it.
-        delivered: batches that the trainer was given.
-        finished: whether the trainer asked for a batch after the last; trainers that count batches do not.
-        superseded: whether its workers serve a later pass.
-    """
-
-    epoch: int
-    start: int
-    batches: int
-    gathers_before: Meter
-    delivered: int = 0
-    finished: bool = False
-    superseded: bool = False
-
-    @property
-    def ended(self) -> bool:
-        """Whether every batch was delivered."""
-        return self.finished or self.delivered >= self.batches
-
-
-class _EpochIterator:
-    """One iteration over a loader: counts what the trainer was given, and measures what it waited for."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._length = len(loader)
-        self._waiting: Loader | None = loader
-        # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
-        self._loader = weakref.ref(loader)
-        self._batches: Any = iter(())
-        self._next_ready: Callable[[], Any] | None = None
-        self._progress = _Progress(0, 0, 0, Meter())
-        self._watch: Stopwatch
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __next__(self) -> Any:
-        next_ready, progress = self._next_ready, self._progress
-        if next_ready is not None and not progress.superseded:
-            # Meter's clocks cost more than returning a batch that was gathered already.
-            began = perf_counter()
-            batch = next_ready()
-            if batch is not None:
-                watch, progress.delivered = self._watch, progress.delivered + 1
-                watch.ended = ended = perf_counter()
-                watch.wait.add_quick(ended - began)
-                return batch
-        return self._gathered_now()
-
-    def _gathered_now(self) -> Any:
-        """The next batch, where it is not ready; the first one begins the pass."""
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            self._batches, self._progress, self._watch = waiting.begin_pass()
-            self._next_ready = getattr(self._batches, "next_ready", None)
-        elif self._progress.superseded:
-            if self._progress.ended:
-                raise StopIteration
-            raise IncompatibleOptionsError(
-                "another iteration over this loader has begun, and persistent workers serve one at a time: this iterator "
-                "has ended; finish it before, make a second loader, or pass persistent_workers=False"
-            )
-        watch = self._watch
-        if not watch.began:
-            watch.began = perf_counter()
-        try:
-            with watch.wait:
-                batch = next(self._batches)
-        except StopIteration:
-            self._progress.finished = True
-            self._release()
-            watch.wait.batches -= 1
-            watch.ended = perf_counter()
-            raise
-        except DEATH_SIGNS as exc:
-            loader = self._loader()
-            try:
-                dataset = None if loader is None else loader.dataset
-                raise_if_worker_died(exc, _pytorchs(self._batches), dataset)
-            except WorkerDiedError:
-                if loader is not None:
-                    loader.discard_workers()
-                raise
-            raise
-        self._progress.delivered += 1
-        watch.ended = perf_counter()
-        return batch
-
-    def _release(self) -> None:
-        """Release what was read ahead for this pass; an abandoned one has batches that were on their way."""
-        close = getattr(self._batches, "close", None)
-        if close is not None:
-            close()
-
-    def __del__(self) -> None:
-        self._release()
-
-
-def _pytorchs(batches: Any) -> Any:
-    """The iterator of PyTorch that has the workers, whether it is served from directly or by units."""
-    return getattr(getattr(batches, "gathers", None), "iterator", batches)

@@ -24,10 +24,10 @@ train = program["train"]
 
 def watched(config: dict[str, Any]) -> None:
     """The program's function, in a worker."""
-    from jasper_store.loading import loader as loader_module
+    from jasper_store.loading.epoch_iterator import EpochIterator
 
     rank = ray.train.get_context().get_world_rank()
-    handed_out = loader_module._EpochIterator.__next__
+    handed_out = EpochIterator.__next__
     count = 0
 
     def watching(batches: Any) -> Any:
@@ -45,7 +45,7 @@ def watched(config: dict[str, Any]) -> None:
             file.write(json.dumps(line) + "\n")
         return batch
 
-    loader_module._EpochIterator.__next__ = watching  # type: ignore[assignment,method-assign]
+    EpochIterator.__next__ = watching  # type: ignore[assignment,method-assign]
     train(config)
 
 

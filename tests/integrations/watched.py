@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jasper_store.loading import loader as loader_module
+from jasper_store.loading.epoch_iterator import EpochIterator
 
 DIRECTORY = Path(os.environ["WATCH_DIR"])
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LIFE = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 STALL = tuple(map(int, os.environ.get("WATCH_STALL", "-1:-1").split(":")))
 
-handed_out = loader_module._EpochIterator.__next__
+handed_out = EpochIterator.__next__
 numbers = itertools.count()
 
 
@@ -36,7 +36,7 @@ def watch(batches: Any) -> Any:
     return batch
 
 
-loader_module._EpochIterator.__next__ = watch  # type: ignore[assignment,method-assign]
+EpochIterator.__next__ = watch  # type: ignore[assignment,method-assign]
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -128,19 +128,17 @@ def _targets(targets: list[dict[str, Any]]) -> str:
 
 
 def _headline(cases: dict[str, Any]) -> str:
-    """Cold rates of everybody at the smallest batch and both read-ahead settings, warm beside them."""
+    """Cold rates of everybody at the smallest batch and both read-ahead settings, warm ones at the same batch beside them."""
     if "cold" not in cases or cases["cold"]["status"] != "measured":
         return ""
     cold = [row for item in cases["cold"]["tables"] for row in item["rows"] if row.get("rows_per_s") and "key" in row]
+    batch = min(row["batch"] for row in cold)
     warm = {
         row["key"]: row["rows_per_s"]
         for item in cases.get("warm", {}).get("tables", ())
         for row in item["rows"]
-        if "key" in row
-        and row.get("rows_per_s")
-        and row["batch"] == min(r["batch"] for r in item["rows"] if "batch" in r)
+        if "key" in row and row.get("rows_per_s") and row["batch"] == batch
     }
-    batch = min(row["batch"] for row in cold)
     settings = sorted({row["read_ahead_kib"] for row in cold}, reverse=True)
     heads = ["reader", *(f"cold, read-ahead {kib} KiB" for kib in settings), "warm"]
     lines = [_line(heads), _line(["---", *["---:"] * (len(settings) + 1)])]

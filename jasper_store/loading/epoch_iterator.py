@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch
@@ -13,8 +13,6 @@ from jasper_store.loading.workers import DEATH_SIGNS, WorkerDiedError, raise_if_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from jasper_store.loading.loader import Loader
 
 __all__ = ["EpochIterator", "Progress"]
 
@@ -47,12 +45,29 @@ class Progress:
         return self.finished or self.delivered >= self.batches
 
 
+class Passes(Protocol):
+    """What an iteration needs of its loader."""
+
+    @property
+    def dataset(self) -> Any:
+        """What batches are gathered from."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def begin_pass(self) -> tuple[Iterator[Any], Progress, Stopwatch]:
+        """PyTorch's iterator, the record of the pass, and its clock; called at the first batch."""
+
+    def discard_workers(self) -> None:
+        """Do not use persistent workers again."""
+
+
 class EpochIterator:
     """One iteration over a loader: counts what the trainer was given, and measures what it waited for."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Passes) -> None:
         self._length = len(loader)
-        self._waiting: Loader | None = loader
+        self._waiting: Passes | None = loader
         # Weak from the first batch on: an abandoned pass or loader must be freed at once, with its workers.
         self._loader = weakref.ref(loader)
         self._batches: Any = iter(())

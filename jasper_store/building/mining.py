@@ -219,6 +219,7 @@ class _Run:
         self._plan = plan_memory(problem, self._keep, self._limit)
         if self._plan.hold_sources:
             problem.hold_sources()
+            self._limit -= problem.source_nbytes * problem.sources.n_rows
         self.recall = None
         if self._index is not None:
             self.recall = measured_recall(problem, self._index, self._keep)

@@ -30,6 +30,7 @@ __all__ = [
 NUMBERS: Final = 10
 """64-bit numbers of a packed gather: the fields of ``struct gather`` in ``rows.c``."""
 _ROWS, _ROWS_STEP, _N, _OUT = range(4, 8)
+_THREADS = NUMBERS  # of a single gather, behind its fields
 _UNREADABLE: Final = -1
 """As in ``rows.c``."""
 _WIDENS: Final = {torch.uint8: -1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
@@ -146,8 +147,8 @@ class SourceGather:
     def __init__(self, source: Source, *, mapped: bool = False, keep: object = None) -> None:
         self.source = source
         self._keep = keep
-        self._kernel = library().jasper_gather_mapped if mapped else kernel()
-        self._numbers = array.array("q", (*source.numbers, 0, 1, 0, 0, 0, 0))
+        self._kernel = library().jasper_gather_one_mapped if mapped else library().jasper_gather_one
+        self._numbers = array.array("q", (*source.numbers, 0, 1, 0, 0, 0, 0, 1))
         self._spare: list[tuple[array.array[int], int]] = []  # packed gathers that no thread uses, and their addresses
         self._like = (-1, source.tensor)
 
@@ -182,7 +183,8 @@ class SourceGather:
         jobs[_ROWS_STEP] = 1 if rows.is_contiguous() else rows.stride(0)
         jobs[_N] = n
         jobs[_OUT] = out.data_ptr()
-        bad = self._kernel(address, 1, torch.get_num_threads())
+        jobs[_THREADS] = torch.get_num_threads()
+        bad = self._kernel(address)
         self._spare.append((jobs, address))
         if bad == _UNREADABLE:
             raise MapFaultError(library().jasper_fault_address())

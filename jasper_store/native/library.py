@@ -12,7 +12,7 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 16
+_ABI: Final = 17
 _LOG: Final = logging.getLogger("jasper_store")
 
 
@@ -40,6 +40,9 @@ def library() -> Any:
     found.jasper_gather.restype = signed
     found.jasper_gather_mapped.argtypes = [address, number, ctypes.c_uint]
     found.jasper_gather_mapped.restype = signed
+    for one in (found.jasper_gather_one, found.jasper_gather_one_mapped):
+        one.argtypes = [address]
+        one.restype = signed
     found.jasper_fault_address.argtypes = []
     found.jasper_fault_address.restype = signed
     found.jasper_use_instructions.argtypes = [ctypes.c_int]

@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <time.h>
 
 /* Where the handler leaves a copy to; NULL: this thread runs nothing guarded. A handler may not allocate, which the first
  * access to a thread's variable of a loaded library does, unless it was given a place when the library was loaded. musl
@@ -23,6 +24,9 @@ static struct sigaction others[SLOTS];
 static atomic_uint n_others;
 static _Atomic int64_t fault_address;
 
+/* The tick of the kernel's clock in which our handler was last seen in its place; 0: it is not there. */
+static _Atomic int64_t seen_in_tick;
+
 static void on_fault(int number, siginfo_t *info, void *context)
 {
     (void)context;
@@ -32,6 +36,7 @@ static void on_fault(int number, siginfo_t *info, void *context)
         siglongjmp(*here, 1);
     }
     /* Not ours: with the handler of before in place, the instruction is tried again and faults again. */
+    atomic_store(&seen_in_tick, 0);
     struct sigaction next = {.sa_handler = SIG_DFL};
     unsigned count = atomic_load(&n_others);
     while (count && !atomic_compare_exchange_weak(&n_others, &count, count - 1))
@@ -43,7 +48,7 @@ static void on_fault(int number, siginfo_t *info, void *context)
         raise(number); /* sent by a process, and no instruction will repeat it */
 }
 
-void jasper_catch_faults(void)
+static void install_handler(void)
 {
     struct sigaction found;
     sigaction(SIGBUS, NULL, &found);
@@ -53,6 +58,23 @@ void jasper_catch_faults(void)
     struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO};
     sigemptyset(&ours.sa_mask);
     sigaction(SIGBUS, &ours, NULL);
+}
+
+/* Of 1 to 10 ms, read in a few nanoseconds. */
+static int64_t clock_tick(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec + 1;
+}
+
+void jasper_catch_faults(void)
+{
+    const int64_t tick = clock_tick();
+    if (atomic_load(&seen_in_tick) == tick)
+        return;
+    install_handler();
+    atomic_store(&seen_in_tick, tick);
 }
 
 /* The handler did not return, which would have unblocked the signal, and a fault that is blocked ends the process. Here and not

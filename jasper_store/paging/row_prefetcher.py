@@ -96,11 +96,6 @@ class RowPrefetcher:
         return self._ahead is None or self._ahead.prefetching
 
     @property
-    def reads_disk(self) -> bool:
-        """Whether the rows gathered lately came from the disk."""
-        return (self._ahead or self._own).prefetching
-
-    @property
     def has_queue(self) -> bool:
         """Whether chunks wait for :meth:`prefetch_chunk`."""
         return bool(self._queue)
@@ -115,13 +110,18 @@ class RowPrefetcher:
             return madvise.row_ranges(0, 1, self._row_nbytes, self._locate(wanted))
         return madvise.row_ranges(self._address, self._row_stride, self._row_nbytes, wanted)
 
-    def before_gather(self, rows: torch.Tensor) -> None:
-        """Prefetch the rows of a gather, unless :meth:`prefetch_ahead` has prefetched these rows, or rows like them."""
+    def before_gather(self, rows: torch.Tensor) -> bool:
+        """Prefetch the rows of a gather, unless :meth:`prefetch_ahead` has prefetched these rows, or rows like them.
+
+        Returns:
+            Whether the rows gathered lately came from the disk.
+        """
         if self._calls_ahead:
             self._calls_ahead -= 1
         elif self._own.should_prefetch():
             self.advise("random")
             self._own.prefetch(self.ranges(rows))
+        return (self._ahead or self._own).prefetching
 
     def after_gather(self, n_rows: int) -> None:
         """Record a gather of ``n_rows`` rows in the calling thread."""
@@ -142,13 +142,16 @@ class RowPrefetcher:
         ahead = self._ahead
         if ahead is None:
             ahead = self._ahead = PrefetchPolicy(probe_every=_PROBE_EVERY)
-        self._calls_ahead = min(self._calls_ahead + 1, _MAX_CALLS_AHEAD)
-        if not ahead.prefetching:
-            self._queue.clear()
-        while self._queue:
-            self.prefetch_chunk()
+        if self._calls_ahead < _MAX_CALLS_AHEAD:
+            self._calls_ahead += 1
         alternates = self._gather_thread == threading.get_ident()
         self._gather_thread = 0
+        if not ahead.prefetching:
+            self._queue.clear()
+            if alternates:  # its own page faults tell when to start again
+                return
+        while self._queue:
+            self.prefetch_chunk()
         if ahead.should_prefetch():
             self.advise("random")
             if alternates and len(rows) > CHUNK_ROWS:

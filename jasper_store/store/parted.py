@@ -63,9 +63,9 @@ class PartedTensor(PagedTensor):
 
     # ---- rows
 
-    def _gather_plain(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _gather_now(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         if self._plain and (out is None or out.is_contiguous()) and self._all_mapped() is not None:
-            return super()._gather_plain(source, rows, out)
+            return super()._gather_now(source, rows, out)
         direct = self._plain and out is not None and out.is_contiguous()
         found = out if direct else None
         if found is None:

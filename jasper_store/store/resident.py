@@ -87,7 +87,7 @@ class HostTensor(StoredTensor):
             self._check_out(out, len(rows))
         return self._gather(source, rows, out)
 
-    def _gather(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def _gather_now(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         if not self._plain:
             got = self._restore(self._select(source, rows))
             return got if out is None else out.copy_(got)
@@ -102,6 +102,8 @@ class HostTensor(StoredTensor):
         if not kernel.run(rows, n, out):
             raise refused(rows, self.n_rows, self.name)
         return out
+
+    _gather = _gather_now
 
     def _select(self, source: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         # torch checks every index while it gathers, so a second pass over them is only needed for the message.

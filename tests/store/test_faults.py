@@ -113,8 +113,9 @@ def test_another_handler_of_the_signal_gets_what_is_not_ours(data: Path) -> None
     """PyTorch installs one in each worker, and faulthandler has one."""
     cut = files(data)[-1]
     body = f"""
-import ctypes, faulthandler
+import ctypes, faulthandler, time
 faulthandler.enable()
+time.sleep(0.05)  # handlers of others are looked for once a tick of the clock, 10 ms at most
 os.truncate({str(cut)!r}, 8192)
 print(refused(), flush=True)
 os.kill(os.getpid(), signal.SIGBUS)

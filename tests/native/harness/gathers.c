@@ -97,7 +97,9 @@ void gather_some(struct rng *rng)
         ((int64_t *)gathers[damaged].rows)[at] = bad[below(rng, 4)];
         expected = (int64_t)damaged + 1;
     }
-    const int64_t found = jasper_gather(gathers, count, thread_counts[below(rng, 6)]);
+    const unsigned threads = thread_counts[below(rng, 6)];
+    const struct single_gather one = {gathers[0], threads};
+    const int64_t found = count > 1 ? jasper_gather(gathers, count, threads) : jasper_gather_one(&one);
     CHECK(found == expected);
     atomic_fetch_add(expected ? &counts.refused : &counts.gathers, 1);
     for (uint64_t k = 0; k < count; k++) {

@@ -17,6 +17,11 @@ struct gather {
     uint64_t stage;
 };
 
+struct single_gather {
+    struct gather gather;
+    uint64_t threads;
+};
+
 struct row_layout {
     int64_t file, base, stride, n_rows, end;
 };
@@ -26,6 +31,7 @@ enum { NO_MEMORY = -1, FORKED = -2, ROW_MISSING = 1, FILE_ENDS = 2, UNREADABLE =
 struct reader;
 
 int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned threads);
+int64_t jasper_gather_one(const struct single_gather *one);
 int64_t jasper_locate_rows(const struct parts *parts, int64_t unmapped, const int64_t *rows, int64_t rows_step, uint64_t n,
                            int64_t *addresses);
 void jasper_parts_of_rows(const struct parts *parts, const int64_t *rows, int64_t rows_step, uint64_t n, int64_t *found);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+PREFETCHED_ROWS = 256
+
+
 class OursSafetensors(Reader):
-    """``take`` with the rows of some batches ahead announced, as ``create_loader`` does it."""
+    """``take`` with the rows of some batches ahead prefetched, several small batches at once, as ``create_loader`` does it."""
 
     key = "ours"
     label = "**jasper_store**, safetensors"
-    how = "use_mmap=True; 1,024 rows ahead announced"
+    how = "use_mmap=True; 1,024 rows ahead prefetched"
     module = "jasper_store"
     dist = "jasper-store"
     asset = "rows.safetensors"
@@ -39,12 +43,15 @@ class OursSafetensors(Reader):
 
     def batches(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[torch.Tensor]:  # noqa: D102
         indices = [torch.from_numpy(rows) for rows in batches]
+        at_once = max(1, PREFETCHED_ROWS // len(indices[0]))
         ahead = max(1, self.lookahead // len(indices[0]))
-        for rows in indices[:ahead]:
-            self.data.announce(rows)
+        groups = [torch.cat(indices[first : first + at_once]) for first in range(0, len(indices), at_once)]
+        later = iter(groups)
+        for rows in islice(later, ahead // at_once):
+            self.data.prefetch(rows)
         for number, rows in enumerate(indices):
-            if number + ahead < len(indices):
-                self.data.announce(indices[number + ahead])
+            if number % at_once == 0 and (coming := next(later, None)) is not None:
+                self.data.prefetch(coming)
             yield self.data.take(rows)
 
 

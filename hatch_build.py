@@ -20,7 +20,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 NAMES = (
     *("rows.c", "parts.c", "reads.c", "helpers.c", "map_faults.c", "shuffle.c", "stats.c"),
-    *("topk.c", "processor.c"),
+    *("topk.c", "processor.c", "ways.c"),
 )
 SOURCES = tuple(Path("jasper_store/native", name) for name in NAMES)
 TARGET = Path("jasper_store/native/_rows.so")

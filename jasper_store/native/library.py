@@ -47,6 +47,8 @@ def library() -> Any:
     found.jasper_fault_address.restype = signed
     found.jasper_use_instructions.argtypes = [ctypes.c_int]
     found.jasper_use_instructions.restype = ctypes.c_int
+    found.jasper_use_way.argtypes = [ctypes.c_int]
+    found.jasper_use_way.restype = None
     found.jasper_locate_rows.argtypes = [address, signed, address, signed, number, address]
     found.jasper_locate_rows.restype = signed
     found.jasper_parts_of_rows.argtypes = [address, address, signed, number, address]

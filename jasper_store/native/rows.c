@@ -11,6 +11,7 @@
 #include "map_faults.h"
 #include "parts.h"
 #include "processor.h"
+#include "ways.h"
 
 #include <stddef.h>
 #include <stdint.h>
@@ -29,7 +30,7 @@ enum {
     MIN_PARALLEL_NBYTES = 64 << 10, /* below this, waking a thread costs more than it saves */
     MIN_DENSE_NBYTES = 32 << 10,    /* the same while calls follow one another, so that threads are awake */
     DENSE_NS = 50000,               /* from call to call; helpers stay awake for longer */
-    MIN_STREAM_NBYTES = 2 << 20,    /* from this on the result leaves the core's cache before it is read */
+    MIN_STREAM_NBYTES = 2 << 20,    /* from this on the result leaves the core's own caches before it is read */
     MAX_THREADS = 1024,             /* more are never there; twice as many must fit an unsigned */
     LOCATED_ROWS = 256,             /* rows whose addresses are found before they are copied */
 };
@@ -66,7 +67,7 @@ struct gather_task {
     uint64_t n_gathers;
     uint64_t part_nbytes;
     uint64_t n_parts;
-    int stream; /* whether stores bypass the cache */
+    int way; /* of copying: see ways.h */
     int mapped; /* whether sources are maps of files, whose pages may be gone */
     atomic_int unreadable; /* whether a page was */
     atomic_ullong next_part;
@@ -76,7 +77,7 @@ struct gather_task {
 struct row_range {
     const struct gather *gather;
     uint64_t first, last;
-    int stream;
+    int way;
 };
 
 /* Where a row lies. In integers: the source is NULL where rows are addresses, and adding to that is undefined. */
@@ -85,22 +86,26 @@ static inline const char *row_at(uintptr_t source, int64_t row, uint64_t stride)
     return (const char *)(source + (uint64_t)row * stride);
 }
 
-/* Prefetch a row into the second-level cache, which allows more outstanding misses than the first. */
-static void prefetch_row(const char *row, uint64_t nbytes)
+/* Prefetch a row into the first-level cache, or the second, which allows more outstanding misses. */
+static void prefetch_row(const char *row, uint64_t nbytes, int way)
 {
-    for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
-        __builtin_prefetch(row + k, 0, 1);
+    if (way & NEAR)
+        for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
+            __builtin_prefetch(row + k, 0, 3);
+    else
+        for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
+            __builtin_prefetch(row + k, 0, 1);
 }
 
 __attribute__((always_inline)) static inline void copy_rows_inline(const struct gather *gather, uint64_t first,
-                                                                   uint64_t last)
+                                                                   uint64_t last, int way)
 {
     const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
         if (i + PREFETCH_DISTANCE < gather->n)
-            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes);
+            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes, way);
         const char *from = row_at(source, rows[i * step], stride);
         char *to = gather->target + i * nbytes;
         uint64_t k = 0;
@@ -110,38 +115,38 @@ __attribute__((always_inline)) static inline void copy_rows_inline(const struct 
     }
 }
 
-static void copy_rows_baseline(const struct gather *gather, uint64_t first, uint64_t last)
+static void copy_rows_baseline(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
-    copy_rows_inline(gather, first, last);
+    copy_rows_inline(gather, first, last, way);
 }
 
 #ifdef HAS_AVX
-__attribute__((target("avx2"))) static void copy_rows_avx2(const struct gather *gather, uint64_t first, uint64_t last)
+__attribute__((target("avx2"))) static void copy_rows_avx2(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
-    copy_rows_inline(gather, first, last);
+    copy_rows_inline(gather, first, last, way);
 }
 
 __attribute__((target("avx512f"))) static void copy_rows_avx512(const struct gather *gather, uint64_t first,
-                                                                uint64_t last)
+                                                                uint64_t last, int way)
 {
-    copy_rows_inline(gather, first, last);
+    copy_rows_inline(gather, first, last, way);
 }
 #endif
 
-static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last)
+static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
 #ifdef HAS_AVX
     const int best = jasper_instructions();
     if (best == AVX512) {
-        copy_rows_avx512(gather, first, last);
+        copy_rows_avx512(gather, first, last, way);
         return;
     }
     if (best == AVX2) {
-        copy_rows_avx2(gather, first, last);
+        copy_rows_avx2(gather, first, last, way);
         return;
     }
 #endif
-    copy_rows_baseline(gather, first, last);
+    copy_rows_baseline(gather, first, last, way);
 }
 
 /* The same with stores that bypass the cache: a cache line that is written as a whole need not be read first.
@@ -150,14 +155,14 @@ static void copy_rows(const struct gather *gather, uint64_t first, uint64_t last
  * function 4 to 8 % slower (GCC 12, rows of 768 and 1536 bytes, 3 to 12 MB per call). */
 #ifdef HAS_AVX
 __attribute__((target("avx512f")))
-static void stream_rows_avx512(const struct gather *gather, uint64_t first, uint64_t last)
+static void stream_rows_avx512(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
     const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
         if (i + PREFETCH_DISTANCE < gather->n)
-            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes);
+            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes, way);
         const char *from = row_at(source, rows[i * step], stride);
         char *to = gather->target + i * nbytes;
         for (uint64_t k = 0; k < nbytes; k += CACHE_LINE)
@@ -169,14 +174,14 @@ static void stream_rows_avx512(const struct gather *gather, uint64_t first, uint
 /* Two stores a line, for processors of AMD without AVX-512. On those of Intel they gained nothing over the cache, but
  * all that run this loop are old. */
 __attribute__((target("avx2")))
-static void stream_rows_avx2(const struct gather *gather, uint64_t first, uint64_t last)
+static void stream_rows_avx2(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
     const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t nbytes = gather->row_nbytes, stride = gather->stride, step = gather->rows_step;
     const int64_t *rows = gather->rows;
     for (uint64_t i = first; i < last; i++) {
         if (i + PREFETCH_DISTANCE < gather->n)
-            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes);
+            prefetch_row(row_at(source, rows[(i + PREFETCH_DISTANCE) * step], stride), nbytes, way);
         const char *from = row_at(source, rows[i * step], stride);
         char *to = gather->target + i * nbytes;
         for (uint64_t k = 0; k < nbytes; k += CACHE_LINE) {
@@ -189,12 +194,12 @@ static void stream_rows_avx2(const struct gather *gather, uint64_t first, uint64
     _mm_sfence();
 }
 
-static void stream_rows(const struct gather *gather, uint64_t first, uint64_t last)
+static void stream_rows(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
     if (jasper_instructions() == AVX512)
-        stream_rows_avx512(gather, first, last);
+        stream_rows_avx512(gather, first, last, way);
     else
-        stream_rows_avx2(gather, first, last);
+        stream_rows_avx2(gather, first, last, way);
 }
 
 static int can_stream(const struct gather *gather)
@@ -209,22 +214,40 @@ static int can_stream(const struct gather *gather) { return (void)gather, 0; }
 
 /* Prefetch the rows that are copied before any that the loop prefetches. A processor has requests of its own for a row in
  * flight too, but only for as many instructions ahead as it keeps. */
-static void prefetch_first(const struct gather *gather, uint64_t first, uint64_t last)
+static void prefetch_first(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
     if (last - first > PREFETCH_DISTANCE)
         last = first + PREFETCH_DISTANCE;
     for (uint64_t i = first; i < last; i++)
         prefetch_row(row_at((uintptr_t)gather->source, gather->rows[i * gather->rows_step], gather->stride),
-                     gather->row_nbytes);
+                     gather->row_nbytes, way);
 }
 
-/* Rows of 4 or 8 bytes: one load and one store of a number of that width. */
-#define COPY_NUMBERS(type)                                                          \
-    for (uint64_t i = first; i < last; i++) {                                       \
-        type value;                                                                 \
-        memcpy(&value, row_at(source, rows[i * step], stride), sizeof value);       \
-        memcpy(gather->target + i * sizeof value, &value, sizeof value);            \
+/* Short rows of a size that the compiler knows: a few loads and stores, where a call of memcpy would take 15 ns. */
+#define COPY_SHORT(nbytes)                                                          \
+    case nbytes:                                                                    \
+        for (uint64_t i = first; i < last; i++)                                     \
+            memcpy(gather->target + i * (nbytes), row_at(source, rows[i * step], stride), nbytes); \
+        return 1;
+
+/* Copy rows of 1 to 7 numbers of 64 bits, or of one of 32. Returns 0 if they are of another size. */
+static int copy_short_rows(const struct gather *gather, uint64_t first, uint64_t last)
+{
+    const uintptr_t source = (uintptr_t)gather->source;
+    const uint64_t stride = gather->stride, step = gather->rows_step;
+    const int64_t *rows = gather->rows;
+    switch (gather->row_nbytes) {
+        COPY_SHORT(4)
+        COPY_SHORT(8)
+        COPY_SHORT(16)
+        COPY_SHORT(24)
+        COPY_SHORT(32)
+        COPY_SHORT(40)
+        COPY_SHORT(48)
+        COPY_SHORT(56)
     }
+    return 0;
+}
 
 #define WIDEN_NUMBERS(type)                                                         \
     for (uint64_t i = first; i < last; i++) {                                       \
@@ -238,7 +261,7 @@ static void prefetch_first(const struct gather *gather, uint64_t first, uint64_t
     }
 
 /* Rows first to last - 1 of a gather from one place. */
-static void gather_from_one(const struct gather *gather, uint64_t first, uint64_t last, int stream)
+static void gather_from_one(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
     const uintptr_t source = (uintptr_t)gather->source;
     const uint64_t stride = gather->stride, step = gather->rows_step;
@@ -247,16 +270,12 @@ static void gather_from_one(const struct gather *gather, uint64_t first, uint64_
     const uint64_t width = item ? gather->row_nbytes / item : 0;
     switch (gather->widen) {
     case 0:
-        if (gather->row_nbytes == 8) {
-            COPY_NUMBERS(uint64_t)
-        } else if (gather->row_nbytes == 4) {
-            COPY_NUMBERS(uint32_t)
-        } else {
-            prefetch_first(gather, first, last);
-            if (stream && can_stream(gather))
-                stream_rows(gather, first, last);
+        if (!copy_short_rows(gather, first, last)) {
+            prefetch_first(gather, first, last, way);
+            if ((way & STREAM) && can_stream(gather))
+                stream_rows(gather, first, last, way);
             else
-                copy_rows(gather, first, last);
+                copy_rows(gather, first, last, way);
         }
         break;
     case -1:
@@ -275,10 +294,10 @@ static void gather_from_one(const struct gather *gather, uint64_t first, uint64_
 }
 
 /* Rows first to last - 1 of a gather. */
-static void gather_rows(const struct gather *gather, uint64_t first, uint64_t last, int stream)
+static void gather_rows(const struct gather *gather, uint64_t first, uint64_t last, int way)
 {
     if (gather->stride != IN_PARTS) {
-        gather_from_one(gather, first, last, stream);
+        gather_from_one(gather, first, last, way);
         return;
     }
     const struct parts *parts = (const struct parts *)gather->source;
@@ -294,14 +313,14 @@ static void gather_rows(const struct gather *gather, uint64_t first, uint64_t la
         struct gather some = *gather;
         some.source = NULL, some.stride = 1, some.rows = addresses, some.rows_step = 1, some.n = n;
         some.target = gather->target + first * out_nbytes;
-        gather_from_one(&some, 0, n, stream);
+        gather_from_one(&some, 0, n, way);
     }
 }
 
 static void gather_range(const void *data)
 {
     const struct row_range *range = data;
-    gather_rows(range->gather, range->first, range->last, range->stream);
+    gather_rows(range->gather, range->first, range->last, range->way);
 }
 
 static uint64_t rows_per_part(const struct gather_task *task, const struct gather *gather)
@@ -326,7 +345,7 @@ static int run_next_part(struct parallel_task *parallel)
     for (uint64_t count; part >= (count = count_parts(task, gather)); part -= count)
         gather++;
     const uint64_t rows = rows_per_part(task, gather), first = part * rows;
-    const struct row_range range = {gather, first, gather->n - first < rows ? gather->n : first + rows, task->stream};
+    const struct row_range range = {gather, first, gather->n - first < rows ? gather->n : first + rows, task->way};
     if (!task->mapped)
         gather_range(&range);
     else if (!atomic_load(&task->unreadable) && !jasper_run_guarded(gather_range, &range))
@@ -342,14 +361,19 @@ static int rows_in_range(const struct gather *gather)
     return !bad;
 }
 
+static int64_t monotonic_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
 /* Whether the last gather of such a size has just been. */
 static int calls_are_dense(void)
 {
     static _Atomic int64_t last;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    const int64_t ns = now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-    return ns - atomic_exchange(&last, ns) < DENSE_NS;
+    const int64_t now = monotonic_ns();
+    return now - atomic_exchange(&last, now) < DENSE_NS;
 }
 
 /* Run gathers that do not depend on each other. Returns 0; the number (from 1) of the first gather with a row out of
@@ -364,7 +388,6 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
     }
     struct gather_task task = {
         .task = {run_next_part}, .gathers = gathers, .n_gathers = n_gathers, .part_nbytes = MAX_PART_NBYTES};
-    task.stream = nbytes >= MIN_STREAM_NBYTES;
     task.mapped = mapped;
     threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     const int parallel =
@@ -375,11 +398,17 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
         task.part_nbytes = nbytes / (2 * threads);
     for (uint64_t k = 0; k < n_gathers; k++)
         task.n_parts += count_parts(&task, &gathers[k]);
+    int trial = 0;
+    if (nbytes >= MIN_PARALLEL_NBYTES)
+        task.way = jasper_way(nbytes, nbytes >= MIN_STREAM_NBYTES ? 2 * STREAM : STREAM, &trial);
+    const int64_t began = trial ? monotonic_ns() : 0;
     if (parallel)
         jasper_parallel_for(&task.task, threads - 1);
     else
         while (run_next_part(&task.task))
             continue;
+    if (trial)
+        jasper_way_took(nbytes, task.way, monotonic_ns() - began);
     return atomic_load(&task.unreadable) ? UNREADABLE : 0;
 }
 

@@ -61,10 +61,12 @@ def rows_that_are_large_together(n: int) -> list[tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("way", range(4))
 @pytest.mark.parametrize("threads", [1, 2])
-def test_every_set_of_instructions_gives_the_same_bits(threads: int) -> None:
+def test_every_set_of_instructions_and_every_way_gives_the_same_bits(threads: int, way: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    library().jasper_use_way(way)
     try:
         for table, rows in rows_that_are_large_together(700):
             out = values(len(rows), tuple(table.shape[1:]), torch.float32)
@@ -73,6 +75,7 @@ def test_every_set_of_instructions_gives_the_same_bits(threads: int) -> None:
             assert jobs.run() is None
             assert same_bits(out, table[rows])
     finally:
+        library().jasper_use_way(-1)
         torch.set_num_threads(before)
 
 

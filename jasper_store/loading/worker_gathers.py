@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["UnitSampler", "UnitWorker", "WorkerGathers", "batches_per_unit", "forget_with", "unwrapped"]
 
 _HOST: Final = torch.device("cpu")
-_SAMPLES: Final = 512
-"""Samples of a unit, at most. Twice as many are 10 to 20 % faster and take twice the memory: a worker has three units or
-more under way (measured in docs/notes-paging.md)."""
+_SAMPLES: Final = 768
+"""Samples of a unit, at most: a worker has three units or more under way, and each holds memory (measured in
+docs/notes-paging.md)."""
 
 
 def batches_per_unit(batch_size: int, sample_nbytes: int, batches: int, in_flight: int, prefetched: int | None) -> int:

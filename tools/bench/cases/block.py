@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from tools.bench.auto_order import AUTO, against_orders
 from tools.bench.jasper_data import Shape
 from tools.bench.results import CaseResult, Column, Table, target
 from tools.bench.settings import LEAST_CAP
@@ -43,6 +44,7 @@ WAYS = {
     "ram": _Way("all in RAM, block order", "block", use_mmap=False, capped=False),
     "block": _Way("capped and cold, block order", "block", use_mmap=None, capped=True),
     "global": _Way("capped and cold, global order", "global", use_mmap=None, capped=True),
+    "auto": _Way('capped and cold, `order="auto"`', "auto", use_mmap=None, capped=True),
 }
 DATASETS = {
     "jasper-shared-large": "4 pairs share a question and a source, 5 times as many pairs",
@@ -65,6 +67,7 @@ def run(context: Context) -> CaseResult:
         result.tables.append(Table(f"{words}: {nbytes / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB", COLUMNS, rows))
         what = f"block order, cold, {TIMES} times the limit, {words}"
         result.targets.append(target(what, "the same loader with all in RAM", rates["block"], rates["ram"], 0.8))
+        result.targets.append(target(f"{AUTO}, cold, {words}", *against_orders(rates)))
     result.notes.append(
         "A block order makes the rows that lie in the order of the pairs (steering, indices) sequential. Questions, "
         "sources and negatives are named at random: they are preloaded as far as the limit allows, and what does not "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tools.bench.auto_order import AUTO, against_orders
 from tools.bench.cases import block, loader
 from tools.bench.generic_data import KINDS, PREFIX, GenericShape, largest_file
 from tools.bench.results import CaseResult, Column, Table, Target, target
@@ -99,6 +100,7 @@ def _block_order(context: Context, path: Path, shape: GenericShape, name: str, r
     result.tables.append(Table(title, block.COLUMNS, rows))
     what = f"block order, cold, {block.TIMES} times the limit, {name}"
     result.targets.append(target(what, RAM, rates["block"], rates["ram"], 0.8))
+    result.targets.append(target(f"{AUTO}, cold, {name}", *against_orders(rates)))
 
 
 def _cold(context: Context, path: Path, shape: GenericShape, name: str, result: CaseResult) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.bench import machine
 from tools.bench.assets import ReopenSpec
+from tools.bench.auto_order import AUTO, against_orders
 from tools.bench.jasper_data import Shape
 from tools.bench.packed_peers import PEERS
 from tools.bench.results import CaseResult, Column, Table, target
@@ -79,6 +80,11 @@ def run(context: Context) -> CaseResult:
         result.targets.append(
             target(what, "block order of the source", rate, _rate(ours.get(("block order", batch))), 5.0)
         )
+        rates = {order: _rate(ours.get((f"{order} order", batch))) or 0.0 for order in ("block", "global")}
+        rates["auto"] = _rate(ours.get((AUTO, batch))) or 0.0
+        result.targets.append(
+            target(f"{AUTO}, cold, the source of packed samples, batch {batch}", *against_orders(rates))
+        )
         for peer in PEERS.values():
             best = [
                 _rate(found) or 0
@@ -148,6 +154,7 @@ def _serve(
     shares: list[float] = []
     largest = max(packed.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     ways = {"packed": (packed, "auto"), "block order": (source, "block"), "global order": (source, "global")}
+    ways[AUTO] = (source, "auto")
     for _ in range(context.settings.repeats):
         for batch in BATCHES:
             for label, (path, order) in ways.items():

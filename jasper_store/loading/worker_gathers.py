@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["UnitSampler", "UnitWorker", "WorkerGathers", "batches_per_unit", "forget_with", "unwrapped"]
 
 _HOST: Final = torch.device("cpu")
-_SAMPLES: Final = 768
+_SAMPLES: Final = 640
 """Samples of a unit, at most: a worker has three units or more under way, and each holds memory (measured in
 docs/notes-paging.md)."""
 

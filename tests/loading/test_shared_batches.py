@@ -304,8 +304,8 @@ def test_a_saved_batch_is_a_plain_one(blocks: shared_blocks.SharedBlocks, monkey
 
 
 def test_batches_per_unit() -> None:
-    assert batches_per_unit(32, 12_000, 10_000, 4, None) == 24
-    assert batches_per_unit(256, 12_000, 10_000, 4, None) == 3
+    assert batches_per_unit(32, 12_000, 10_000, 4, None) == 20
+    assert batches_per_unit(256, 12_000, 10_000, 4, None) == 2
     assert batches_per_unit(2048, 12_000, 10_000, 4, None) == 1
     assert batches_per_unit(4, 100, 24, 4, None) == 6
     assert batches_per_unit(32, 12_000, 10_000, 4, 32) == 8

@@ -73,7 +73,7 @@ static void futex_wake(atomic_uint *word, unsigned count)
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
-static int64_t monotonic_ns(void)
+int64_t jasper_monotonic_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -125,9 +125,9 @@ static int spin_wait(unsigned seen, int runs_background)
             run_background_step();
         if (spins % YIELD_INTERVAL)
             continue;
-        const int64_t before = monotonic_ns();
+        const int64_t before = jasper_monotonic_ns();
         sched_yield();
-        if (monotonic_ns() - before > PREEMPTED_NS)
+        if (jasper_monotonic_ns() - before > PREEMPTED_NS)
             return 1;
     }
     return 0;

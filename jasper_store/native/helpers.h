@@ -4,6 +4,7 @@
 #define JASPER_HELPERS_H
 
 #include <stdatomic.h>
+#include <stdint.h>
 
 /* Work that is split into parts. Any thread may run any part. `run_next_part` claims a part and runs it; it returns 0
  * if no part is left to claim. */
@@ -32,6 +33,9 @@ int jasper_submit_background(struct background_task *task);
 
 /* Wait until a queued task is done. It never will be if it was queued before this process was forked. */
 void jasper_wait_background(struct background_task *task);
+
+/* A clock that is never set, in nanoseconds. */
+int64_t jasper_monotonic_ns(void);
 
 /* A number that is another one in each process of a chain of forks. */
 unsigned jasper_fork_generation(void);

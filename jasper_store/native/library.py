@@ -15,6 +15,35 @@ LIBRARY: Final = Path(__file__).with_name("_rows.so")
 _ABI: Final = 17
 _LOG: Final = logging.getLogger("jasper_store")
 
+_NUMBER, _ADDRESS, _SIGNED, _INT = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+# Arguments and result of each function.
+_SIGNATURES: Final[dict[str, tuple[list[Any], Any]]] = {
+    "jasper_gather": ([_ADDRESS, _NUMBER, ctypes.c_uint], _SIGNED),
+    "jasper_gather_mapped": ([_ADDRESS, _NUMBER, ctypes.c_uint], _SIGNED),
+    "jasper_gather_one": ([_ADDRESS], _SIGNED),
+    "jasper_gather_one_mapped": ([_ADDRESS], _SIGNED),
+    "jasper_fault_address": ([], _SIGNED),
+    "jasper_use_instructions": ([_INT], _INT),
+    "jasper_use_way": ([_INT], None),
+    "jasper_locate_rows": ([_ADDRESS, _SIGNED, _ADDRESS, _SIGNED, _NUMBER, _ADDRESS], _SIGNED),
+    "jasper_parts_of_rows": ([_ADDRESS, _ADDRESS, _SIGNED, _NUMBER, _ADDRESS], None),
+    "jasper_shuffle": ([_ADDRESS, _ADDRESS, _NUMBER, _ADDRESS], None),
+    "jasper_stat_files": ([_INT, ctypes.c_char_p, _SIGNED, _ADDRESS], _SIGNED),
+    "jasper_open_reader": ([], _ADDRESS),
+    "jasper_close_reader": ([_ADDRESS], None),
+    "jasper_begin_read": (
+        [
+            *(_ADDRESS, _ADDRESS, _NUMBER, _SIGNED, _SIGNED),
+            *(_ADDRESS, _ADDRESS, _NUMBER, _SIGNED, _ADDRESS, _ADDRESS),
+        ],
+        _INT,
+    ),
+    "jasper_begin_runs": ([_ADDRESS, _ADDRESS, _NUMBER], _INT),
+    "jasper_finish_read": ([_ADDRESS], _SIGNED),
+    "jasper_offer": ([_ADDRESS], None),
+    "jasper_multiplies_bytes": ([], _INT),
+}
+
 
 def _log_unusable(why: str) -> None:
     """Say once why there is no library: :func:`library` asks only once."""
@@ -35,43 +64,7 @@ def library() -> Any:
     except (OSError, AttributeError) as exc:
         _log_unusable(f"cannot be used here ({exc})")
         return None
-    number, address, signed = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64
-    found.jasper_gather.argtypes = [address, number, ctypes.c_uint]
-    found.jasper_gather.restype = signed
-    found.jasper_gather_mapped.argtypes = [address, number, ctypes.c_uint]
-    found.jasper_gather_mapped.restype = signed
-    for one in (found.jasper_gather_one, found.jasper_gather_one_mapped):
-        one.argtypes = [address]
-        one.restype = signed
-    found.jasper_fault_address.argtypes = []
-    found.jasper_fault_address.restype = signed
-    found.jasper_use_instructions.argtypes = [ctypes.c_int]
-    found.jasper_use_instructions.restype = ctypes.c_int
-    found.jasper_use_way.argtypes = [ctypes.c_int]
-    found.jasper_use_way.restype = None
-    found.jasper_locate_rows.argtypes = [address, signed, address, signed, number, address]
-    found.jasper_locate_rows.restype = signed
-    found.jasper_parts_of_rows.argtypes = [address, address, signed, number, address]
-    found.jasper_parts_of_rows.restype = None
-    found.jasper_shuffle.argtypes = [address, address, number, address]
-    found.jasper_shuffle.restype = None
-    found.jasper_stat_files.argtypes = [ctypes.c_int, ctypes.c_char_p, signed, address]
-    found.jasper_stat_files.restype = signed
-    found.jasper_open_reader.argtypes = []
-    found.jasper_open_reader.restype = address
-    found.jasper_close_reader.argtypes = [address]
-    found.jasper_close_reader.restype = None
-    found.jasper_begin_read.argtypes = [
-        *(address, address, number, signed, signed),
-        *(address, address, number, signed, address, address),
-    ]
-    found.jasper_begin_read.restype = ctypes.c_int
-    found.jasper_begin_runs.argtypes = [address, address, number]
-    found.jasper_begin_runs.restype = ctypes.c_int
-    found.jasper_finish_read.argtypes = [address]
-    found.jasper_finish_read.restype = signed
-    found.jasper_offer.argtypes = [address]
-    found.jasper_offer.restype = None
-    found.jasper_multiplies_bytes.argtypes = []
-    found.jasper_multiplies_bytes.restype = ctypes.c_int
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, result
     return found

@@ -16,7 +16,6 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
-#include <time.h>
 
 #ifdef HAS_AVX
 #include <immintrin.h>
@@ -361,18 +360,11 @@ static int rows_in_range(const struct gather *gather)
     return !bad;
 }
 
-static int64_t monotonic_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
-
 /* Whether the last gather of such a size has just been. */
 static int calls_are_dense(void)
 {
     static _Atomic int64_t last;
-    const int64_t now = monotonic_ns();
+    const int64_t now = jasper_monotonic_ns();
     return now - atomic_exchange(&last, now) < DENSE_NS;
 }
 
@@ -401,14 +393,14 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
     int trial = 0;
     if (nbytes >= MIN_PARALLEL_NBYTES)
         task.way = jasper_way(nbytes, nbytes >= MIN_STREAM_NBYTES ? 2 * STREAM : STREAM, &trial);
-    const int64_t began = trial ? monotonic_ns() : 0;
+    const int64_t began = trial ? jasper_monotonic_ns() : 0;
     if (parallel)
         jasper_parallel_for(&task.task, threads - 1);
     else
         while (run_next_part(&task.task))
             continue;
     if (trial)
-        jasper_way_took(nbytes, task.way, monotonic_ns() - began);
+        jasper_way_took(nbytes, task.way, jasper_monotonic_ns() - began);
     return atomic_load(&task.unreadable) ? UNREADABLE : 0;
 }
 

@@ -44,7 +44,7 @@ WAYS = {
     "ram": _Way("all in RAM, block order", "block", use_mmap=False, capped=False),
     "block": _Way("capped and cold, block order", "block", use_mmap=None, capped=True),
     "global": _Way("capped and cold, global order", "global", use_mmap=None, capped=True),
-    "auto": _Way('capped and cold, `order="auto"`', "auto", use_mmap=None, capped=True),
+    "auto": _Way(f"capped and cold, {AUTO}", "auto", use_mmap=None, capped=True),
 }
 DATASETS = {
     "jasper-shared-large": "4 pairs share a question and a source, 5 times as many pairs",

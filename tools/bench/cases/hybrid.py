@@ -24,7 +24,6 @@ BUDGET_FRACTION = 0.8
 WAYS = {"hybrid": None, "mapped": True}
 EPOCHS = (0, 40)
 ORDERS = ("block", "global")
-AUTO_KEYS = (("auto", 0, "hybrid"), ("auto", 40, "hybrid"))
 LABELS = {"hybrid": "hybrid, as planned", "mapped": "everything mapped"}
 _Key: TypeAlias = "tuple[str, int, str]"
 COLUMNS = (
@@ -49,7 +48,7 @@ def run(context: Context) -> CaseResult:
     limit = int(nbytes / 2 / BUDGET_FRACTION)
     runs: dict[_Key, list[spawn.Result]] = defaultdict(list)
     failed: dict[_Key, str] = {}
-    keys = [*itertools.product(ORDERS, EPOCHS, WAYS), *AUTO_KEYS]
+    keys = [*itertools.product(ORDERS, EPOCHS, WAYS), *(("auto", epoch, "hybrid") for epoch in EPOCHS)]
     for _, key in itertools.product(range(settings.repeats), keys):
         order, epoch, way = key
         with context.cap(limit, result) as cap:

@@ -153,8 +153,8 @@ def _serve(
     runs: dict[tuple[str, int], list[spawn.Result]] = defaultdict(list)
     shares: list[float] = []
     largest = max(packed.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
-    ways = {"packed": (packed, "auto"), "block order": (source, "block"), "global order": (source, "global")}
-    ways[AUTO] = (source, "auto")
+    ways = {"packed": (packed, "auto")}
+    ways |= {"block order": (source, "block"), "global order": (source, "global"), AUTO: (source, "auto")}
     for _ in range(context.settings.repeats):
         for batch in BATCHES:
             for label, (path, order) in ways.items():

@@ -2,7 +2,8 @@
 
 A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
 samples. So a loader gathers some batches together, in the trainer's process or in a worker (measured in
-docs/notes-paging.md). The parts are disjoint and each has its own version counter, so a trainer may write to a batch. What
+docs/notes-paging.md). If all tensors are in memory, a helper thread gathers the next ones while the trainer uses these, so
+that they cost its thread little more than the calls. The parts are disjoint and each has its own version counter, so a trainer may write to a batch. What
 the trainer changes between two batches (the epoch, a forced variant, reloaded tensors) takes effect with the next batch:
 batches that were gathered ahead are gathered again, in the trainer's process.
 """
@@ -25,14 +26,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from jasper_store.loading.batches import BatchIterator
+    from jasper_store.samples.context import GatherContext
     from jasper_store.samples.dataset import Dataset
 
-__all__ = ["CoalescingIterator", "OwnGathers", "Unit", "batches_at_once", "is_identity_collate"]
+__all__ = ["CoalescingIterator", "OwnGathers", "Unit", "batches_at_once", "fits_twice", "is_identity_collate"]
 
 _SAMPLES: Final = 4096
 _NBYTES: Final = 12 << 20
 """Bytes gathered at once, at most: beyond it the parts leave the processor's cache before the trainer reads them, and
 a batch that is kept would keep too much alive."""
+_AHEAD_NBYTES: Final = 256 << 20
+"""A unit of more bytes is not gathered before it is asked for: memory counts for more than time then."""
 
 
 def batches_at_once(batch_size: int, sample_nbytes: int) -> int:
@@ -47,6 +51,11 @@ def batches_at_once(batch_size: int, sample_nbytes: int) -> int:
     """
     samples = min(_SAMPLES, _NBYTES // max(sample_nbytes, 1))
     return max(1, samples // batch_size)
+
+
+def fits_twice(unit_nbytes: int) -> bool:
+    """Whether a unit may be gathered while the one before it is in use, rather than after it."""
+    return unit_nbytes <= _AHEAD_NBYTES
 
 
 class Unit(NamedTuple):
@@ -138,34 +147,67 @@ class OwnGathers:
         dataset: what they are gathered from.
         indices: of the samples of each batch.
         at_once: batches that are gathered together.
+        ahead: let a helper thread begin the next unit while the trainer uses this one. Nothing may be prefetched for
+            ``indices``: asking for the next ones lets go of rows that are staged for these.
         pin: gather into pinned memory, or copy there.
     """
 
-    def __init__(self, dataset: Dataset, indices: BatchIterator, at_once: int, *, pin: bool = False) -> None:
+    def __init__(
+        self, dataset: Dataset, indices: BatchIterator, at_once: int, *, ahead: bool = False, pin: bool = False
+    ) -> None:
         self._dataset = dataset
         self._indices = indices
         self._at_once = at_once
+        self._ahead = ahead
         self._pin = pin
+        self._begun: Callable[[], Unit] | None = None
 
     def next(self) -> Unit | None:
         """The next one; ``None`` after the last."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            indices, sizes = self._indices.next_batches(self._at_once)
+            unit = self.again(indices, sizes) if sizes else None
+        else:
+            unit = begun()
+        if unit is not None and self._ahead:
+            self._begin()
+        return unit
+
+    def _begin(self) -> None:
+        """Begin the next one."""
         indices, sizes = self._indices.next_batches(self._at_once)
-        return self.again(indices, sizes) if sizes else None
+        if not sizes:
+            return
+        version = self._dataset.state_version()
+        try:
+            finish = self._dataset.begin_gather(indices, self._context)
+        except IndexError:  # of interest once the trainer asks for it
+            finish = None
+        if finish is None:
+            self._begun = lambda: self.again(indices, sizes)
+        else:
+            self._begun = lambda: Unit(indices, sizes, self._pinned(finish()), version)
+
+    @property
+    def _context(self) -> GatherContext:
+        context = self._indices.context
+        return replace(context, empty=pinned_rows) if self._pin else context
 
     def again(self, indices: Any, sizes: list[int]) -> Unit:
         """Batches gathered now."""
         version = self._dataset.state_version()
-        context = self._indices.context
-        if self._pin:
-            context = replace(context, empty=pinned_rows)
-        batch = self._dataset.gather(indices, context)
-        if self._pin:
-            # pin_memory() returns a tensor itself if it is pinned already.
-            batch = Batch({key: value.pin_memory() for key, value in batch.tensors.items()}, len(batch), batch.ragged)
-        return Unit(indices, sizes, batch, version)
+        return Unit(indices, sizes, self._pinned(self._dataset.gather(indices, self._context)), version)
+
+    def _pinned(self, batch: Batch) -> Batch:
+        if not self._pin:
+            return batch
+        # pin_memory() returns a tensor itself if it is pinned already.
+        return Batch({key: value.pin_memory() for key, value in batch.tensors.items()}, len(batch), batch.ragged)
 
     def close(self) -> None:
-        """Release rows that were read ahead for batches that will not be served."""
+        """Release rows that were read or gathered ahead for batches that will not be served."""
+        self._begun = None
         self._indices.close()
 
 

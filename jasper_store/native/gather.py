@@ -17,6 +17,7 @@ from jasper_store.native.library import library
 
 __all__ = [
     "NUMBERS",
+    "BegunGather",
     "Jobs",
     "MapFaultError",
     "Source",
@@ -31,6 +32,8 @@ NUMBERS: Final = 10
 """64-bit numbers of a packed gather: the fields of ``struct gather`` in ``rows.c``."""
 _ROWS, _ROWS_STEP, _N, _OUT = range(4, 8)
 _THREADS = NUMBERS  # of a single gather, behind its fields
+_BEGUN_NBYTES: Final = 16 * 8
+"""Room for ``struct begun_gather`` in ``rows.c``."""
 _UNREADABLE: Final = -1
 """As in ``rows.c``."""
 _WIDENS: Final = {torch.uint8: -1, torch.int8: 1, torch.int16: 2, torch.int32: 4}
@@ -189,6 +192,37 @@ class SourceGather:
         if bad == _UNREADABLE:
             raise MapFaultError(library().jasper_fault_address())
         return not bad
+
+
+class BegunGather:
+    """Gathers that a helper thread runs while the caller does something else.
+
+    Args:
+        jobs: as :func:`run_packed` takes them; at least one.
+        keep: what must stay alive while they run: sources, rows, and what is written.
+
+    Attributes:
+        bad: ``None``, or the number of the first gather with a row out of range; then its stage and later stages write
+            nothing.
+    """
+
+    __slots__ = ("_address", "_jobs", "_keep", "_kernel", "_state", "bad")
+
+    def __init__(self, jobs: array.array[int], keep: object) -> None:
+        self._jobs, self._keep, self._kernel = jobs, keep, library()
+        self._state = array.array("q", bytes(_BEGUN_NBYTES))
+        self._address = self._state.buffer_info()[0]
+        address, n = jobs.buffer_info()[0], len(jobs) // NUMBERS
+        bad = self._kernel.jasper_gather_begin(self._address, address, n, torch.get_num_threads())
+        self.bad = bad - 1 if bad else None
+
+    def finish(self) -> None:
+        """Run what is left, and wait for the rest; a second time there is nothing left."""
+        self._kernel.jasper_gather_finish(self._address)
+
+    def __del__(self) -> None:
+        # What a helper writes to goes only afterwards.
+        self._kernel.jasper_gather_cancel(self._address)
 
 
 def run_packed(jobs: array.array[int]) -> int | None:

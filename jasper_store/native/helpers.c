@@ -34,12 +34,19 @@ enum {
     MAX_BACKGROUND = 8,
 };
 
+/* Where helpers find a task. They read `task` only while they are counted in `active`: once `task` is another and
+ * `active` was 0, no helper can reach the old one any more. */
+struct slot {
+    _Atomic(struct parallel_task *) task; /* or NULL */
+    atomic_uint active;                   /* helpers that may hold a pointer to `task` */
+};
+
 static struct {
     pthread_mutex_t caller_lock;          /* held by the caller that has the helpers */
     atomic_uint started;                  /* helpers that were started */
     atomic_uint wanted;                   /* helpers that may work for the current caller */
-    _Atomic(struct parallel_task *) task; /* of the current caller, or NULL */
-    atomic_uint active;                   /* helpers that may hold a pointer to `task` */
+    struct slot current;                  /* of the current caller */
+    struct slot begun;                    /* whose owner does something else meanwhile */
     atomic_uint calls;                    /* futex; increases with each call, and sleeping helpers wait for that */
     atomic_uint sleeping;                 /* helpers that sleep on `calls` */
     pthread_mutex_t submit_lock;          /* serialises additions to `background` */
@@ -105,24 +112,45 @@ static void run_background_step(void)
     }
 }
 
-/* Run one part of the current task. Returns 0 if there is none. */
-static int run_one_part(void)
+/* Run one part of the task in a slot. Returns 0 if there is none. */
+static int run_one_part(struct slot *slot)
 {
-    atomic_fetch_add(&pool.active, 1);
-    struct parallel_task *task = atomic_load(&pool.task);
+    atomic_fetch_add(&slot->active, 1);
+    struct parallel_task *task = atomic_load(&slot->task);
     const int ran = task && task->run_next_part(task);
-    atomic_fetch_sub(&pool.active, 1);
+    atomic_fetch_sub(&slot->active, 1);
     return ran;
+}
+
+/* Wait until no helper can reach the task that was in a slot. */
+static void wait_idle(struct slot *slot)
+{
+    for (unsigned spins = 0; atomic_load(&slot->active); spins++) {
+        if (spins < SPIN_LIMIT)
+            cpu_relax();
+        else
+            /* The helper was preempted. Sleeping leaves this core to it; spinning or yielding would not. */
+            sleep_ns(PREEMPTED_NAP_NS);
+    }
+}
+
+/* What the first helper does besides parts of the current task. Returns 0 if nothing was there to begin at once. */
+static int run_other_work(void)
+{
+    if (has_background())
+        run_background_step();
+    return atomic_load(&pool.begun.task) && run_one_part(&pool.begun);
 }
 
 /* Spin until a new call arrives or SPIN_LIMIT is reached, yielding the core now and then. Returns whether another
  * thread wants the core. */
-static int spin_wait(unsigned seen, int runs_background)
+static int spin_wait(unsigned seen, int is_first)
 {
     for (unsigned spins = 1; spins <= SPIN_LIMIT && atomic_load(&pool.calls) == seen; spins++) {
         cpu_relax();
-        if (runs_background && spins % BACKGROUND_INTERVAL == 0)
-            run_background_step();
+        if (is_first && spins % BACKGROUND_INTERVAL == 0)
+            while (run_other_work() && atomic_load(&pool.calls) == seen)
+                continue;
         if (spins % YIELD_INTERVAL)
             continue;
         const int64_t before = jasper_monotonic_ns();
@@ -136,17 +164,18 @@ static int spin_wait(unsigned seen, int runs_background)
 static void *helper_main(void *data)
 {
     const unsigned number = (unsigned)(uintptr_t)data;
-    const int runs_background = number == 0;
+    const int is_first = number == 0;
     for (unsigned seen = 0, backoff = 0;;) {
         /* If other threads want this core, as torch's own do that spin between operations, spinning takes time from
          * both. The scheduler prefers a thread that was asleep when it is woken, so the helper sleeps instead. */
         if (backoff)
             backoff--;
-        else if (spin_wait(seen, runs_background))
+        else if (spin_wait(seen, is_first))
             backoff = BACKOFF_CALLS;
         while (atomic_load(&pool.calls) == seen) {
-            if (runs_background && has_background()) {
-                run_background_step();
+            if (is_first && run_other_work())
+                continue;
+            if (is_first && has_background()) {
                 sleep_ns(BACKGROUND_NAP_NS);
                 continue;
             }
@@ -155,8 +184,8 @@ static void *helper_main(void *data)
             atomic_fetch_sub(&pool.sleeping, 1);
         }
         seen = atomic_load(&pool.calls);
-        while (number < atomic_load(&pool.wanted) && run_one_part())
-            if (runs_background)
+        while (number < atomic_load(&pool.wanted) && run_one_part(&pool.current))
+            if (is_first)
                 run_background_step();
     }
     return NULL;
@@ -168,8 +197,10 @@ static void reset_after_fork(void)
 {
     pthread_mutex_init(&pool.caller_lock, NULL);
     atomic_store(&pool.started, 0);
-    atomic_store(&pool.task, NULL);
-    atomic_store(&pool.active, 0);
+    atomic_store(&pool.current.task, NULL);
+    atomic_store(&pool.current.active, 0);
+    atomic_store(&pool.begun.task, NULL);
+    atomic_store(&pool.begun.active, 0);
     atomic_store(&pool.sleeping, 0);
     pthread_mutex_init(&pool.submit_lock, NULL);
     atomic_store(&pool.head, 0);
@@ -210,7 +241,7 @@ void jasper_parallel_for(struct parallel_task *task, unsigned helpers)
 {
     if (helpers > MAX_HELPERS)
         helpers = MAX_HELPERS;
-    if (pthread_mutex_trylock(&pool.caller_lock)) {
+    if (!helpers || pthread_mutex_trylock(&pool.caller_lock)) {
         while (task->run_next_part(task))
             continue;
         return;
@@ -218,30 +249,52 @@ void jasper_parallel_for(struct parallel_task *task, unsigned helpers)
     if (atomic_load(&pool.started) < helpers)
         start_helpers(helpers);
     atomic_store(&pool.wanted, helpers);
-    atomic_store(&pool.task, task);
+    atomic_store(&pool.current.task, task);
     notify_helpers(helpers);
     while (task->run_next_part(task))
         continue;
-    /* A helper reads pool.task only while it is counted in pool.active. Once pool.task is NULL and pool.active was 0,
-     * no helper can reach the task any more. */
-    atomic_store(&pool.task, NULL);
-    for (unsigned spins = 0; atomic_load(&pool.active); spins++) {
-        if (spins < SPIN_LIMIT)
-            cpu_relax();
-        else
-            /* The helper was preempted. Sleeping leaves this core to it; spinning or yielding would not. */
-            sleep_ns(PREEMPTED_NAP_NS);
-    }
+    atomic_store(&pool.current.task, NULL);
+    wait_idle(&pool.current);
     pthread_mutex_unlock(&pool.caller_lock);
 }
 
-int jasper_submit_background(struct background_task *task)
+static int nothing_left(struct parallel_task *task) { return (void)task, 0; }
+
+/* Returns 0 if there is no helper, and none could be started. */
+static int have_helper(void)
 {
     if (!atomic_load(&pool.started) && !pthread_mutex_trylock(&pool.caller_lock)) {
         start_helpers(1);
         pthread_mutex_unlock(&pool.caller_lock);
     }
-    if (!atomic_load(&pool.started))
+    return atomic_load(&pool.started) > 0;
+}
+
+int jasper_parallel_begin(struct parallel_task *task)
+{
+    struct parallel_task *none = NULL;
+    if (!have_helper() || !atomic_compare_exchange_strong(&pool.begun.task, &none, task))
+        return 0;
+    /* Only the first helper looks, and a futex cannot wake a chosen thread: wake all of them. */
+    notify_helpers(MAX_HELPERS);
+    return 1;
+}
+
+void jasper_parallel_finish(struct parallel_task *task, unsigned helpers)
+{
+    static struct parallel_task closing = {nothing_left};
+    jasper_parallel_for(task, helpers);
+    /* Closed until no helper can reach the task, so that none waits for the next one, offered by another thread. */
+    struct parallel_task *mine = task;
+    if (!atomic_compare_exchange_strong(&pool.begun.task, &mine, &closing))
+        return;
+    wait_idle(&pool.begun);
+    atomic_store(&pool.begun.task, NULL);
+}
+
+int jasper_submit_background(struct background_task *task)
+{
+    if (!have_helper())
         return 0;
     pthread_mutex_lock(&pool.submit_lock);
     const unsigned tail = atomic_load(&pool.tail);

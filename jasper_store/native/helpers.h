@@ -16,6 +16,14 @@ struct parallel_task {
  * One caller at a time gets the helpers; a concurrent caller runs all of its parts itself. */
 void jasper_parallel_for(struct parallel_task *task, unsigned helpers);
 
+/* Let the first helper begin a task while the caller does something else. The caller calls jasper_parallel_finish before
+ * the memory of the task goes. Returns 0, and does nothing, if another task is begun or no helper could be started. */
+int jasper_parallel_begin(struct parallel_task *task);
+
+/* Run the parts of a task that are left, as jasper_parallel_for does. In a process that was forked meanwhile, those that
+ * a helper had claimed are not done. */
+void jasper_parallel_finish(struct parallel_task *task, unsigned helpers);
+
 /* State of a background task after a step. BUSY: it still has requests to submit, so later tasks wait. DRAINING: it
  * only waits for requests in flight, so later tasks may start. DONE: its step is never called again. */
 enum { BUSY, DRAINING, DONE };

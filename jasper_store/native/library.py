@@ -12,13 +12,16 @@ from typing import Any, Final
 __all__ = ["LIBRARY", "library"]
 
 LIBRARY: Final = Path(__file__).with_name("_rows.so")
-_ABI: Final = 17
+_ABI: Final = 18
 _LOG: Final = logging.getLogger("jasper_store")
 
 _NUMBER, _ADDRESS, _SIGNED, _INT = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 # Arguments and result of each function.
 _SIGNATURES: Final[dict[str, tuple[list[Any], Any]]] = {
     "jasper_gather": ([_ADDRESS, _NUMBER, ctypes.c_uint], _SIGNED),
+    "jasper_gather_begin": ([_ADDRESS, _ADDRESS, _NUMBER, ctypes.c_uint], _SIGNED),
+    "jasper_gather_finish": ([_ADDRESS], None),
+    "jasper_gather_cancel": ([_ADDRESS], None),
     "jasper_gather_mapped": ([_ADDRESS, _NUMBER, ctypes.c_uint], _SIGNED),
     "jasper_gather_one": ([_ADDRESS], _SIGNED),
     "jasper_gather_one_mapped": ([_ADDRESS], _SIGNED),

@@ -22,7 +22,7 @@
 #endif
 
 enum {
-    ABI = 17,
+    ABI = 18,
     PREFETCH_DISTANCE = 4,          /* rows from the one that is copied to the one that is prefetched */
     CACHE_LINE = 64,                /* bytes */
     MAX_PART_NBYTES = 512 << 10,    /* bytes that a thread copies per part, at most */
@@ -64,13 +64,23 @@ struct gather_task {
     struct parallel_task task;
     const struct gather *gathers;
     uint64_t n_gathers;
+    uint64_t nbytes;
     uint64_t part_nbytes;
     uint64_t n_parts;
-    int way; /* of copying: see ways.h */
+    unsigned helpers; /* that may run parts besides the caller */
+    int way;   /* of copying: see ways.h */
+    int trial; /* whether its time is to be told */
     int mapped; /* whether sources are maps of files, whose pages may be gone */
     atomic_int unreadable; /* whether a page was */
     atomic_ullong next_part;
 };
+
+/* A gather whose caller does something else until it wants the results. gather.py makes room for it. */
+struct begun_gather {
+    struct gather_task task;
+    unsigned fork_generation;
+};
+_Static_assert(sizeof(struct begun_gather) <= 16 * sizeof(int64_t), "gather.py makes room for 16 numbers");
 
 /* Rows of a gather: a part of a task. */
 struct row_range {
@@ -368,9 +378,9 @@ static int calls_are_dense(void)
     return now - atomic_exchange(&last, now) < DENSE_NS;
 }
 
-/* Run gathers that do not depend on each other. Returns 0; the number (from 1) of the first gather with a row out of
- * range: then nothing was written; or UNREADABLE. */
-static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsigned threads, int mapped)
+/* Plan a task of gathers that do not depend on each other. Returns 0, or the number (from 1) of the first gather with a
+ * row out of range. */
+static int64_t plan_stage(struct gather_task *task, const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {
     uint64_t nbytes = 0;
     for (uint64_t k = 0; k < n_gathers; k++) {
@@ -378,44 +388,111 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
             return (int64_t)k + 1;
         nbytes += gathers[k].n * gathers[k].row_nbytes;
     }
-    struct gather_task task = {
-        .task = {run_next_part}, .gathers = gathers, .n_gathers = n_gathers, .part_nbytes = MAX_PART_NBYTES};
-    task.mapped = mapped;
+    *task = (struct gather_task){
+        .task = {run_next_part}, .gathers = gathers, .n_gathers = n_gathers, .nbytes = nbytes, .part_nbytes = MAX_PART_NBYTES};
     threads = threads < MAX_THREADS ? threads : MAX_THREADS;
     const int parallel =
         threads > 1 && nbytes >= MIN_DENSE_NBYTES && (nbytes >= MIN_PARALLEL_NBYTES || calls_are_dense());
+    task->helpers = parallel ? threads - 1 : 0;
     /* Parts are as large as possible, because the first rows of each are not prefetched; but each thread gets at least
      * two, so that the others can take over the second part of one that starts late. */
     if (parallel && nbytes / (2 * threads) < MAX_PART_NBYTES)
-        task.part_nbytes = nbytes / (2 * threads);
+        task->part_nbytes = nbytes / (2 * threads);
     for (uint64_t k = 0; k < n_gathers; k++)
-        task.n_parts += count_parts(&task, &gathers[k]);
-    int trial = 0;
+        task->n_parts += count_parts(task, &gathers[k]);
     if (nbytes >= MIN_PARALLEL_NBYTES)
-        task.way = jasper_way(nbytes, nbytes >= MIN_STREAM_NBYTES ? 2 * STREAM : STREAM, &trial);
-    const int64_t began = trial ? jasper_monotonic_ns() : 0;
-    if (parallel)
-        jasper_parallel_for(&task.task, threads - 1);
+        task->way = jasper_way(nbytes, nbytes >= MIN_STREAM_NBYTES ? 2 * STREAM : STREAM, &task->trial);
+    return 0;
+}
+
+static void run_task(struct gather_task *task)
+{
+    const int64_t began = task->trial ? jasper_monotonic_ns() : 0;
+    if (task->helpers)
+        jasper_parallel_for(&task->task, task->helpers);
     else
-        while (run_next_part(&task.task))
+        while (run_next_part(&task->task))
             continue;
-    if (trial)
-        jasper_way_took(nbytes, task.way, jasper_monotonic_ns() - began);
+    if (task->trial)
+        jasper_way_took(task->nbytes, task->way, jasper_monotonic_ns() - began);
+}
+
+/* Run gathers that do not depend on each other. Returns 0; the number (from 1) of the first gather with a row out of
+ * range: then nothing was written; or UNREADABLE. */
+static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsigned threads, int mapped)
+{
+    struct gather_task task;
+    const int64_t bad = plan_stage(&task, gathers, n_gathers, threads);
+    if (bad)
+        return bad;
+    task.mapped = mapped;
+    run_task(&task);
     return atomic_load(&task.unreadable) ? UNREADABLE : 0;
+}
+
+/* Where the stage ends that begins with the first of these gathers. */
+static uint64_t end_of_stage(const struct gather *gathers, uint64_t n_gathers, uint64_t first)
+{
+    uint64_t last = first;
+    while (last < n_gathers && gathers[last].stage == gathers[first].stage)
+        last++;
+    return last;
 }
 
 /* Run all gathers, stage by stage. Returns 0, or the number (from 1) of the first gather with a row out of range: then
  * its stage and later stages have written nothing. */
 int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {
-    for (uint64_t first = 0, last = 0; first < n_gathers; first = last) {
-        while (last < n_gathers && gathers[last].stage == gathers[first].stage)
-            last++;
+    for (uint64_t first = 0, last; first < n_gathers; first = last) {
+        last = end_of_stage(gathers, n_gathers, first);
         const int64_t bad = run_stage(gathers + first, last - first, threads, 0);
         if (bad)
             return (int64_t)first + bad;
     }
     return 0;
+}
+
+/* Run all gathers but those of the last stage, which a helper begins. Results as jasper_gather. Whatever it is,
+ * jasper_gather_finish or jasper_gather_cancel must be called before the memory of anything that was passed goes. */
+int64_t jasper_gather_begin(struct begun_gather *begun, const struct gather *gathers, uint64_t n_gathers, unsigned threads)
+{
+    uint64_t first = n_gathers;
+    while (first && gathers[first - 1].stage == gathers[n_gathers - 1].stage)
+        first--;
+    int64_t bad = jasper_gather(gathers, first, threads);
+    if (bad)
+        return bad;
+    bad = plan_stage(&begun->task, gathers + first, n_gathers - first, threads);
+    if (bad)
+        return (int64_t)first + bad;
+    begun->fork_generation = jasper_fork_generation();
+    if (begun->task.helpers && !begun->task.trial) /* the time of one that waits in between says nothing */
+        jasper_parallel_begin(&begun->task.task);
+    return 0;
+}
+
+/* Run what no thread has begun, and wait for the rest. */
+void jasper_gather_finish(struct begun_gather *begun)
+{
+    struct gather_task *task = &begun->task;
+    if (begun->fork_generation != jasper_fork_generation()) {
+        /* A thread that this process does not have may have been at it: everything once more. */
+        begun->fork_generation = jasper_fork_generation();
+        atomic_store(&task->next_part, 0);
+    }
+    if (task->helpers && !task->trial)
+        jasper_parallel_finish(&task->task, task->helpers);
+    else
+        run_task(task);
+}
+
+/* Leave undone what no thread has begun, and wait for the rest. */
+void jasper_gather_cancel(struct begun_gather *begun)
+{
+    struct gather_task *task = &begun->task;
+    atomic_store(&task->next_part, task->n_parts);
+    if (task->helpers && !task->trial)
+        jasper_parallel_finish(&task->task, 0);
 }
 
 /* The same for one stage of gathers from maps. Returns UNREADABLE, besides, if a page of a map could not be read:

@@ -234,6 +234,25 @@ class Dataset(TorchDataset[dict[str, torch.Tensor]]):
             self._prefetch(found)
         return Batch(self.reader.gather(found, draw, staged), size, self.graph.ragged_keys)
 
+    def begin_gather(self, positions: torch.Tensor, context: GatherContext = DIRECT) -> Callable[[], Batch] | None:
+        """Let a helper thread begin :meth:`gather`.
+
+        Args:
+            positions: int64 [B] in the split, in host memory.
+            context: what a loader knows of the batch.
+
+        Returns:
+            Waits for the batch; ``None`` unless all tensors are in memory.
+
+        Raises:
+            IndexError: a position outside [0, len(self)).
+        """
+        compiled = self._compiled_now(self.draw_now())
+        if compiled is None:
+            return None
+        finish = compiled.begin(positions, empty=context.empty)
+        return lambda: Batch(dict(zip(self._keys, finish(), strict=True)), positions.shape[0])
+
     def rows_of(self, indices: Sequence[int] | torch.Tensor | np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
         """Rows of each tensor that a batch at these positions will read last, for prefetching them.
 

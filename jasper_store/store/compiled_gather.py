@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 
-from jasper_store.native.gather import NUMBERS, Source, run_packed, widening
+from jasper_store.native.gather import NUMBERS, BegunGather, Source, run_packed, widening
 from jasper_store.store.resident import SMALL_TAKE, empty_rows
 from jasper_store.store.rows import refused
 
@@ -74,6 +74,15 @@ class _Layout(NamedTuple):
     results: list[tuple[int, tuple[int, ...], torch.dtype, int, torch.Tensor]]  # where its address belongs, what it is
 
 
+class _Ready(NamedTuple):
+    """A gather that only has to be run."""
+
+    layout: _Layout
+    jobs: array.array[int]
+    scratch: torch.Tensor
+    results: list[torch.Tensor]
+
+
 def _with_scratch(layout: _Layout) -> tuple[array.array[int], torch.Tensor]:
     """Jobs of a layout, and the scratch whose addresses stand in them."""
     jobs, scratch = layout.jobs[:], torch.empty(layout.scratch, dtype=torch.int64, device=_HOST)
@@ -116,6 +125,42 @@ class CompiledGather:
         Raises:
             IndexError: a row out of range.
         """
+        ready = self._prepare(rows, extra, empty)
+        bad = run_packed(ready.jobs)
+        if bad is not None:
+            raise self._error(bad, rows, extra, ready)
+        ready.layout.spare.append((ready.jobs, ready.scratch))
+        return ready.results
+
+    def begin(
+        self, rows: torch.Tensor, *, empty: Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor] = empty_rows
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Let a helper thread begin :meth:`run`.
+
+        Returns:
+            Waits for the results; called once. Where it is dropped instead, no thread works on them any more.
+
+        Raises:
+            IndexError: a row out of range.
+        """
+        ready = self._prepare(rows, None, empty)
+        begun = BegunGather(ready.jobs, keep=(self, rows, ready))
+        if begun.bad is not None:
+            raise self._error(begun.bad, rows, None, ready)
+
+        def finish() -> list[torch.Tensor]:
+            begun.finish()
+            ready.layout.spare.append((ready.jobs, ready.scratch))
+            return ready.results
+
+        return finish
+
+    def _prepare(
+        self,
+        rows: torch.Tensor,
+        extra: torch.Tensor | None,
+        empty: Callable[[tuple[int, ...], torch.dtype, int], torch.Tensor],
+    ) -> _Ready:
         size = rows.shape[0]
         known = self._layout
         if known is None or known[0] != size:
@@ -136,11 +181,7 @@ class CompiledGather:
             out = torch.empty_like(like) if small else empty(shape, dtype, nbytes)
             jobs[place] = out.data_ptr()
             results.append(out)
-        bad = run_packed(jobs)
-        if bad is not None:
-            raise self._error(bad, rows, extra, scratch, jobs, layout)
-        layout.spare.append((jobs, scratch))
-        return results
+        return _Ready(layout, jobs, scratch, results)
 
     def _lay_out(self, size: int) -> _Layout:
         jobs = array.array("q")
@@ -178,10 +219,9 @@ class CompiledGather:
         bad: int,
         rows: torch.Tensor,
         extra: torch.Tensor | None,
-        scratch: torch.Tensor,
-        jobs: array.array[int],
-        layout: _Layout,
+        ready: _Ready,
     ) -> IndexError:
+        layout, jobs, scratch, _ = ready
         step, job = self.steps[bad], jobs[bad * NUMBERS : (bad + 1) * NUMBERS]
         if step.rows == SECOND_INPUT and extra is not None:
             rows = extra

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch.utils.data import DataLoader
 from jasper_store.errors import IntegrityError
 from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.loader import create_loader
+from jasper_store.loading import coalescing
 from jasper_store.loading.batches import BatchSampler
-from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once
+from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, fits_twice
 from jasper_store.loading.samplers import EpochSampler
+from jasper_store.samples.dataset import Dataset
 from tests.builders import build_pt_dataset
 
 PLACEMENTS = [True, False]
@@ -155,3 +158,58 @@ def test_batches_of_megabytes_stay_what_they_are(tmp_path: Path, workers: int) -
     assert kept[0]["question_emb"].nbytes > 512 << 10
     for batch, wanted in zip(kept, loader.batch_sampler, strict=True):  # type: ignore[arg-type]
         assert same(batch, loader.dataset_obj.__getitems__(wanted).tensors)
+
+
+def test_a_pass_is_the_same_whether_units_are_begun_or_not(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where beginning fails: the error belongs to the batch that has the row, and it may never be asked for."""
+    monkeypatch.setattr(coalescing, "_NBYTES", 8 << 10)
+    found = []
+    for begin in (Dataset.begin_gather, lambda *_: None, _refuse):
+        monkeypatch.setattr(Dataset, "begin_gather", begin)
+        found.append(list(create_loader(data, "train", 3, use_mmap=False)))
+    assert len(found[0]) > 40
+    for others in found[1:]:
+        assert all(same(first, second) for first, second in zip(found[0], others, strict=True))
+
+
+def _refuse(*_: object) -> None:
+    raise IndexError("row 7 of embs: it has 3 rows")
+
+
+def test_what_is_set_while_a_unit_is_begun_counts(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coalescing, "_NBYTES", 8 << 10)
+    loader = create_loader(data, "train", 3, use_mmap=False)
+    dataset = loader.dataset_obj
+    for position, (batch, wanted) in enumerate(zip(loader, loader.batch_sampler, strict=True)):  # type: ignore[arg-type]
+        assert same(batch, dataset.__getitems__(wanted).tensors)
+        dataset.set_epoch(position)
+
+
+def test_a_pass_that_is_left_while_a_unit_is_begun(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches that were served stay what they are when the dataset is closed, or its memory used for others."""
+    monkeypatch.setattr(coalescing, "_NBYTES", 8 << 10)
+    for closes in [True, False] * 20:
+        loader = create_loader(data, "train", 3, use_mmap=False)
+        first, passing = next(iter(loader)), iter(loader)
+        kept = {key: value.clone() for key, value in first.items()}
+        assert same(first, next(passing))
+        if closes:
+            loader.dataset_obj.close()
+        del passing, loader
+        gc.collect()
+        assert same(first, kept)
+
+
+def test_a_unit_of_staged_rows_is_not_begun(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking for the next batches lets go of the rows of these."""
+    monkeypatch.setattr(coalescing, "_NBYTES", 8 << 10)
+    for use_mmap in PLACEMENTS:
+        loader = create_loader(data, "train", 3, use_mmap=use_mmap)
+        batches = loader.begin_pass()[0]
+        next(batches)
+        assert (batches.gathers._begun is None) == use_mmap  # type: ignore[attr-defined]
+
+
+def test_a_large_unit_is_not_gathered_before_it_is_asked_for() -> None:
+    assert fits_twice(256 << 20)
+    assert not fits_twice((256 << 20) + 1)

@@ -31,6 +31,9 @@ enum { NO_MEMORY = -1, FORKED = -2, ROW_MISSING = 1, FILE_ENDS = 2, UNREADABLE =
 struct reader;
 
 int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned threads);
+int64_t jasper_gather_begin(int64_t *begun, const struct gather *gathers, uint64_t n_gathers, unsigned threads);
+void jasper_gather_finish(int64_t *begun);
+void jasper_gather_cancel(int64_t *begun);
 int64_t jasper_gather_one(const struct single_gather *one);
 int64_t jasper_locate_rows(const struct parts *parts, int64_t unmapped, const int64_t *rows, int64_t rows_step, uint64_t n,
                            int64_t *addresses);

@@ -1,11 +1,12 @@
 """Several batches gathered at once, and served as parts.
 
 A batch of 32 samples is a gather of 25 us under 80 us of calls, and most of those calls cost the same for a thousand
-samples. So a loader gathers some batches together, in the trainer's process or in a worker (measured in
-docs/notes-paging.md). If all tensors are in memory, a helper thread gathers the next ones while the trainer uses these, so
-that they cost its thread little more than the calls. The parts are disjoint and each has its own version counter, so a trainer may write to a batch. What
-the trainer changes between two batches (the epoch, a forced variant, reloaded tensors) takes effect with the next batch:
-batches that were gathered ahead are gathered again, in the trainer's process.
+samples. So a loader gathers some batches together, in the trainer's process or in a worker. If all tensors are in memory, a
+helper thread gathers the next ones while the trainer uses these (both measured in docs/notes-paging.md).
+
+The parts are disjoint and each has its own version counter, so a trainer may write to a batch. What the trainer changes
+between two batches (the epoch, a forced variant, reloaded tensors) takes effect with the next batch: batches that were
+gathered ahead are gathered again, in the trainer's process.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class OwnGathers:
         indices: of the samples of each batch.
         at_once: batches that are gathered together.
         ahead: let a helper thread begin the next unit while the trainer uses this one. Nothing may be prefetched for
-            ``indices``: asking for the next ones lets go of rows that are staged for these.
+            ``indices``: asking for the next ones releases rows that are staged for these.
         pin: gather into pinned memory, or copy there.
     """
 
@@ -182,7 +183,7 @@ class OwnGathers:
         version = self._dataset.state_version()
         try:
             finish = self._dataset.begin_gather(indices, self._context)
-        except IndexError:  # of interest once the trainer asks for it
+        except Exception:  # noqa: BLE001 - of interest once the trainer asks for this unit, which meets it again
             finish = None
         if finish is None:
             self._begun = lambda: self.again(indices, sizes)

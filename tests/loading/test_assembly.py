@@ -201,7 +201,7 @@ def test_a_pass_that_is_left_while_a_unit_is_begun(data: Path, monkeypatch: pyte
 
 
 def test_a_unit_of_staged_rows_is_not_begun(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asking for the next batches lets go of the rows of these."""
+    """Asking for the next batches releases the rows of these."""
     monkeypatch.setattr(coalescing, "_NBYTES", 8 << 10)
     for use_mmap in PLACEMENTS:
         loader = create_loader(data, "train", 3, use_mmap=use_mmap)

@@ -30,14 +30,12 @@ if TYPE_CHECKING:
     from jasper_store.samples.context import GatherContext
     from jasper_store.samples.dataset import Dataset
 
-__all__ = ["CoalescingIterator", "OwnGathers", "Unit", "batches_at_once", "fits_twice", "is_identity_collate"]
+__all__ = ["CoalescingIterator", "OwnGathers", "Unit", "batches_at_once", "is_identity_collate"]
 
 _SAMPLES: Final = 4096
 _NBYTES: Final = 12 << 20
 """Bytes gathered at once, at most: beyond it the parts leave the processor's cache before the trainer reads them, and
 a batch that is kept would keep too much alive."""
-_AHEAD_NBYTES: Final = 256 << 20
-"""A unit of more bytes is not gathered before it is asked for: memory counts for more than time then."""
 
 
 def batches_at_once(batch_size: int, sample_nbytes: int) -> int:
@@ -52,11 +50,6 @@ def batches_at_once(batch_size: int, sample_nbytes: int) -> int:
     """
     samples = min(_SAMPLES, _NBYTES // max(sample_nbytes, 1))
     return max(1, samples // batch_size)
-
-
-def fits_twice(unit_nbytes: int) -> bool:
-    """Whether a unit may be gathered while the one before it is in use, rather than after it."""
-    return unit_nbytes <= _AHEAD_NBYTES
 
 
 class Unit(NamedTuple):

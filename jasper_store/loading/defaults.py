@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jasper_store.samples.dataset import Dataset
     from jasper_store.samples.packed import Packed
 
-__all__ = ["choose_order", "prefetcher_for"]
+__all__ = ["choose_order", "fits_ahead", "prefetcher_for"]
 
 
 def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefetcher | None:
@@ -37,6 +37,11 @@ def prefetcher_for(dataset: Dataset, batch_size: int, num_workers: int) -> Prefe
         stage=mapped > left and num_workers == 0 and left >= needed,
         blocks_ahead=ahead,
     )
+
+
+def fits_ahead(dataset: Dataset, nbytes: int) -> bool:
+    """Whether so many bytes of batches may be gathered while the trainer uses as many, within the memory budget."""
+    return not dataset.use_mmap and _mapped_and_left(dataset)[1] >= 2 * nbytes
 
 
 def _blocks_nbytes(packed: Packed, dataset: Dataset, batch_size: int, ahead: int) -> int:

@@ -12,14 +12,8 @@ from jasper_store.errors import IncompatibleOptionsError
 from jasper_store.loading.advisor import Meter, Stopwatch, WorkerClock, advise
 from jasper_store.loading.agreement import compare_ranks, shared_store
 from jasper_store.loading.batches import BatchSampler
-from jasper_store.loading.coalescing import (
-    CoalescingIterator,
-    OwnGathers,
-    batches_at_once,
-    fits_twice,
-    is_identity_collate,
-)
-from jasper_store.loading.defaults import choose_order, prefetcher_for
+from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, is_identity_collate
+from jasper_store.loading.defaults import choose_order, fits_ahead, prefetcher_for
 from jasper_store.loading.epoch_iterator import EpochIterator, Progress
 from jasper_store.loading.epochs import warn_same_epoch
 from jasper_store.loading.estimate import DiskRates, estimates
@@ -227,7 +221,7 @@ class Loader(DataLoader[Any]):
         batches: Any = self.batch_sampler
         size, sample_nbytes = self.batch_size or 1, dataset.graph.sample_nbytes
         at_once = batches_at_once(size, sample_nbytes)
-        ahead = self._prefetcher is None and fits_twice(at_once * size * sample_nbytes)
+        ahead = fits_ahead(dataset, at_once * size * sample_nbytes)
         pin = self.pin_memory and torch.cuda.is_available()
         gathers = OwnGathers(dataset, batches.tensors(), at_once, ahead=ahead, pin=pin)
         return CoalescingIterator(dataset, gathers, self.collate_fn)

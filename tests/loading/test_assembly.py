@@ -15,8 +15,10 @@ from jasper_store.jasper.dataset import JASPERSteeringDataset
 from jasper_store.jasper.loader import create_loader
 from jasper_store.loading import coalescing
 from jasper_store.loading.batches import BatchSampler
-from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once, fits_twice
+from jasper_store.loading.coalescing import CoalescingIterator, OwnGathers, batches_at_once
+from jasper_store.loading.defaults import fits_ahead
 from jasper_store.loading.samplers import EpochSampler
+from jasper_store.memory.budget import FRACTION
 from jasper_store.samples.dataset import Dataset
 from tests.builders import build_pt_dataset
 
@@ -210,6 +212,14 @@ def test_a_unit_of_staged_rows_is_not_begun(data: Path, monkeypatch: pytest.Monk
         assert (batches.gathers._begun is None) == use_mmap  # type: ignore[attr-defined]
 
 
-def test_a_large_unit_is_not_gathered_before_it_is_asked_for() -> None:
-    assert fits_twice(256 << 20)
-    assert not fits_twice((256 << 20) + 1)
+def test_a_unit_is_begun_only_if_the_memory_limit_has_room_for_two(data: Path) -> None:
+    loader = create_loader(data, "train", 8, use_mmap=False)
+    dataset = loader.dataset_obj
+    left = dataset.store.plan.budget.nbytes - dataset.store.plan.preloaded_nbytes
+    assert fits_ahead(dataset, left // 2)
+    assert not fits_ahead(dataset, left // 2 + 1)
+    just_enough = int(dataset.store.plan.preloaded_nbytes / FRACTION) + 4096
+    limited = create_loader(data, "train", 8, use_mmap=False, memory_limit=just_enough)
+    passing = limited.begin_pass()[0]
+    next(passing)
+    assert passing.gathers._ahead is False  # type: ignore[attr-defined]

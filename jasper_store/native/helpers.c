@@ -70,14 +70,17 @@ static void sleep_ns(long nanoseconds)
     nanosleep(&(struct timespec){.tv_nsec = nanoseconds}, NULL);
 }
 
-static void futex_wait(atomic_uint *word, unsigned seen)
+/* Bits of a futex by which the first helper is woken without the others. */
+enum { FIRST = 1, OTHERS = 2, ANY = FIRST | OTHERS };
+
+static void futex_wait(atomic_uint *word, unsigned seen, unsigned bits)
 {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    syscall(SYS_futex, word, FUTEX_WAIT_BITSET_PRIVATE, seen, NULL, NULL, bits);
 }
 
-static void futex_wake(atomic_uint *word, unsigned count)
+static void futex_wake(atomic_uint *word, unsigned count, unsigned bits)
 {
-    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
+    syscall(SYS_futex, word, FUTEX_WAKE_BITSET_PRIVATE, count, NULL, NULL, bits);
 }
 
 int64_t jasper_monotonic_ns(void)
@@ -108,7 +111,7 @@ static void run_background_step(void)
         /* The submitter may free the task as soon as `done` is set, so nothing below touches it. */
         atomic_store(&task->done, 1);
         atomic_fetch_add(&pool.done_count, 1);
-        futex_wake(&pool.done_count, INT_MAX);
+        futex_wake(&pool.done_count, INT_MAX, ANY);
     }
 }
 
@@ -180,7 +183,7 @@ static void *helper_main(void *data)
                 continue;
             }
             atomic_fetch_add(&pool.sleeping, 1);
-            futex_wait(&pool.calls, seen);
+            futex_wait(&pool.calls, seen, is_first ? FIRST : OTHERS);
             atomic_fetch_sub(&pool.sleeping, 1);
         }
         seen = atomic_load(&pool.calls);
@@ -230,11 +233,11 @@ static void start_helpers(unsigned count)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void notify_helpers(unsigned count)
+static void notify_helpers(unsigned count, unsigned bits)
 {
     atomic_fetch_add(&pool.calls, 1);
     if (atomic_load(&pool.sleeping))
-        futex_wake(&pool.calls, count);
+        futex_wake(&pool.calls, count, bits);
 }
 
 void jasper_parallel_for(struct parallel_task *task, unsigned helpers)
@@ -250,7 +253,7 @@ void jasper_parallel_for(struct parallel_task *task, unsigned helpers)
         start_helpers(helpers);
     atomic_store(&pool.wanted, helpers);
     atomic_store(&pool.current.task, task);
-    notify_helpers(helpers);
+    notify_helpers(helpers, ANY);
     while (task->run_next_part(task))
         continue;
     atomic_store(&pool.current.task, NULL);
@@ -275,8 +278,7 @@ int jasper_parallel_begin(struct parallel_task *task)
     struct parallel_task *none = NULL;
     if (!have_helper() || !atomic_compare_exchange_strong(&pool.begun.task, &none, task))
         return 0;
-    /* Only the first helper looks, and a futex cannot wake a chosen thread: wake all of them. */
-    notify_helpers(MAX_HELPERS);
+    notify_helpers(1, FIRST);
     return 1;
 }
 
@@ -305,15 +307,14 @@ int jasper_submit_background(struct background_task *task)
     }
     pthread_mutex_unlock(&pool.submit_lock);
     if (has_room)
-        /* Only the first helper runs background tasks, and a futex cannot wake a chosen thread: wake all of them. */
-        notify_helpers(MAX_HELPERS);
+        notify_helpers(1, FIRST);
     return has_room;
 }
 
 void jasper_wait_background(struct background_task *task)
 {
     for (unsigned seen; seen = atomic_load(&pool.done_count), !atomic_load(&task->done);)
-        futex_wait(&pool.done_count, seen);
+        futex_wait(&pool.done_count, seen, ANY);
 }
 
 unsigned jasper_fork_generation(void) { return atomic_load(&pool.fork_generation); }

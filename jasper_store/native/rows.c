@@ -480,10 +480,11 @@ void jasper_gather_finish(struct begun_gather *begun)
         begun->fork_generation = jasper_fork_generation();
         atomic_store(&task->next_part, 0);
     }
-    if (task->helpers && !task->trial)
-        jasper_parallel_finish(&task->task, task->helpers);
-    else
+    if (!task->helpers || task->trial)
         run_task(task);
+    else
+        /* Helpers are woken only for parts that no thread has begun. */
+        jasper_parallel_finish(&task->task, atomic_load(&task->next_part) < task->n_parts ? task->helpers : 0);
 }
 
 /* Leave undone what no thread has begun, and wait for the rest. */

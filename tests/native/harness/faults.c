@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -107,14 +108,35 @@ ssize_t __wrap_pread(int file, void *buffer, size_t nbytes, off_t offset)
     return fails(4) ? refuse(EINTR) : __real_pread(file, buffer, nbytes, offset);
 }
 
+struct start {
+    void *(*run)(void *);
+    void *data;
+    atomic_int begun;
+};
+
+static void *begin_thread(void *data)
+{
+    struct start *start = data;
+    void *(*const run)(void *) = start->run;
+    void *const given = start->data;
+    atomic_store(&start->begun, 1);
+    return run(given);
+}
+
+/* A sanitizer allocates where a thread is created and in the thread as it begins: no process is forked meanwhile. */
 int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *data)
 {
     if (atomic_load(&no_threads)) {
         atomic_fetch_add(&faults, 1);
         return EAGAIN;
     }
+    if (!atomic_load(&guarded_forks))
+        return __real_pthread_create(thread, attributes, run, data);
+    struct start start = {.run = run, .data = data};
     before_fork();
-    const int failed = __real_pthread_create(thread, attributes, run, data);
+    const int failed = __real_pthread_create(thread, attributes, begin_thread, &start);
+    while (!failed && !atomic_load(&start.begun))
+        sched_yield();
     after_fork();
     return failed;
 }

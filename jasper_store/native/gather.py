@@ -221,7 +221,7 @@ class BegunGather:
         self._kernel.jasper_gather_finish(self._address)
 
     def __del__(self) -> None:
-        # What a helper writes to goes only afterwards.
+        # Before the memory is freed that a helper reads and writes.
         self._kernel.jasper_gather_cancel(self._address)
 
 

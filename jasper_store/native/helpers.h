@@ -17,7 +17,7 @@ struct parallel_task {
 void jasper_parallel_for(struct parallel_task *task, unsigned helpers);
 
 /* Let the first helper begin a task while the caller does something else. The caller calls jasper_parallel_finish before
- * the memory of the task goes. Returns 0, and does nothing, if another task is begun or no helper could be started. */
+ * it frees the task. Returns 0, and does nothing, if another task is begun or no helper could be started. */
 int jasper_parallel_begin(struct parallel_task *task);
 
 /* Run the parts of a task that are left, as jasper_parallel_for does. In a process that was forked meanwhile, those that

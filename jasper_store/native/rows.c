@@ -430,21 +430,13 @@ static int64_t run_stage(const struct gather *gathers, uint64_t n_gathers, unsig
     return atomic_load(&task.unreadable) ? UNREADABLE : 0;
 }
 
-/* Where the stage ends that begins with the first of these gathers. */
-static uint64_t end_of_stage(const struct gather *gathers, uint64_t n_gathers, uint64_t first)
-{
-    uint64_t last = first;
-    while (last < n_gathers && gathers[last].stage == gathers[first].stage)
-        last++;
-    return last;
-}
-
 /* Run all gathers, stage by stage. Returns 0, or the number (from 1) of the first gather with a row out of range: then
  * its stage and later stages have written nothing. */
 int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {
-    for (uint64_t first = 0, last; first < n_gathers; first = last) {
-        last = end_of_stage(gathers, n_gathers, first);
+    for (uint64_t first = 0, last = 0; first < n_gathers; first = last) {
+        while (last < n_gathers && gathers[last].stage == gathers[first].stage)
+            last++;
         const int64_t bad = run_stage(gathers + first, last - first, threads, 0);
         if (bad)
             return (int64_t)first + bad;
@@ -452,8 +444,11 @@ int64_t jasper_gather(const struct gather *gathers, uint64_t n_gathers, unsigned
     return 0;
 }
 
+/* Whether helpers may begin a task before its caller does. The time of one on trial would count what the caller does. */
+static int can_begin(const struct gather_task *task) { return task->helpers && !task->trial; }
+
 /* Run all gathers but those of the last stage, which a helper begins. Results as jasper_gather. Whatever it is,
- * jasper_gather_finish or jasper_gather_cancel must be called before the memory of anything that was passed goes. */
+ * jasper_gather_finish or jasper_gather_cancel must be called before any memory that was passed is freed. */
 int64_t jasper_gather_begin(struct begun_gather *begun, const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {
     uint64_t first = n_gathers;
@@ -466,7 +461,7 @@ int64_t jasper_gather_begin(struct begun_gather *begun, const struct gather *gat
     if (bad)
         return (int64_t)first + bad;
     begun->fork_generation = jasper_fork_generation();
-    if (begun->task.helpers && !begun->task.trial) /* the time of one that waits in between says nothing */
+    if (can_begin(&begun->task))
         jasper_parallel_begin(&begun->task.task);
     return 0;
 }
@@ -480,7 +475,7 @@ void jasper_gather_finish(struct begun_gather *begun)
         begun->fork_generation = jasper_fork_generation();
         atomic_store(&task->next_part, 0);
     }
-    if (!task->helpers || task->trial)
+    if (!can_begin(task))
         run_task(task);
     else
         /* Helpers are woken only for parts that no thread has begun. */
@@ -492,11 +487,11 @@ void jasper_gather_cancel(struct begun_gather *begun)
 {
     struct gather_task *task = &begun->task;
     atomic_store(&task->next_part, task->n_parts);
-    if (task->helpers && !task->trial)
+    if (can_begin(task))
         jasper_parallel_finish(&task->task, 0);
 }
 
-/* The same for one stage of gathers from maps. Returns UNREADABLE, besides, if a page of a map could not be read:
+/* As jasper_gather, for one stage of gathers from maps. Returns UNREADABLE, besides, if a page of a map could not be read:
  * jasper_fault_address names it, and what was written is undefined. */
 int64_t jasper_gather_mapped(const struct gather *gathers, uint64_t n_gathers, unsigned threads)
 {

@@ -138,7 +138,7 @@ class CompiledGather:
         """Let a helper thread begin :meth:`run`.
 
         Returns:
-            Waits for the results; called once. Where it is dropped instead, no thread works on them any more.
+            Waits for the results; to be called once. If it is dropped instead, the helper stops.
 
         Raises:
             IndexError: a row out of range.

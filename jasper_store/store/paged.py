@@ -120,8 +120,9 @@ class PagedTensor(HostTensor):
         If one thread prefetches and takes in turn, only the first of many rows are requested now. The next ``take``
         requests the others in chunks between its gathers; with 1,000 rows ahead, enough reads are then in flight.
 
-        Nothing is requested while rows prefetched lately turn out to be cached already. If one thread prefetches and takes
-        in turn, its own page faults tell when that ends; else one call in 64 checks. The next ``take`` relies on this call and prefetches nothing itself.
+        Nothing is requested while rows prefetched lately turn out to be cached already. If one thread prefetches and
+        takes in turn, its own page faults tell when that ends; else one call in 64 checks. The next ``take`` relies on
+        this call and prefetches nothing itself.
 
         Rows out of range are skipped; ``take`` raises for them. Rows that are scattered over the file (see the plan)
         are not prefetched: that would need a range per value.
